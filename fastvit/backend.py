@@ -1,0 +1,165 @@
+"""The one place where a backend is picked, and where its launches are counted."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda", "emulated")
+
+MIN_CAPABILITY = (8, 0)  # the oldest GPU the kernels are compiled for
+
+# Plain module globals: torch.compile guards on them, and backward threads never read them, because the
+# resolved name travels to the forward and the backward op as an argument.
+_forced: str | None = None
+_environment: str | None = os.environ.get("FASTVIT_BACKEND") or None
+
+_launches: Counter[tuple[str, str]] = Counter()
+
+
+def count_launch(op: str, backend: str) -> None:
+    """Note that `op` was really run by `backend`."""
+    _launches[op, backend] += 1
+
+
+def launch_counts() -> dict[tuple[str, str], int]:
+    """Runs so far in this process, by (op, backend); the proof that a forced backend was not bypassed."""
+    return dict(_launches)
+
+
+def reset_launch_counts() -> None:
+    """Start counting from zero."""
+    _launches.clear()
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force every op inside the `with` block to one backend; None restores the automatic choice.
+
+    Raises:
+        ValueError: `name` is not a known backend. Whether it can run is checked where it is used, since that
+            depends on the device of the tensors.
+    """
+    global _forced
+    if name is not None:
+        check_known(name, "use_backend(name)")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def available_backends(device: str | torch.device | None = None) -> dict[str, str]:
+    """Every backend with the reason why it can't run on `device` ("" if it can).
+
+    Args:
+        device: "cpu", "cuda" or a torch.device; default: CUDA where there is one, else the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device_type = torch.device(device).type
+    return {name: why_unavailable(name, device_type) for name in BACKENDS}
+
+
+def resolve(requested: str | None, device_type: str, float64: bool) -> str:
+    """The backend for a call: the argument, then `use_backend`, then FASTVIT_BACKEND, then the best one.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the forced backend can't run on this device.
+    """
+    source = (
+        "backend" if requested is not None else "use_backend" if _forced is not None else "FASTVIT_BACKEND"
+    )
+    name = requested or _forced or _environment
+    if name is None:
+        return "reference" if float64 else _automatic(device_type)
+    check_known(name, source)
+    reason = why_unavailable(name, device_type)
+    if not reason and float64 and name != "reference":
+        reason = "float64 is computed by the reference alone"
+    if reason:
+        raise RuntimeError(f"{source}: {name!r} can't run on device {device_type!r}: {reason}")
+    return name
+
+
+def check_known(name: str, source: str) -> None:
+    """Raise ValueError unless `name` is one of :data:`BACKENDS`."""
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+
+
+@torch.compiler.assume_constant_result
+def _automatic(device_type: str) -> str:
+    if device_type in ("cpu", "meta"):
+        return "cpu"
+    return "triton" if device_type == "cuda" and not why_unavailable("triton", "cuda") else "reference"
+
+
+@torch.compiler.assume_constant_result
+def why_unavailable(name: str, device_type: str) -> str:
+    """The reason why a backend can't run on a device type, "" if it can."""
+    return _REASONS[name](device_type)
+
+
+def _reference_reason(device_type: str) -> str:
+    return ""
+
+
+def _cpu_reason(device_type: str) -> str:
+    return "" if device_type in ("cpu", "meta") else "it computes on the CPU only"
+
+
+@lru_cache
+def _triton_reason(device_type: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (Linux: pip install 'triton>=3.6')"
+    if device_type == "cpu":
+        return (
+            "" if triton_is_interpreted() else "on a CPU it needs TRITON_INTERPRET=1 (slow: for validation)"
+        )
+    if device_type != "cuda":
+        return f"there are no kernels for device {device_type!r}"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if triton_is_interpreted():
+        return ""
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return ""
+
+
+def triton_is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1, set before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def _extension_reason(device_type: str) -> str:
+    return "the C++/CUDA extension is not part of this version"
+
+
+_REASONS: dict[str, Callable[[str], str]] = {
+    "reference": _reference_reason,
+    "cpu": _cpu_reason,
+    "triton": _triton_reason,
+    "cuda": _extension_reason,
+    "emulated": _extension_reason,
+}
+
+_PACKAGES = {"cpu": "fastvit.cpu", "triton": "fastvit.kernels"}
+
+
+@lru_cache
+def implementation(backend: str, op: str) -> tuple[Callable, Callable]:
+    """The (forward, backward) functions of an op in a backend: `forward` and `backward` of the file of its name."""
+    module = importlib.import_module(f"{_PACKAGES[backend]}.{op}")
+    return module.forward, module.backward

@@ -1,0 +1,159 @@
+"""Checks of arguments, made once, before any kernel runs: each error names the argument, its value and what fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def shape_of(tensor: Tensor) -> str:
+    """A shape as it is written in messages: [2, 3, 224, 224]."""
+    return str(list(tensor.shape))
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_dtype(name: str, dtype: torch.dtype, accepted: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless `dtype` is accepted."""
+    if dtype not in accepted:
+        raise TypeError(f"{name}: dtype {dtype} is not supported; accepted: {', '.join(map(str, accepted))}")
+
+
+def check_device(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both tensors live on one device."""
+    if tensor is not None and tensor.device != other.device:
+        raise ValueError(
+            f"{name}: on device {tensor.device}, but {other_name} is on {other.device}; they must match"
+        )
+
+
+def check_images_and_weight(images: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Ranks, dtypes, channels, divisibility and devices of the projection's own arguments."""
+    check_tensor("images", images)
+    check_tensor("weight", weight)
+    if images.dim() != 4:
+        raise ValueError(
+            f"images: expected 4 dimensions [B, C, H, W], got {images.dim()}: {shape_of(images)}"
+        )
+    if weight.dim() != 4:
+        raise ValueError(
+            f"weight: expected 4 dimensions [D, C, P_h, P_w], got {weight.dim()}: {shape_of(weight)}"
+        )
+    check_dtype("images", images.dtype, IMAGE_DTYPES)
+    check_dtype("weight", weight.dtype, FLOAT_DTYPES)
+    _, channels, height, width = images.shape
+    dim, weight_channels, patch_height, patch_width = weight.shape
+    if min(dim, weight_channels, patch_height, patch_width) < 1:
+        raise ValueError(f"weight: every size must be at least 1, got {shape_of(weight)}")
+    if channels != weight_channels:
+        raise ValueError(f"images: {channels} channels, but weight expects {weight_channels}")
+    for axis, size, patch in (("height", height, patch_height), ("width", width, patch_width)):
+        if size < 1 or size % patch != 0:
+            raise ValueError(f"images: {axis} {size} is not a positive multiple of the patch {axis} {patch}")
+    check_device("images", images, "weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != dim:
+            raise ValueError(f"bias: expected shape [{dim}], got {shape_of(bias)}")
+        check_dtype("bias", bias.dtype, FLOAT_DTYPES)
+        check_device("bias", bias, "weight", weight)
+
+
+def rows_of(name: str, table: Tensor | None, dim: int, like_name: str, like: Tensor) -> Tensor | None:
+    """A [rows, D] table given with or without a leading 1, as a two-dimensional tensor."""
+    if table is None:
+        return None
+    check_tensor(name, table)
+    if table.dim() == 3 and table.shape[0] == 1:
+        table = table[0]
+    if table.dim() != 2:
+        raise ValueError(f"{name}: expected shape [rows, {dim}] or [1, rows, {dim}], got {shape_of(table)}")
+    if table.shape[1] != dim:
+        raise ValueError(f"{name}: width {table.shape[1]}, but {like_name} has width {dim}")
+    check_dtype(name, table.dtype, FLOAT_DTYPES)
+    check_device(name, table, like_name, like)
+    return table
+
+
+def check_positions(pos_embed: Tensor | None, prefix: Tensor | None, patches: int) -> None:
+    """`pos_embed` has a row for every patch, or for every prefix row and every patch."""
+    if pos_embed is None:
+        return
+    rows = pos_embed.shape[0]
+    if rows == patches:
+        return
+    if prefix is None:
+        raise ValueError(f"pos_embed: {rows} rows, expected {patches} (one a patch; there is no prefix)")
+    total = patches + prefix.shape[0]
+    if rows != total:
+        raise ValueError(
+            f"pos_embed: {rows} rows, expected {patches} (patches) or {total} (prefix and patches)"
+        )
+
+
+def check_keep(keep: Tensor | None, images: Tensor) -> None:
+    """`keep` is [B, N_keep] int64 on the images' device (the op checks its range, where that needs no wait)."""
+    if keep is None:
+        return
+    check_tensor("keep", keep)
+    if keep.dtype != torch.int64:
+        raise TypeError(f"keep: dtype {keep.dtype} is not supported; accepted: torch.int64")
+    if keep.dim() != 2 or keep.shape[0] != images.shape[0]:
+        raise ValueError(f"keep: expected shape [{images.shape[0]}, N_keep], got {shape_of(keep)}")
+    check_device("keep", keep, "images", images)
+
+
+def check_keep_range(keep: Tensor, patches: int) -> None:
+    """Raise ValueError unless every index is in 0..patches-1 (reads the values: on a CPU only)."""
+    if keep.numel() == 0:
+        return
+    low, high = (int(value) for value in keep.aminmax())
+    if low < 0 or high >= patches:
+        raise ValueError(
+            f"keep: index {low if low < 0 else high} is out of range; accepted: 0 to {patches - 1}"
+        )
+
+
+def normalisation(
+    mean: Sequence[float] | Tensor | None, std: Sequence[float] | Tensor | None, channels: int
+) -> tuple[list[float] | None, list[float] | None]:
+    """`mean` and `std` as lists of one Python float a channel, or None and None."""
+    if mean is None and std is None:
+        return None, None
+    if mean is None or std is None:
+        raise ValueError(f"mean, std: give both or neither, got mean={mean!r}, std={std!r}")
+    means, stds = _floats("mean", mean, channels), _floats("std", std, channels)
+    if any(value <= 0 for value in stds):
+        raise ValueError(f"std: {stds} must be greater than zero in every channel")
+    return means, stds
+
+
+def _floats(name: str, values: Sequence[float] | Tensor, channels: int) -> list[float]:
+    if isinstance(values, Tensor):
+        if torch.compiler.is_compiling():
+            raise ValueError(f"{name}: inside torch.compile or torch.export give Python floats, not a tensor")
+        values = values.detach().flatten().tolist()
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
+        raise TypeError(f"{name}: expected {channels} floats, one a channel, got {values!r}")
+    if len(values) != channels:
+        raise ValueError(f"{name}: {len(values)} values, expected {channels}, one a channel")
+    floats = [float(value) for value in values]
+    if not all(math.isfinite(value) for value in floats):
+        raise ValueError(f"{name}: {floats} must be finite")
+    return floats

@@ -1,0 +1,36 @@
+"""`add_position` on a CPU: positions are added straight into the final sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, N, D] → [B, R+N, D]; arguments as in `fastvit.functional.add_position`, already checked."""
+    batch, patches, dim = tokens.shape
+    prefix_rows = 0 if prefix is None else prefix.shape[0]
+    out = tokens.new_empty((batch, prefix_rows + patches, dim), dtype=dtype)
+    skip = pos_embed.shape[0] - patches  # 0, or R where the prefix rows have positions of their own
+    _add(tokens, pos_embed[skip:], out[:, prefix_rows:])
+    if prefix is not None:
+        out[:, :prefix_rows] = prefix.float() + pos_embed[:skip].float() if skip else prefix
+    return out
+
+
+def backward(grad: Tensor) -> Tensor:
+    """[B, T, D] → [T, D] float32: the gradient of every row of the table, summed over the batch."""
+    return sum_over_batch(grad)
+
+
+def sum_over_batch(grad: Tensor) -> Tensor:
+    """Σ_b grad[b] in float32."""
+    return grad.sum(0, dtype=torch.float32)
+
+
+def _add(tokens: Tensor, positions: Tensor, out: Tensor) -> None:
+    """out = round(tokens + positions), the sum made in float32."""
+    if tokens.dtype == out.dtype == torch.float32:
+        torch.add(tokens, positions.float(), out=out)
+    else:
+        out.copy_(torch.add(tokens.float(), positions.float()))

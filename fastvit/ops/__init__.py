@@ -1,0 +1,9 @@
+"""The registered torch ops: schema, fake, autograd, and the step from an op to the backend named in its call."""
+
+from __future__ import annotations
+
+from fastvit.ops.add_position import add_position
+from fastvit.ops.patch_embed import patch_embed
+from fastvit.ops.prepare_weight import prepare_weight
+
+__all__ = ["add_position", "patch_embed", "prepare_weight"]

@@ -1,0 +1,45 @@
+"""Imports of libraries that FastViT is compared with; none of them is needed to use it."""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+# torchvision's wheel registers its compiled operators only beside the torch build it was made for. timm imports
+# torchvision without using them, so declaring the two names it looks up is enough to import it beside a CPU torch.
+_TORCHVISION_OPERATORS = ("nms", "qnms")
+_declared: list[torch.library.Library] = []  # a library that is collected takes its operators with it
+
+
+def _declare_torchvision_operators() -> None:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in _TORCHVISION_OPERATORS:
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)
+
+
+@lru_cache
+def import_timm() -> ModuleType:
+    """timm, also beside a CPU build of torch.
+
+    Raises:
+        ImportError: timm is not installed or can't be imported; the message says why.
+    """
+    try:
+        if torch.version.cuda is None and not _declared:
+            _declare_torchvision_operators()
+        return importlib.import_module("timm")
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ImportError(f"timm can't be imported: {error}") from error
+
+
+def timm_missing() -> str:
+    """Why timm can't be used here, "" if it can."""
+    try:
+        import_timm()
+    except ImportError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,57 @@
+"""The definition of the ops: the few lines of plain PyTorch that every backend is held to.
+
+It shares no code with any backend, checks nothing, and is differentiated by torch's own autograd. Run in
+float64 it is the truth of the validator and of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    keep: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Image to token sequence; arguments and result as in :func:`fastvit.functional.patch_embed`."""
+    x = images.to(weight.dtype)  # [B, C, H, W]
+    if images.dtype == torch.uint8:
+        x = x / 255
+    if mean is not None and std is not None:
+        x = (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+    tokens = F.conv2d(x, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)  # [B, N, D]
+    return _place(tokens, pos_embed, prefix, keep).to(dtype or weight.dtype)
+
+
+def add_position(
+    tokens: Tensor, pos_embed: Tensor, *, prefix: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Tokens to positioned sequence; arguments and result as in :func:`fastvit.functional.add_position`."""
+    return _place(tokens, pos_embed, prefix, None).to(dtype or tokens.dtype)
+
+
+def _place(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, keep: Tensor | None) -> Tensor:
+    """Add positions, select the kept patches, prepend the prefix: [B, N, D] → [B, R+N, D]."""
+    batch, patches, width = tokens.shape
+    if pos_embed is not None:
+        tokens = tokens + pos_embed.reshape(-1, width)[-patches:]
+    if keep is not None:
+        tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, width))
+    if prefix is None:
+        return tokens
+    prefix = prefix.reshape(-1, width)  # [R, D]
+    if pos_embed is not None and pos_embed.numel() > patches * width:
+        prefix = prefix + pos_embed.reshape(-1, width)[: prefix.shape[0]]
+    return torch.cat([prefix.expand(batch, -1, -1), tokens], dim=1)
