@@ -76,9 +76,7 @@ def resolve(requested: str | None, device_type: str, float64: bool) -> str:
         ValueError: the name is unknown.
         RuntimeError: the forced backend can't run on this device.
     """
-    source = (
-        "backend" if requested is not None else "use_backend" if _forced is not None else "FASTVIT_BACKEND"
-    )
+    source = "backend" if requested is not None else "use_backend" if _forced is not None else "FASTVIT_BACKEND"
     name = requested or _forced or _environment
     if name is None:
         return "reference" if float64 else _automatic(device_type)
@@ -123,9 +121,7 @@ def _triton_reason(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (Linux: pip install 'triton>=3.6')"
     if device_type == "cpu":
-        return (
-            "" if triton_is_interpreted() else "on a CPU it needs TRITON_INTERPRET=1 (slow: for validation)"
-        )
+        return "" if triton_is_interpreted() else "on a CPU it needs TRITON_INTERPRET=1 (slow: for validation)"
     if device_type != "cuda":
         return f"there are no kernels for device {device_type!r}"
     if not torch.cuda.is_available():

@@ -38,9 +38,7 @@ def check_dtype(name: str, dtype: torch.dtype, accepted: Sequence[torch.dtype]) 
 def check_device(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
     """Raise ValueError unless both tensors live on one device."""
     if tensor is not None and tensor.device != other.device:
-        raise ValueError(
-            f"{name}: on device {tensor.device}, but {other_name} is on {other.device}; they must match"
-        )
+        raise ValueError(f"{name}: on device {tensor.device}, but {other_name} is on {other.device}; they must match")
 
 
 def check_images_and_weight(images: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -48,13 +46,9 @@ def check_images_and_weight(images: Tensor, weight: Tensor, bias: Tensor | None)
     check_tensor("images", images)
     check_tensor("weight", weight)
     if images.dim() != 4:
-        raise ValueError(
-            f"images: expected 4 dimensions [B, C, H, W], got {images.dim()}: {shape_of(images)}"
-        )
+        raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got {images.dim()}: {shape_of(images)}")
     if weight.dim() != 4:
-        raise ValueError(
-            f"weight: expected 4 dimensions [D, C, P_h, P_w], got {weight.dim()}: {shape_of(weight)}"
-        )
+        raise ValueError(f"weight: expected 4 dimensions [D, C, P_h, P_w], got {weight.dim()}: {shape_of(weight)}")
     check_dtype("images", images.dtype, IMAGE_DTYPES)
     check_dtype("weight", weight.dtype, FLOAT_DTYPES)
     _, channels, height, width = images.shape
@@ -102,9 +96,7 @@ def check_positions(pos_embed: Tensor | None, prefix: Tensor | None, patches: in
         raise ValueError(f"pos_embed: {rows} rows, expected {patches} (one a patch; there is no prefix)")
     total = patches + prefix.shape[0]
     if rows != total:
-        raise ValueError(
-            f"pos_embed: {rows} rows, expected {patches} (patches) or {total} (prefix and patches)"
-        )
+        raise ValueError(f"pos_embed: {rows} rows, expected {patches} (patches) or {total} (prefix and patches)")
 
 
 def check_keep(keep: Tensor | None, images: Tensor) -> None:
@@ -125,9 +117,7 @@ def check_keep_range(keep: Tensor, patches: int) -> None:
         return
     low, high = (int(value) for value in keep.aminmax())
     if low < 0 or high >= patches:
-        raise ValueError(
-            f"keep: index {low if low < 0 else high} is out of range; accepted: 0 to {patches - 1}"
-        )
+        raise ValueError(f"keep: index {low if low < 0 else high} is out of range; accepted: 0 to {patches - 1}")
 
 
 def normalisation(

@@ -85,9 +85,7 @@ def patch_embed(
                 keep=keep,
                 dtype=dtype,
             )
-    return ops.patch_embed(
-        images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype, name
-    )
+    return ops.patch_embed(images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype, name)
 
 
 def add_position(
@@ -116,9 +114,7 @@ def add_position(
     checks.check_tensor("tokens", tokens)
     checks.check_tensor("pos_embed", pos_embed)
     if tokens.dim() != 3:
-        raise ValueError(
-            f"tokens: expected 3 dimensions [B, N, D], got {tokens.dim()}: {checks.shape_of(tokens)}"
-        )
+        raise ValueError(f"tokens: expected 3 dimensions [B, N, D], got {tokens.dim()}: {checks.shape_of(tokens)}")
     checks.check_dtype("tokens", tokens.dtype, checks.FLOAT_DTYPES)
     dim = tokens.shape[2]
     table = checks.rows_of("pos_embed", pos_embed, dim, "tokens", tokens)
@@ -136,11 +132,7 @@ def add_position(
 
 def _resolve(backend: str | None, device_type: str, float64: bool) -> str:
     name = backends.resolve(backend, device_type, float64)
-    if (
-        name != "reference"
-        and not torch.compiler.is_compiling()
-        and torch._C._are_functorch_transforms_active()
-    ):
+    if name != "reference" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"backend {name!r} does not work under torch.func transforms (grad, vmap, jvp, per-sample gradients); "
             "backend='reference' does"

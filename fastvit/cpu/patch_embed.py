@@ -88,9 +88,7 @@ def extract_patches(images: Tensor, patch_height: int, patch_width: int, keep: T
     patches, size = grid_height * grid_width, view[0, 0, 0].numel() if batch else 0
     if keep is None:
         out = torch.empty(view.shape, dtype=torch.float32, device=images.device)
-        return (
-            out.copy_(view).view(batch, patches, -1) if batch else out.view(0, patches, _size(images, view))
-        )
+        return out.copy_(view).view(batch, patches, -1) if batch else out.view(0, patches, _size(images, view))
     if batch == 0:
         return images.new_empty((0, keep.shape[1], _size(images, view)), dtype=torch.float32)
     sample = torch.arange(batch, device=images.device)[:, None]
@@ -104,11 +102,7 @@ def _size(images: Tensor, view: Tensor) -> int:
 
 def _as_patches(images: Tensor, patch_height: int, patch_width: int) -> Tensor:
     """A view [B, g_h, g_w, C, P_h, P_w] of the images, whatever their strides."""
-    return (
-        images.unfold(2, patch_height, patch_height)
-        .unfold(3, patch_width, patch_width)
-        .permute(0, 2, 3, 1, 4, 5)
-    )
+    return images.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width).permute(0, 2, 3, 1, 4, 5)
 
 
 def _matrix(
@@ -137,9 +131,7 @@ def _prefix_values(prefix: Tensor, pos_embed: Tensor | None, patches: int) -> Te
     return prefix.to(torch.float32) + pos_embed[:prefix_rows].to(torch.float32)
 
 
-def _row_gradients(
-    grad: Tensor, patch_grad: Tensor, prefix_rows: int, patches: int, keep: Tensor | None
-) -> Tensor:
+def _row_gradients(grad: Tensor, patch_grad: Tensor, prefix_rows: int, patches: int, keep: Tensor | None) -> Tensor:
     """[R+N, D] float32: the gradient summed over the batch, each token's at the row of its position."""
     if keep is None:
         return sum_over_batch(grad)
@@ -178,9 +170,7 @@ def _image_gradient(
     patch_grad: Tensor, images: Tensor, weight: Tensor, std: Normalisation, keep: Tensor | None
 ) -> Tensor:
     """dX in the images' shape and dtype; patches that were not kept have none."""
-    matrix, _ = prepare_weight(
-        weight, None, None if std is None else [0.0] * len(std), std, False, torch.float32
-    )
+    matrix, _ = prepare_weight(weight, None, None if std is None else [0.0] * len(std), std, False, torch.float32)
     d_patches = patch_grad @ matrix  # [B, N, K]
     d_images = torch.zeros_like(images) if keep is not None else torch.empty_like(images)
     view = _as_patches(d_images, weight.shape[2], weight.shape[3])  # [B, g_h, g_w, C, P_h, P_w]

@@ -11,18 +11,14 @@ from fastvit.backend import count_launch, implementation
 from fastvit.ops import registry
 
 
-def _forward(
-    tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype, backend: str
-) -> Tensor:
+def _forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
     count_launch("add_position", backend)
     forward, _ = implementation(backend, "add_position")
     with registry.without_autocast(tokens.device.type):
         return forward(tokens, pos_embed, prefix, dtype)
 
 
-def _forward_fake(
-    tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype, backend: str
-) -> Tensor:
+def _forward_fake(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
     batch, patches, dim = tokens.shape
     rows = patches + (0 if prefix is None else prefix.shape[0])
     return tokens.new_empty((batch, rows, dim), dtype=dtype)
@@ -74,6 +70,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_tokens, d_pos, d_prefix, None, None
 
 
-torch.library.register_autograd(
-    "fastvit::add_position", _gradients, setup_context=_setup_context, lib=registry.LIBRARY
-)
+torch.library.register_autograd("fastvit::add_position", _gradients, setup_context=_setup_context, lib=registry.LIBRARY)

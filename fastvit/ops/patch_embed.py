@@ -146,6 +146,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd(
-    "fastvit::patch_embed", _gradients, setup_context=_setup_context, lib=registry.LIBRARY
-)
+torch.library.register_autograd("fastvit::patch_embed", _gradients, setup_context=_setup_context, lib=registry.LIBRARY)
