@@ -1,0 +1,572 @@
+"""The Vision Transformer, with timm's arguments, parameter names and numerics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastvit.model.arguments import check_arguments, check_pool
+from fastvit.model.checkpoints import check_state_dict
+from fastvit.model.initialisation import initialise, trunc_normal_
+from fastvit.model.layers import (
+    Attention,
+    Block,
+    Layer,
+    LayerNorm,
+    Mlp,
+    PatchDropout,
+    activation_layer,
+    autocast_dtype,
+    norm_layer_of,
+    to_module_dtype,
+)
+from fastvit.model.patch_embed import PatchEmbed
+from fastvit.positions import resample_pos_embed, sincos_2d
+
+__all__ = ["VisionTransformer"]
+
+
+class VisionTransformer(nn.Module):
+    """Vision Transformer (Dosovitskiy et al., 2021), a drop-in for timm's `VisionTransformer`.
+
+    Images become tokens in one call of :func:`fastvit.functional.patch_embed`, made by `self.patch_embed`:
+    projection, positions, class and register tokens, and normalisation where `mean` and `std` are given.
+
+    Args:
+        img_size: height and width of the images.
+        patch_size: height and width of a patch.
+        in_chans: channels of the images.
+        num_classes: outputs of the head; 0: no head.
+        global_pool: "token" (the class token), "avg", "max", "avgmax", or "" for every token.
+        embed_dim, depth, num_heads, mlp_ratio: width, blocks, heads, and the MLP's width in units of the width.
+        qkv_bias, proj_bias: biases of attention's first, and of all other linear layers in the blocks.
+        qk_norm: norm on queries and keys. scale_attn_norm, scale_mlp_norm: norm before the last layer of each.
+        init_values: LayerScale starts here; None or 0: no LayerScale.
+        class_token: put a class token in front.
+        pos_embed: "learn"; "sincos", a fixed table in the same place, not trained; "" or "none".
+        no_embed_class: class and register tokens get no position.
+        reg_tokens: how many register tokens.
+        pre_norm: norm before the blocks (and no bias in the patch embedding), as in CLIP.
+        final_norm: norm after the blocks. fc_norm: have it after the pooling instead; None: if pooling is by
+            average or maximum.
+        pool_include_prefix: average or maximum over class and register tokens too.
+        dynamic_img_size: take images of any size, with the positions resampled.
+        dynamic_img_pad: pad images to whole patches.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the positions, after
+            linear layers in the blocks, on attention weights.
+        patch_drop_rate: share of patches dropped in training; they are never projected.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        weight_init: "", "jax", "jax_nlhb", "moco", "reset" or "skip"; fix_init: scale by depth, as in BEiT.
+        embed_layer: class of the patch embedding, called like :class:`PatchEmbed`.
+        embed_norm_layer: norm between projection and position.
+        norm_layer, act_layer: a class, or "layernorm", "rmsnorm"; "gelu", "gelu_tanh", "quick_gelu", "relu", "silu".
+        block_fn, mlp_layer, attn_layer: classes of the blocks' parts.
+        mean, std: one float a channel; normalise inside the projection. Raw uint8 images are divided by 255 first.
+        residual_dtype: dtype of the tokens between the blocks. None: timm's numerics, which under autocast is
+            float32; torch.bfloat16 halves that traffic.
+
+    Raises:
+        ValueError: an argument that can't be; the message names it, its value and what is accepted.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
+        init_values: float | None = None,
+        class_token: bool = True,
+        pos_embed: str = "learn",
+        no_embed_class: bool = False,
+        reg_tokens: int = 0,
+        pre_norm: bool = False,
+        final_norm: bool = True,
+        fc_norm: bool | None = None,
+        pool_include_prefix: bool = False,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: str = "",
+        fix_init: bool = False,
+        embed_layer: Layer = PatchEmbed,
+        embed_norm_layer: str | Layer | None = None,
+        norm_layer: str | Layer | None = None,
+        act_layer: str | Layer | None = None,
+        block_fn: Layer = Block,
+        mlp_layer: Layer = Mlp,
+        attn_layer: str | Layer = Attention,
+        device=None,
+        dtype=None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        residual_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_arguments(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            class_token=class_token,
+            pos_embed=pos_embed,
+            reg_tokens=reg_tokens,
+            weight_init=weight_init,
+            residual_dtype=residual_dtype,
+            rates={
+                "drop_rate": drop_rate,
+                "pos_drop_rate": pos_drop_rate,
+                "patch_drop_rate": patch_drop_rate,
+                "proj_drop_rate": proj_drop_rate,
+                "attn_drop_rate": attn_drop_rate,
+                "drop_path_rate": drop_path_rate,
+            },
+        )
+        if isinstance(attn_layer, str):
+            if attn_layer not in ("", "attn"):
+                raise ValueError(f"attn_layer: {attn_layer!r} is not known; accepted: a class, '' or 'attn'")
+            attn_layer = Attention
+        norm: Layer = norm_layer_of(norm_layer) or LayerNorm
+        activation: Layer = activation_layer(act_layer) or nn.GELU
+        factory = {"device": device, "dtype": dtype}
+        use_fc_norm = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.num_reg_tokens = reg_tokens
+        self.has_class_token = class_token
+        self.no_embed_class = no_embed_class
+        self.pool_include_prefix = pool_include_prefix
+        self.dynamic_img_size = dynamic_img_size
+        self.residual_dtype = residual_dtype
+        self.grad_checkpointing = False
+        self.pos_embed_kind = pos_embed or "none"
+
+        # Modules are made in timm's order, so that the same seed gives the same weights.
+        self.patch_embed: Any = embed_layer(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            norm_layer=norm_layer_of(embed_norm_layer, "embed_norm_layer"),
+            bias=not pre_norm,
+            strict_img_size=not dynamic_img_size,
+            dynamic_img_pad=dynamic_img_pad,
+            mean=mean,
+            std=std,
+            **factory,
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim, **factory)) if reg_tokens else None
+        self.pos_embed: nn.Parameter | None = None
+        if self.pos_embed_kind != "none":
+            rows = self.patch_embed.num_patches + self._positioned_prefix_tokens
+            table = torch.empty(1, rows, embed_dim, **factory)
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed_kind == "learn")
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.patch_drop = PatchDropout(patch_drop_rate)
+        self.norm_pre = norm(embed_dim, **factory) if pre_norm else nn.Identity()
+
+        # Only Block knows about a residual dtype; a block of the caller's own takes timm's arguments.
+        block_options: dict[str, Any] = {} if residual_dtype is None else {"residual_dtype": residual_dtype}
+        drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.Sequential(
+            *[
+                block_fn(
+                    dim=embed_dim,
+                    num_heads=num_heads,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    qk_norm=qk_norm,
+                    scale_attn_norm=scale_attn_norm,
+                    scale_mlp_norm=scale_mlp_norm,
+                    proj_bias=proj_bias,
+                    init_values=init_values,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=drop_path[index],
+                    norm_layer=norm,
+                    act_layer=activation,
+                    mlp_layer=mlp_layer,
+                    attn_layer=attn_layer,
+                    depth=index,
+                    **block_options,
+                    **factory,
+                )
+                for index in range(depth)
+            ]
+        )
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [
+            {"module": f"blocks.{index}", "num_chs": embed_dim, "reduction": reduction} for index in range(depth)
+        ]
+        self.norm = norm(embed_dim, **factory) if final_norm and not use_fc_norm else nn.Identity()
+        self.fc_norm = norm(embed_dim, **factory) if final_norm and use_fc_norm else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        self.fix_init = fix_init
+        self._fill_table()  # a fixed table is not a matter of initialisation: also with "skip"
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialise every weight.
+
+        Args:
+            mode: "", "jax", "jax_nlhb", "moco" or "reset"; "" is the mode given to the constructor.
+            needs_reset: also call reset_parameters() where the scheme names nothing, which is needed after
+                `to_empty()`.
+        """
+        mode = mode or self.weight_init_mode
+        head_bias = -math.log(self.num_classes) if "nlhb" in mode else 0.0
+        if self.pos_embed is not None and self.pos_embed_kind == "learn":
+            trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)
+        self._fill_table()
+        initialise(self, mode, head_bias, reset=needs_reset)
+        if self.fix_init:
+            block: Any
+            for index, block in enumerate(self.blocks, start=1):
+                block.attn.proj.weight.div_(math.sqrt(2.0 * index))
+                block.mlp.fc2.weight.div_(math.sqrt(2.0 * index))
+
+    @torch.no_grad()
+    def _fill_table(self) -> None:
+        if self.pos_embed is not None and self.pos_embed_kind == "sincos":
+            self.pos_embed.copy_(self._sincos_table(self.pos_embed))
+
+    def _sincos_table(self, like: Tensor) -> Tensor:
+        rows = self._positioned_prefix_tokens
+        grid = self.patch_embed.grid_size
+        return sincos_2d(grid, self.embed_dim, num_prefix_tokens=rows, device=like.device, dtype=like.dtype)[None]
+
+    @property
+    def _positioned_prefix_tokens(self) -> int:
+        """Rows of `pos_embed` that belong to class and register tokens."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone."""
+        return {"pos_embed", "cls_token", "reg_token", "dist_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that sort parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but what does not fit is refused before anything is loaded.
+
+        Raises:
+            RuntimeError: names every parameter that is missing, not wanted, or of another shape (with both shapes).
+        """
+        # Hooks may rename keys on the way in (activation checkpointing does); then only torch can tell.
+        if strict and not any(module._load_state_dict_pre_hooks for module in self.modules()):
+            check_state_dict(self, state_dict, prefix="", strict=True)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # Torch calls this before it loads any submodule, also as a part of DDP or of a larger model: raising here
+        # leaves every parameter of this model as it was.
+        check_state_dict(self, state_dict, prefix, strict=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # ---- changing a built model ----------------------------------------------------------------------------------
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head for `num_classes` (0: none), and another pooling if one is given."""
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes: {num_classes!r} must be a whole number of at least 0")
+        if global_pool is not None:
+            check_pool(global_pool, self.has_class_token)
+            self.global_pool = global_pool
+        weight = self.patch_embed.proj.weight
+        self.num_classes = num_classes
+        self.head = (
+            nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
+            if num_classes > 0
+            else nn.Identity()
+        ).train(self.training)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Take images of another size, or other patches: positions and the patch weight are resampled."""
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
+        if self.pos_embed is None or self.patch_embed.grid_size == old_grid:
+            return
+        table = resample_pos_embed(
+            self.pos_embed.detach(),
+            self.patch_embed.grid_size,
+            old_grid,
+            num_prefix_tokens=self._positioned_prefix_tokens,
+        )
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what :meth:`forward_intermediates` does not need for these blocks; returns the blocks taken."""
+        taken = _block_indices(len(self.blocks), indices)
+        self.blocks = nn.Sequential(*list(self.blocks)[: max(taken) + 1])
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return taken
+
+    # ---- from images to tokens -----------------------------------------------------------------------------------
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Images to the sequence that enters the first block, [B, R+N, D]."""
+        grid = self.patch_embed.grid_of(images)
+        x = self.patch_embed(
+            images,
+            pos_embed=self._positions(grid),
+            prefix=self._prefix(),
+            keep=self.patch_drop(images.shape[0], grid[0] * grid[1], images.device),
+            dtype=self._token_dtype(images.device),
+        )
+        if self.pos_embed is not None:
+            x = self.pos_drop(x)
+        if isinstance(self.norm_pre, nn.Identity):
+            return x
+        x = self.norm_pre(self._leave_residual(x))
+        return x if self.residual_dtype is None else x.to(self.residual_dtype)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """The positions of this grid, [1, N, D] or [1, R+N, D]."""
+        own = self.patch_embed.grid_size
+        if self.pos_embed is None or (grid[0] == own[0] and grid[1] == own[1]):
+            return self.pos_embed
+        return resample_pos_embed(self.pos_embed, grid, own, num_prefix_tokens=self._positioned_prefix_tokens)
+
+    def _prefix(self) -> Tensor | None:
+        """Class and register tokens, [1, R, D]."""
+        if self.cls_token is None or self.reg_token is None:
+            return self.reg_token if self.cls_token is None else self.cls_token
+        return torch.cat([self.cls_token, self.reg_token], dim=1)
+
+    def _token_dtype(self, device: torch.device) -> torch.dtype:
+        """What torch's promotion makes of projection, prefix and positions, unless `residual_dtype` says otherwise.
+
+        Under autocast the projection comes in autocast's dtype and the float32 parameters promote the sum.
+        """
+        if self.residual_dtype is not None:
+            return self.residual_dtype
+        dtype = autocast_dtype(device) or self.patch_embed.proj.weight.dtype
+        for parameter in (self.cls_token, self.reg_token, self.pos_embed):
+            if parameter is not None:
+                dtype = torch.promote_types(dtype, parameter.dtype)
+        return dtype
+
+    def _leave_residual(self, x: Tensor) -> Tensor:
+        """Tokens as a norm with this model's weights takes them."""
+        return x if self.residual_dtype is None else to_module_dtype(x, self.patch_embed)
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images [B, C, H, W] to logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images [B, C, H, W] to the normed tokens of the last block, [B, R+N, D]."""
+        x = self._embed(x)
+        if attn_mask is None and not is_causal and not self.grad_checkpointing:
+            x = self.blocks(x)
+        else:
+            for block in self.blocks:
+                x = self._run_block(block, x, attn_mask, is_causal)
+        return self.norm(self._leave_residual(x))
+
+    def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if attn_mask is not None or is_causal:
+            return block(x, attn_mask=attn_mask, is_causal=is_causal)
+        if self.grad_checkpointing:
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens [B, R+N, D] to features [B, D], or to themselves where there is no pooling."""
+        if pool_type is None:
+            pool_type = self.global_pool
+        else:
+            check_pool(pool_type, self.has_class_token)
+        if pool_type == "":
+            return x
+        if pool_type == "token":
+            return x[:, 0]
+        if not self.pool_include_prefix:
+            x = x[:, self.num_prefix_tokens :]
+        if pool_type == "avg":
+            return x.mean(dim=1)
+        if pool_type == "max":
+            return x.amax(dim=1)
+        return 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens of :meth:`forward_features` to logits, or with `pre_logits` to what the head would see."""
+        x = self.head_drop(self.fc_norm(self.pool(x)))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """What the blocks put out, as dense features.
+
+        Args:
+            x: [B, C, H, W].
+            indices: the last so many blocks, these blocks (negative: from the end), or None for all.
+            return_prefix_tokens: pair every map with its class and register tokens, [B, R, D].
+            norm: apply the final norm to every map.
+            stop_early: skip the blocks behind the last one taken.
+            output_fmt: "NCHW", [B, D, rows, columns], or "NLC", [B, N, D].
+            intermediates_only: return the list alone, without the final tokens.
+            output_dict: return a dictionary with "image_intermediates", "image_intermediates_prefix" and
+                "image_features" instead.
+
+        Returns:
+            (final tokens [B, R+N, D], list of maps), or as the arguments say.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: {output_fmt!r} is not known; accepted: 'NCHW', 'NLC'")
+        taken = _block_indices(len(self.blocks), indices)
+        rows, columns = self.patch_embed.grid_of(x)
+        x = self._embed(x)
+        if output_fmt == "NCHW" and x.shape[1] != self.num_prefix_tokens + rows * columns:
+            raise ValueError("output_fmt: 'NCHW' needs every patch, but patch_drop_rate dropped some; use 'NLC'")
+        maps: list[Tensor] = []
+        for index, block in enumerate(list(self.blocks)[: max(taken) + 1 if stop_early else None]):
+            x = self._run_block(block, x, attn_mask, is_causal)
+            if index in taken:
+                maps.append(self.norm(self._leave_residual(x)) if norm else x)
+
+        prefix_tokens = [tokens[:, : self.num_prefix_tokens] for tokens in maps]
+        maps = [tokens[:, self.num_prefix_tokens :] for tokens in maps]
+        if output_fmt == "NCHW":
+            maps = [tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for tokens in maps]
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefix_tokens
+            if not intermediates_only:
+                result["image_features"] = self.norm(self._leave_residual(x))
+            return result
+        found = list(zip(maps, prefix_tokens, strict=True)) if with_prefix else maps
+        return found if intermediates_only else (self.norm(self._leave_residual(x)), found)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> list[Any]:
+        """The maps of :meth:`forward_intermediates` under DINO's name and arguments."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+            attn_mask=attn_mask,
+        )
+
+    def get_attention_maps(self, x: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
+        """The softmax weights of the blocks' attention, computed in the open beside the fused call.
+
+        Args:
+            x: [B, C, H, W].
+            indices: the last so many blocks, these blocks (negative: from the end), or None for all.
+
+        Returns:
+            One [B, heads, T, T] float tensor a block, T = R+N: row i holds what token i looks at and sums to one.
+        """
+        taken = _block_indices(len(self.blocks), indices)
+        x = self._embed(x)
+        maps: list[Tensor] = []
+        block: Any
+        for index, block in enumerate(list(self.blocks)[: max(taken) + 1]):
+            if index in taken:
+                maps.append(block.attn.attention_map(block.norm1(self._leave_residual(x))))
+            if index < max(taken):
+                x = block(x)
+        return maps
+
+
+def _block_indices(blocks: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Which blocks are meant: the last so many, the listed ones, or all."""
+    if indices is None:
+        indices = blocks
+    if isinstance(indices, int):
+        if not 0 < indices <= blocks:
+            raise ValueError(f"indices: the last {indices} blocks, but there are {blocks}; accepted: 1 to {blocks}")
+        return list(range(blocks - indices, blocks))
+    taken = [index + blocks if index < 0 else index for index in indices]
+    if not taken or not all(0 <= index < blocks for index in taken):
+        raise ValueError(f"indices: {list(indices)} out of range; accepted: {-blocks} to {blocks - 1}")
+    return taken
