@@ -1,0 +1,34 @@
+"""Validation: every backend, or a kernel of one's own, held to the float64 reference."""
+
+from __future__ import annotations
+
+from fastvit.validation.cases import (
+    AddPositionCase,
+    Inputs,
+    PatchEmbedCase,
+    cases_for,
+    make_inputs,
+    photographs,
+)
+from fastvit.validation.report import Report, Row
+from fastvit.validation.runner import Progress, poisoned, validate, validate_function
+from fastvit.validation.tolerance import Comparison, assert_close, compare, relative_error
+
+__all__ = [
+    "AddPositionCase",
+    "Comparison",
+    "Inputs",
+    "PatchEmbedCase",
+    "Progress",
+    "Report",
+    "Row",
+    "assert_close",
+    "cases_for",
+    "compare",
+    "make_inputs",
+    "photographs",
+    "poisoned",
+    "relative_error",
+    "validate",
+    "validate_function",
+]

@@ -1,0 +1,411 @@
+"""Runs the cases: candidate, plain PyTorch and float64 truth side by side, forward and every gradient.
+
+`validate` holds the package's backends to the rule of `fastvit.validation.tolerance`; `validate_function` does the
+same for a kernel of one's own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvit import functional
+from fastvit.backend import BACKENDS, available_backends, check_known, launch_counts, triton_is_interpreted
+from fastvit.validation import plain
+from fastvit.validation.cases import (
+    DTYPES,
+    OPS,
+    SHORT_NAMES,
+    Case,
+    Inputs,
+    InputUnavailable,
+    cases_for,
+    make_inputs,
+)
+from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report, Row
+from fastvit.validation.tolerance import compare
+
+Progress = Callable[[int, int, str], None]
+"""Called before each case with (done, total, description), and once more when all is done."""
+
+Tensors = dict[str, Tensor | None]
+Results = dict[str, Tensor]
+_PLAIN = {"patch_embed": plain.plain_patch_embed, "add_position": plain.plain_add_position}
+_TRUTH = {"patch_embed": plain.true_patch_embed, "add_position": plain.true_add_position}
+
+
+class _Unsupported(Exception):
+    """The candidate said, by NotImplementedError, that it does not do this."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to validate: a name, a device, and how to run a case forward and backward.
+
+    `backward`, where given, is called as backward(grad, inputs) and returns {argument: gradient}; otherwise the
+    gradients are taken by autograd through `forward`.
+    """
+
+    name: str
+    device: torch.device
+    forward: Callable[[str, Inputs, Tensors], Tensor]
+    backward: Callable[[Tensor, Inputs], dict[str, Tensor]] | None = None
+    counts_launches: bool = False
+    may_decline: bool = False  # NotImplementedError means "skipped" rather than "failed"
+
+
+def validate(
+    backends: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    dtypes: Sequence[str | torch.dtype] | None = None,
+    quick: bool = False,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Hold backends to the float64 reference: backend × op × dtype × case, forward and each gradient.
+
+    Outputs are poisoned with NaN before each call, so that an element that is never written is seen. A backend that
+    did not launch, as counted by `fastvit.backend.launch_counts`, has failed whatever its numbers.
+
+    Args:
+        backends: names; default: every backend but the reference, which is the truth and is never held to itself.
+        ops: of "patch_embed" and "add_position"; default: both.
+        dtypes: compute dtypes, as torch dtypes or as "float32" / "fp32" and so on; default: float32, bfloat16 and
+            float16, with `quick` the first two. Image dtypes, uint8 among them, are part of the cases.
+        quick: a few cases of each op instead of all.
+        device: where to run; default: for each backend, the CUDA device if it runs there, else the CPU.
+        progress: called as progress(done, total, description).
+
+    Returns:
+        The report; `report.ok` says that something ran and nothing failed.
+
+    Raises:
+        ValueError: an unknown backend, op or dtype.
+    """
+    names = list(backends) if backends else [name for name in BACKENDS if name != "reference"]
+    for name in names:
+        check_known(name, "backends")
+    chosen_dtypes = dtypes or (list(DTYPES)[:2] if quick else list(DTYPES))
+    rows: list[Row] = []
+    work: list[tuple[Candidate, Case, str]] = []
+    for name in names:
+        where, reason = _device_for(name, device)
+        large = where.type == "cuda" or name == "cpu"
+        plan = _plan(ops, chosen_dtypes, large, quick)
+        if reason:
+            rows += [Row(name, c.op, d, c.name, "all", SKIPPED, reason=reason, device=str(where)) for c, d in plan]
+        else:
+            candidate = Candidate(name, where, _backend_forward(name), counts_launches=True)
+            work += [(candidate, case, dtype) for case, dtype in plan]
+    return Report((*_run(work, progress), *rows))
+
+
+def validate_function(
+    forward: Callable[..., Tensor],
+    backward: Callable[[Tensor, Inputs], dict[str, Tensor]] | None = None,
+    *,
+    op: str = "patch_embed",
+    name: str = "",
+    dtypes: Sequence[str | torch.dtype] | None = None,
+    cases: Sequence[Case] | None = None,
+    supports: Callable[[Case], str] | None = None,
+    quick: bool = False,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Hold a kernel of your own to the same cases and the same rule as the package's backends.
+
+    >>> def my_patch_embed(images, weight, bias=None, *, pos_embed=None, prefix=None, mean=None, std=None,
+    ...                    keep=None, dtype=None):
+    ...     if keep is not None:
+    ...         raise NotImplementedError("keep")
+    ...     return my_kernel(...)
+    >>> report = validate_function(my_patch_embed, name="mine")
+    >>> print(report.summary()); report.failures
+
+    Args:
+        forward: called like `fastvit.functional.patch_embed` (or `add_position`), without `backend`. In the cases
+            whose `parameters` are "masters" it is called under autocast. NotImplementedError skips the case.
+        backward: called as backward(grad, inputs) with the upstream gradient and the case's `Inputs`; returns
+            {argument: gradient} for any of `inputs.differentiable()`; arguments that are left out are skipped.
+            Default: autograd through `forward`; where its result does not require gradients, they are skipped.
+        op: "patch_embed" or "add_position".
+        name: for the report; default: the function's.
+        dtypes, quick, progress: as in `validate`.
+        cases: default: all cases of the op, real sizes too.
+        supports: given a case, "" or the reason why it can't be run; such cases are counted as skipped.
+        device: where the tensors live.
+
+    Raises:
+        ValueError: an unknown op or dtype.
+    """
+    label = name or getattr(forward, "__name__", "function")
+    where = torch.device(device)
+    plan = _plan([op], dtypes or (list(DTYPES)[:2] if quick else list(DTYPES)), True, quick, cases)
+
+    def call(op: str, inputs: Inputs, tensors: Tensors) -> Tensor:
+        return forward(*_arguments(op, tensors), **_keywords(op, inputs, tensors))
+
+    candidate = Candidate(label, where, call, backward, may_decline=True)
+    rows: list[Row] = []
+    work: list[tuple[Candidate, Case, str]] = []
+    for case, dtype in plan:
+        reason = supports(case) if supports else ""
+        if reason:
+            rows.append(Row(label, op, dtype, case.name, "all", SKIPPED, reason=reason, device=str(where)))
+        else:
+            work.append((candidate, case, dtype))
+    return Report((*_run(work, progress), *rows))
+
+
+def check_inputs(candidate: Candidate, op: str, inputs: Inputs, case: str = "", dtype: str = "") -> list[Row]:
+    """One case, forward and every gradient; what the runner does for each, open to tests and benchmarks."""
+    try:
+        ours = _candidate_results(candidate, op, inputs)
+    except _Unsupported as error:
+        return [Row(candidate.name, op, dtype, case, "all", SKIPPED, reason=str(error), device=str(candidate.device))]
+    except Exception as error:  # whatever a kernel raises is a finding, and the other cases still count
+        reason = f"{type(error).__name__}: {error}"
+        return [Row(candidate.name, op, dtype, case, "all", FAILED, reason=reason, device=str(candidate.device))]
+    theirs = _results(lambda tensors: _PLAIN[op](inputs, tensors), inputs, _leaves(inputs))
+    truth = _results(lambda tensors: _TRUTH[op](inputs, tensors), inputs, _leaves(inputs, torch.float64))
+    return [_judge(candidate, op, inputs, case, dtype, quantity, ours, theirs, truth) for quantity in truth]
+
+
+def backend_candidate(name: str, device: str | torch.device = "cpu") -> Candidate:
+    """A backend of the package as a candidate for `check_inputs`."""
+    return Candidate(name, torch.device(device), _backend_forward(name), counts_launches=True)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated and not written reads as NaN inside the block, so that forgotten elements are seen."""
+    mode, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            # Operations without a deterministic version are no concern here: only the filling is wanted.
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+
+
+def _device_for(backend: str, device: str | torch.device | None) -> tuple[torch.device, str]:
+    """Where a backend is validated, and why it can't be ("" if it can)."""
+    if device is not None:
+        choices = [torch.device(device)]
+    else:
+        choices = [torch.device(kind) for kind in (["cuda"] if torch.cuda.is_available() else []) + ["cpu"]]
+    if backend == "reference":
+        return choices[0], "the reference is the truth and is never held to itself"
+    reasons = [available_backends(choice)[backend] for choice in choices]
+    for choice, reason in zip(choices, reasons, strict=True):
+        if not reason:
+            return choice, ""
+    return choices[0], reasons[0]
+
+
+def _plan(
+    ops: Sequence[str] | None,
+    dtypes: Sequence[str | torch.dtype],
+    large: bool,
+    quick: bool,
+    cases: Sequence[Case] | None = None,
+) -> list[tuple[Case, str]]:
+    plan: list[tuple[Case, str]] = []
+    for op in ops or OPS:
+        if op not in OPS:
+            raise ValueError(f"ops: unknown op {op!r}; known: {', '.join(OPS)}")
+        chosen = cases if cases is not None else cases_for(op, large=large, quick=quick)
+        plan += [(case, dtype_name(dtype)) for dtype in dtypes for case in chosen]
+    return plan
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """ "bf16", "bfloat16" or torch.bfloat16 → "bfloat16".
+
+    Raises:
+        ValueError: not a compute dtype.
+    """
+    text = str(dtype).removeprefix("torch.").lower()
+    name = SHORT_NAMES.get(text, text)
+    if name not in DTYPES:
+        raise ValueError(
+            f"dtypes: unknown compute dtype {dtype!r}; known: {', '.join(DTYPES)} (images may be uint8 too)"
+        )
+    return name
+
+
+def _run(work: list[tuple[Candidate, Case, str]], progress: Progress | None) -> list[Row]:
+    rows: list[Row] = []
+    repeated: set[tuple[str, str, str]] = set()
+    for done, (candidate, case, dtype) in enumerate(work):
+        if progress:
+            progress(done, len(work), f"{candidate.name} {case.op} {dtype}: {case.name}")
+        where = str(candidate.device)
+        try:
+            inputs = make_inputs(case, DTYPES[dtype], candidate.device)
+        except InputUnavailable as error:
+            rows.append(Row(candidate.name, case.op, dtype, case.name, "all", SKIPPED, reason=str(error), device=where))
+            continue
+        found = check_inputs(candidate, case.op, inputs, case.name, dtype)
+        rows += found
+        # Bit-exact repetition is checked on the first case of each kind, and wherever patches repeat.
+        key = (candidate.name, case.op, dtype)
+        if all(row.status == PASSED for row in found) and (key not in repeated or getattr(case, "repeat_keep", False)):
+            repeated.add(key)
+            rows.append(_check_repeat(candidate, case, dtype, inputs))
+    if progress and work:
+        progress(len(work), len(work), "done")
+    return rows
+
+
+def _check_repeat(candidate: Candidate, case: Case, dtype: str, inputs: Inputs) -> Row:
+    first, second = (_candidate_results(candidate, case.op, inputs) for _ in range(2))
+    differing = [name for name, value in first.items() if not torch.equal(value, second[name])]
+    reason = f"two runs differ in {', '.join(differing)}" if differing else ""
+    status = FAILED if differing else PASSED
+    return Row(candidate.name, case.op, dtype, case.name, "repeat", status, reason=reason, device=str(candidate.device))
+
+
+def _judge(
+    candidate: Candidate,
+    op: str,
+    inputs: Inputs,
+    case: str,
+    dtype: str,
+    quantity: str,
+    ours: Results,
+    theirs: Results,
+    truth: Results,
+) -> Row:
+    where = str(candidate.device)
+    if quantity not in ours:
+        reason = "no gradient: forward's result does not require gradients, or backward left this one out"
+        status = SKIPPED if candidate.may_decline else FAILED
+        return Row(candidate.name, op, dtype, case, quantity, status, reason=reason, device=where)
+    wanted = inputs.out if quantity == "forward" else _dtype_of(inputs, quantity.removeprefix("d_"))
+    if ours[quantity].dtype is not wanted:
+        reason = f"dtype is {ours[quantity].dtype}, expected {wanted}"
+        return Row(candidate.name, op, dtype, case, quantity, FAILED, reason=reason, device=where)
+    found = compare(ours[quantity], theirs[quantity], truth[quantity], quantity)
+    status = PASSED if found.passed else FAILED
+    return Row(
+        candidate.name, op, dtype, case, quantity, status, found.error, found.bound, found.where, found.message, where
+    )
+
+
+def _dtype_of(inputs: Inputs, name: str) -> torch.dtype:
+    tensor = inputs.tensors[name]
+    assert tensor is not None
+    return tensor.dtype
+
+
+def _candidate_results(candidate: Candidate, op: str, inputs: Inputs) -> Results:
+    before = launch_counts()
+    tensors = _leaves(inputs)
+    autocast = torch.autocast(candidate.device.type, inputs.compute) if inputs.autocast else nullcontext()
+
+    def forward(tensors: Tensors) -> Tensor:
+        with autocast:
+            return candidate.forward(op, inputs, tensors)
+
+    with poisoned():
+        try:
+            if candidate.backward is None:
+                results = _results(forward, inputs, tensors)
+            else:
+                results = {"forward": forward(tensors).detach()}
+                gradients = candidate.backward(inputs.grad, inputs)
+                results |= {f"d_{name}": gradient for name, gradient in gradients.items()}
+        except NotImplementedError as error:
+            if candidate.may_decline:
+                raise _Unsupported(str(error) or "not implemented") from error
+            raise
+    if candidate.counts_launches:
+        _require_launches(candidate.name, op, before)
+    return results
+
+
+def _require_launches(backend: str, op: str, before: dict[tuple[str, str], int]) -> None:
+    after = launch_counts()
+    for name in (op, f"{op}_backward"):
+        ran = {key[1]: count - before.get(key, 0) for key, count in after.items() if key[0] == name}
+        others = [other for other, count in ran.items() if count and other != backend]
+        # The token gradient of add_position alone needs no launch, but here positions always ask for one.
+        if ran.get(backend, 0) < 1 or others:
+            instead = f", but {', '.join(others)} did" if others else ""
+            raise RuntimeError(f"backend {backend!r} was forced and did not launch {name}{instead}")
+
+
+def _leaves(inputs: Inputs, dtype: torch.dtype | None = None) -> Tensors:
+    """The case's tensors as leaves, with their own strides; floats in `dtype` if given."""
+    leaves: Tensors = {}
+    for name, tensor in inputs.tensors.items():
+        if tensor is None or not tensor.is_floating_point():
+            leaves[name] = tensor
+        else:
+            leaves[name] = tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+    return leaves
+
+
+def _results(forward: Callable[[Tensors], Tensor], inputs: Inputs, tensors: Tensors) -> Results:
+    out = forward(tensors)
+    results = {"forward": out.detach()}
+    if not out.requires_grad:
+        return results
+    if out.shape != inputs.grad.shape:
+        return results  # `compare` reports the shape
+    names = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
+    gradients = torch.autograd.grad(
+        out, [_known(tensors[name]) for name in names], inputs.grad.to(out.dtype), allow_unused=True
+    )
+    return results | {f"d_{name}": grad for name, grad in zip(names, gradients, strict=True) if grad is not None}
+
+
+def _known(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _backend_forward(backend: str) -> Callable[[str, Inputs, Tensors], Tensor]:
+    def forward(op: str, inputs: Inputs, tensors: Tensors) -> Tensor:
+        function: Callable[..., Tensor] = getattr(functional, op)
+        return function(*_arguments(op, tensors), **_keywords(op, inputs, tensors), backend=backend)
+
+    return forward
+
+
+def _arguments(op: str, tensors: Tensors) -> list[Tensor | None]:
+    names = ("images", "weight", "bias") if op == "patch_embed" else ("tokens", "pos_embed")
+    return [tensors[name] for name in names]
+
+
+def _keywords(op: str, inputs: Inputs, tensors: Tensors) -> dict[str, object]:
+    if op == "add_position":
+        return {"prefix": tensors["prefix"], "dtype": inputs.dtype}
+    return {
+        "pos_embed": tensors["pos_embed"],
+        "prefix": tensors["prefix"],
+        "mean": inputs.mean,
+        "std": inputs.std,
+        "keep": inputs.keep,
+        "dtype": inputs.dtype,
+    }
+
+
+def is_interpreted(backend: str, device: torch.device) -> bool:
+    """Whether a backend runs slowly here, through Triton's interpreter or on emulated hardware."""
+    return backend == "emulated" or (backend == "triton" and (device.type == "cpu" or triton_is_interpreted()))

@@ -1,0 +1,136 @@
+"""The tolerance rule, the same for every test and every backend.
+
+Truth is the reference in float64 on the same, already rounded inputs. A result passes when its relative error
+‖out − truth‖ / ‖truth‖ is at most twice that of plain PyTorch at the same precision, plus a floor of four eps for
+float32 results and none for others. The same bound holds for the worst slice along every axis (sample, token
+position, column, weight row, pixel row, ...) and for the worst single token row, each against plain PyTorch's worst:
+a norm over the whole tensor would hide one wrong patch.
+
+A slice's error is taken relative to its own norm, but at least to the root mean square norm of all slices of its
+kind, so that a slice that happens to be nearly zero does not decide the outcome. There is no absolute tolerance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0  # how much worse than plain PyTorch a result may be
+FLOOR_EPS = 4.0  # for float32 results, in eps
+# Plain PyTorch's error on a handful of values can be nearly zero by luck, and "twice luck" is no bound. Below this
+# many values, the yardstick is at least what rounding once in the compute dtype may cost.
+FEW_VALUES = 64
+
+AXES = {
+    1: ("value",),
+    2: ("row", "column"),
+    3: ("sample", "position", "column"),
+    4: ("row", "channel", "pixel row", "pixel column"),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Outcome for one tensor. `error` and `bound` are those of the check that came closest to failing."""
+
+    name: str
+    passed: bool
+    error: float
+    bound: float
+    where: str  # "all values" or the kind and index of a slice
+    message: str = ""
+
+    def __str__(self) -> str:
+        if self.message:
+            return f"{self.name}: {self.message}"
+        verdict = "within" if self.passed else "over"
+        return f"{self.name}: error {self.error:.3g} is {verdict} the bound {self.bound:.3g} ({self.where})"
+
+
+def compare(out: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> Comparison:
+    """Hold a result to the rule.
+
+    Args:
+        out: the result under test, any float dtype. NaN and infinity fail.
+        plain: what plain PyTorch computes at the same precision, same shape; its dtype decides no more than its error.
+        truth: float64, same shape.
+        name: for the message.
+    """
+    if out.shape != truth.shape or plain.shape != truth.shape:
+        shapes = f"{list(out.shape)}, plain PyTorch's {list(plain.shape)}, the truth's {list(truth.shape)}"
+        return Comparison(name, False, float("inf"), 0.0, "shape", f"shapes differ: the result's is {shapes}")
+    if truth.numel() == 0:
+        return Comparison(name, True, 0.0, 0.0, "no values")
+    if not bool(torch.isfinite(plain).all()):
+        return Comparison(name, False, float("inf"), 0.0, "yardstick", "plain PyTorch's own result is not finite here")
+    floor = FLOOR_EPS * torch.finfo(torch.float32).eps if out.dtype is torch.float32 else 0.0
+    luck = torch.finfo(plain.dtype).eps / 2 if truth.numel() < FEW_VALUES else 0.0
+    with torch.no_grad():
+        truth = truth.detach().to(torch.float64)
+        ours, theirs = (_slice_errors(result.detach().to(truth), truth) for result in (out, plain))
+    tightest: Comparison | None = None
+    for kind, errors in ours.items():
+        worst = int(errors.argmax())  # NaN counts as largest
+        error = float(errors.reshape(-1)[worst])
+        bound = FACTOR * max(float(theirs[kind].max()), luck) + floor
+        passed = error <= bound  # False for NaN
+        where = kind if errors.numel() == 1 else f"worst {kind}: {_index(worst, errors.shape)}"
+        candidate = Comparison(name, passed, error, bound, where)
+        if tightest is None or _strain(candidate) > _strain(tightest):
+            tightest = candidate
+    assert tightest is not None
+    return tightest
+
+
+def assert_close(out: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> None:
+    """`compare`, as an assertion for tests."""
+    comparison = compare(out, plain, truth, name)
+    assert comparison.passed, str(comparison)
+
+
+def relative_error(out: Tensor, truth: Tensor) -> float:
+    """‖out − truth‖ / ‖truth‖ in float64; 0 for empty tensors, infinity where only the truth is zero."""
+    if truth.numel() == 0:
+        return 0.0
+    truth = truth.detach().to(torch.float64)
+    return float(_slice_errors(out.detach().to(truth), truth)["all values"])
+
+
+def _slice_errors(result: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Relative error of every slice of every kind, and of the whole."""
+    # Non-finite results have no norm to speak of; they count as infinitely wrong.
+    difference = (result - truth).square().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    squared = truth.square()
+    errors = {"all values": _ratio(difference.sum()[None], squared.sum()[None])}
+    dims = truth.dim()
+    if dims < 2:
+        return errors
+    for axis, kind in enumerate(AXES.get(dims, tuple(f"axis {i}" for i in range(dims)))):
+        others = [dim for dim in range(dims) if dim != axis]
+        errors[kind] = _ratio(difference.sum(others), squared.sum(others))
+    if dims == 3:
+        errors["token"] = _ratio(difference.sum(-1), squared.sum(-1))
+    return errors
+
+
+def _ratio(difference: Tensor, squared: Tensor) -> Tensor:
+    scale = torch.maximum(squared, squared.mean())
+    exact = difference == 0  # 0/0: the truth is zero and so is the result
+    return torch.where(exact, 0.0, (difference / scale).sqrt())
+
+
+def _strain(comparison: Comparison) -> float:
+    """How close to failing: error over bound; an exact result at a bound of zero is not close at all."""
+    if comparison.error == 0.0:
+        return 0.0
+    return comparison.error / comparison.bound if comparison.bound > 0.0 else float("inf")
+
+
+def _index(flat: int, shape: torch.Size) -> str:
+    position = []
+    for size in reversed(shape):
+        flat, remainder = divmod(flat, size)
+        position.append(remainder)
+    return str(position[0]) if len(position) == 1 else str(tuple(reversed(position)))
