@@ -1,0 +1,83 @@
+# `make` alone prints the targets. Everything is installed into .venv; nothing outside the repository is touched.
+
+PYTHON ?= python3
+OUT ?= out/gpu
+# Test processes: one a core, at most eight.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
+# The CUDA builds of torch bring the Triton they were made with; the CPU build brings none.
+TORCH := torch==2.13.0
+TRITON_FOR_CPU := triton==3.8.0
+PIP_FLAGS ?= -qq
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check $(PIP_FLAGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -n $(WORKERS)
+# Named after what it installed, so that a changed dependency installs again and a second run does not.
+STAMP := $(VENV)/installed-$(shell cat setup.py pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+# These two parts of the suite need TRITON_INTERPRET set and unset respectively, so each is a run of its own.
+INTERPRETED := $(wildcard tests/kernels)
+COMPILED := $(wildcard tests/compile)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo test test-full test-core test-interpreter test-compile compile-check gpu lint clean
+
+help: ## Print this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
+	|| grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Make .venv with the pinned dependencies and the package
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	|| { echo "FastViT needs Python 3.10 or later; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
+	|| { echo "$(PYTHON) can't make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
+	|| echo "No C++ compiler found: torch.compile on the CPU, and the tests of it, need one."
+	@rm -f $(VENV)/installed-*
+	@echo "Installing $(TORCH) into $(VENV), the build that fits this machine (it can be large)"
+	@$(PIP) install -c constraints.txt $(TORCH)
+	@case "$$(uname -s)-$$(uname -m)" in Linux-x86_64) \
+	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' \
+	|| { echo "Installing $(TRITON_FOR_CPU)"; $(PIP) install -c constraints.txt "$(TRITON_FOR_CPU)"; };; esac
+	@echo "Installing fastvit and the other dependencies"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+demo: install ## Validate, train and measure on real images; writes out/demo/report.html
+	$(BIN)/fastvit demo
+
+test: install lint test-core test-interpreter test-compile ## Lint and the whole test suite
+	@echo "All tests passed."
+
+test-core: install ## The tests that run no kernel of ours
+	$(PYTEST) tests --ignore=tests/kernels --ignore=tests/compile
+
+test-interpreter: install ## Every Triton kernel under the interpreter
+	$(if $(INTERPRETED),TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED),@echo "no tests/kernels")
+
+test-compile: install ## The kernels compiled for real targets
+	$(if $(COMPILED),env -u TRITON_INTERPRET $(PYTEST) $(COMPILED),@echo "no tests/compile")
+
+test-full: PYTEST += -m 'full or not full'
+test-full: test ## The suite with the full-size and slow cases
+
+compile-check: install ## Compile every kernel of the manifest offline for sm_80, sm_90 and sm_100
+	env -u TRITON_INTERPRET $(BIN)/python -m fastvit.kernels.compile_check
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/python tools/typecheck.py
+
+# A machine with a GPU has its own torch and Triton and may have no network: the package alone is installed, into an
+# environment that sees the packages of $(PYTHON).
+gpu: ## Test, validate and measure on the GPU of this machine with its own python3; writes $OUT (out/gpu)
+	$(PYTHON) tools/gpu_env.py build/gpu-env
+	OUT="$(OUT)" build/gpu-env/bin/python -m fastvit.benchmarks.gpu
+
+clean: ## Remove what was built, measured and cached; .venv stays
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
