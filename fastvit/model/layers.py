@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 # What builds a module: a class, a functools.partial of one, or any function that returns a module.
-Layer = Callable[..., nn.Module]
+Layer = Callable[..., Any]
 
 
 class LayerNorm(nn.LayerNorm):

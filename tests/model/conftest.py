@@ -1,0 +1,107 @@
+"""Shared by the model's tests: timm as the peer, and the error bound that outputs and gradients are held to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvit
+from fastvit.peers import import_timm, timm_missing
+
+# Small enough for a test, large enough to show a mistake: two blocks, three heads, a non-square grid of patches.
+TINY: dict[str, Any] = {
+    "img_size": (24, 32),
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 7,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., fastvit.VisionTransformer]:
+    """Build a tiny model; the arguments replace those of TINY."""
+
+    def build(**overrides: Any) -> fastvit.VisionTransformer:
+        return fastvit.VisionTransformer(**{**TINY, **overrides})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def timm() -> Any:
+    missing = timm_missing()
+    if missing:
+        pytest.skip(missing)
+    return import_timm()
+
+
+@pytest.fixture
+def pair_with_timm(timm: Any) -> Callable[..., tuple[fastvit.VisionTransformer, nn.Module]]:
+    """Our tiny model and timm's of the same arguments, with the same unit-scale weights."""
+    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+    def build(**overrides: Any) -> tuple[fastvit.VisionTransformer, nn.Module]:
+        arguments = {**TINY, **overrides}
+        theirs = TimmVisionTransformer(**arguments)
+        ours = fastvit.VisionTransformer(**arguments)
+        roughen(theirs)
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        return ours, theirs
+
+    return build
+
+
+@torch.no_grad()
+def roughen(model: nn.Module) -> None:
+    """Give tokens, positions, biases and scales unit size: near zero, as they start, they would hide mistakes."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or name in ("cls_token", "reg_token", "pos_embed"):
+            parameter.copy_(torch.randn_like(parameter))
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    """‖got − truth‖ / ‖truth‖, in float64."""
+    truth = truth.double()
+    return float((got.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+@pytest.fixture
+def agree() -> Callable[..., None]:
+    """Both models on the same images: output and every gradient as close to float64 as timm's.
+
+    Truth is timm in float64. Our error may be twice timm's own, plus four roundings.
+    """
+
+    def check(ours: nn.Module, theirs: nn.Module, images: Tensor, **inputs: Any) -> None:
+        truth = copy.deepcopy(theirs).double()
+        sides: dict[str, dict[str, Tensor]] = {}
+        probe: Tensor | None = None
+        for side, model in (("truth", truth), ("timm", theirs), ("ours", ours)):
+            pixels = images.to(torch.float64 if side == "truth" else images.dtype).clone().requires_grad_()
+            model.zero_grad()
+            torch.manual_seed(3)  # the same dropout on every side
+            output = model(pixels, **inputs)
+            probe = torch.randn_like(output) if probe is None else probe
+            (output * probe.to(output.dtype)).sum().backward()
+            found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            sides[side] = {"output": output.detach(), "images": pixels.grad, **found}  # type: ignore[dict-item]
+        assert sides["ours"].keys() == sides["truth"].keys()
+        floor = 4 * torch.finfo(torch.float32).eps
+        for name, value in sides["truth"].items():
+            bound = 2 * error(sides["timm"][name], value) + floor
+            measured = error(sides["ours"][name], value)
+            assert measured <= bound, f"{name}: error {measured:.2e}, allowed {bound:.2e}"
+
+    return check
