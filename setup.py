@@ -44,6 +44,7 @@ def renamed_packages() -> dict[str, str]:
 renamed = renamed_packages()
 setup(
     version=version(),
+    license="Apache-2.0",
     packages=sorted({*find_packages(include=["fastvit", "fastvit.*"]), *renamed}),
     package_dir={"fastvit": "fastvit", **renamed},
     package_data={"": ["py.typed", "*.json"]},
