@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -144,6 +144,7 @@ def _floats(name: str, values: Sequence[float] | Tensor, channels: int) -> list[
     if len(values) != channels:
         raise ValueError(f"{name}: {len(values)} values, expected {channels}, one a channel")
     floats = [float(value) for value in values]
-    if not all(math.isfinite(value) for value in floats):
+    # A comparison rather than math.isfinite, which torch.compile can't trace for a float it keeps dynamic.
+    if not all(-sys.float_info.max <= value <= sys.float_info.max for value in floats):
         raise ValueError(f"{name}: {floats} must be finite")
     return floats

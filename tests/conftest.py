@@ -1,0 +1,46 @@
+"""What all tests share: seeds, the device, the backends that can run on it, and hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from fastvit.backend import available_backends, reset_launch_counts
+
+# Deadlines measure the machine, not the code. On a GPU each fresh shape may compile nothing, but costs transfers.
+_COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": bool(os.environ.get("CI"))}
+settings.register_profile("default", max_examples=100, **_COMMON)
+settings.register_profile("gpu", max_examples=10, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> None:
+    torch.manual_seed(0)
+    reset_launch_counts()
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the tests run: the GPU if there is one."""
+    return DEVICE
+
+
+def runnable_backends() -> list[str]:
+    """Backends to hold to the reference in this process, on this device.
+
+    With Triton's interpreter on, that is Triton alone: the others have a process of their own.
+    """
+    names = [name for name, reason in available_backends(DEVICE).items() if not reason and name != "reference"]
+    return ["triton"] if "triton" in names else names
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument `backend` runs once for every backend that can run here."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", runnable_backends())

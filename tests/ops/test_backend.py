@@ -1,0 +1,106 @@
+"""Which backend runs, who may say so, and what is said when it can't."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastvit
+from fastvit import functional
+from fastvit.backend import BACKENDS, launch_counts, triton_is_interpreted, use_backend
+
+
+def run(device: str, **kwargs: object) -> torch.Tensor:
+    return functional.patch_embed(
+        torch.randn(1, 3, 4, 4, device=device), torch.randn(8, 3, 4, 4, device=device), **kwargs
+    )
+
+
+def test_every_backend_is_listed_with_a_reason(device: str) -> None:
+    known = fastvit.available_backends(device)
+    assert tuple(known) == BACKENDS
+    assert known["reference"] == ""
+    assert known["cuda"] and known["emulated"]
+    if device == "cpu":
+        assert known["cpu"] == ""
+        assert (known["triton"] == "") == triton_is_interpreted()
+    assert "CPU only" in fastvit.available_backends("cuda")["cpu"]
+
+
+def test_forced_backend_runs(backend: str, device: str) -> None:
+    run(device, backend=backend)
+    with use_backend(backend):
+        run(device)
+    assert launch_counts() == {("patch_embed", backend): 2}
+
+
+def test_the_argument_wins_over_the_scope(backend: str, device: str) -> None:
+    with use_backend("reference"):
+        run(device, backend=backend)
+        run(device)
+    assert launch_counts() == {("patch_embed", backend): 1}
+
+
+def test_scopes_nest_and_end_on_errors(device: str) -> None:
+    with pytest.raises(KeyError):
+        with use_backend("reference"):
+            with use_backend(None):
+                run(device)
+            assert sum(launch_counts().values()) == 1
+            raise KeyError
+    run(device)
+    assert sum(launch_counts().values()) == 2
+
+
+def test_float64_goes_to_the_reference(device: str) -> None:
+    out = functional.patch_embed(
+        torch.randn(1, 3, 4, 4, device=device).double(), torch.randn(8, 3, 4, 4, device=device).double()
+    )
+    assert out.dtype == torch.float64 and launch_counts() == {}
+    with pytest.raises(RuntimeError, match="float64"):
+        run(device, dtype=torch.float64, backend="cpu" if device == "cpu" else "triton")
+
+
+@pytest.mark.parametrize("name", ["cuda", "emulated"])
+def test_a_backend_that_is_not_there_says_why(name: str, device: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"backend: '{name}' can't run on device '{device}': .+"):
+        run(device, backend=name)
+    with use_backend(name), pytest.raises(RuntimeError, match=f"use_backend: '{name}' can't run"):
+        run(device)
+
+
+def test_an_unknown_backend_lists_the_known_ones(device: str) -> None:
+    for force in (lambda: run(device, backend="tritn"), lambda: use_backend("tritn").__enter__()):
+        with pytest.raises(ValueError, match="unknown backend 'tritn'; known: reference, cpu, triton, cuda, emulated"):
+            force()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("reference", "ran {}"),
+        ("cpu", "ran {('patch_embed', 'cpu'): 1}"),
+        ("nonsense", "ValueError FASTVIT_BACKEND: unknown backend 'nonsense'; known: reference"),
+        ("emulated", "RuntimeError FASTVIT_BACKEND: 'emulated' can't run on device 'cpu'"),
+        ("", "ran {('patch_embed', 'cpu'): 1}"),
+    ],
+)
+def test_environment_variable(value: str, expected: str) -> None:
+    program = """
+import torch
+from fastvit import functional
+from fastvit.backend import launch_counts
+try:
+    functional.patch_embed(torch.randn(1, 3, 4, 4), torch.randn(8, 3, 4, 4))
+    print("ran", launch_counts())
+except (ValueError, RuntimeError) as error:
+    print(type(error).__name__, error)
+"""
+    environment = {**os.environ, "FASTVIT_BACKEND": value, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert expected in done.stdout, done.stdout + done.stderr

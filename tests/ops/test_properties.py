@@ -1,0 +1,71 @@
+"""Any shape, stride and dtype that the contract allows, found by hypothesis: 3 dtypes × 100 examples an op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastvit.validation.cases import AddPositionCase, Case, PatchEmbedCase, make_inputs
+from fastvit.validation.runner import backend_candidate, check_inputs
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+small = st.integers(1, 3)
+
+
+@st.composite
+def patch_embed_cases(draw: st.DrawFn) -> PatchEmbedCase:
+    grid = draw(st.tuples(small, small))
+    patches = grid[0] * grid[1]
+    prefix = draw(st.sampled_from([0, 1, 5]))
+    return PatchEmbedCase(
+        name=f"example {draw(st.integers(0, 1_000_000))}",
+        batch=draw(st.integers(0, 3)),
+        channels=draw(st.integers(1, 5)),
+        grid=grid,
+        patch=draw(st.tuples(*(st.sampled_from([1, 2, 3, 4, 7, 8, 14, 16]),) * 2)),
+        width=draw(st.sampled_from([1, 2, 7, 16, 48, 63, 64, 80, 193])),
+        images=draw(st.sampled_from(["same", "uint8", "float32", "bfloat16", "float16"])),
+        layout=draw(st.sampled_from(["nchw", "channels_last", "sliced_batch", "cropped", "transposed"])),
+        bias=draw(st.booleans()),
+        prefix=prefix,
+        positions=draw(st.sampled_from(["none", "patches", "all"])),
+        keep=draw(st.none() | st.integers(1, patches)),
+        repeat_keep=draw(st.booleans()),
+        normalise=draw(st.booleans()),
+        parameters=draw(st.sampled_from(["same", "masters", "mixed"])),
+        weight_channels_last=draw(st.booleans()),
+    )
+
+
+@st.composite
+def add_position_cases(draw: st.DrawFn) -> AddPositionCase:
+    return AddPositionCase(
+        name=f"example {draw(st.integers(0, 1_000_000))}",
+        batch=draw(st.integers(0, 4)),
+        patches=draw(st.integers(1, 9)) ** 2,  # square, so that tokens can come from a feature map
+        width=draw(st.integers(1, 200)),
+        layout=draw(st.sampled_from(["contiguous", "sliced_batch", "sliced_rows", "from_nchw"])),
+        prefix=draw(st.sampled_from([0, 1, 5])),
+        positions=draw(st.sampled_from(["patches", "all"])),
+        parameters=draw(st.sampled_from(["same", "mixed"])),
+        out=draw(st.sampled_from([None, "float32"])),
+    )
+
+
+def hold(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    rows = check_inputs(backend_candidate(backend, device), case.op, make_inputs(case, dtype, device), case.name)
+    assert rows and not [row for row in rows if row.status != "passed"], "\n".join(map(str, rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(case=patch_embed_cases())
+def test_patch_embed(case: PatchEmbedCase, backend: str, dtype: torch.dtype, device: str) -> None:
+    hold(case, backend, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(case=add_position_cases())
+def test_add_position(case: AddPositionCase, backend: str, dtype: torch.dtype, device: str) -> None:
+    hold(case, backend, dtype, device)
