@@ -1,0 +1,103 @@
+"""add_position: [B, N, D] tokens plus positions, behind their prefix rows, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.kernels import interpreter, launch, manifest
+from fastvit.kernels.layout import INT32_LIMIT, cdiv
+from fastvit.kernels.prepare_weight import make_table
+from fastvit.kernels.row_sums import sum_rows
+
+interpreter.mend()
+
+_SCALARS = ["rows", "length", "prefix", "width_units", "batch_stride", "token_stride", "width_stride"]
+
+
+def _add_position(
+    tokens_ptr,  # [B, N, D], any strides
+    table_ptr,  # [R+N, D] fp32: prefix and positions
+    out_ptr,  # [B, R+N, D]
+    rows: tl.int32,  # B * (R+N)
+    length: tl.int32,  # R+N
+    prefix: tl.int32,  # R
+    width_units: tl.int32,  # D
+    batch_stride: tl.int64,  # in units of ALIGN, like the next
+    token_stride: tl.int64,
+    width_stride: tl.int64,  # read only without CONTIGUOUS
+    ALIGN: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,  # the values of a token lie side by side
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    width = width_units * ALIGN
+    m = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (m < rows)[:, None] & (d < width)[None, :]
+    batch = m // length
+    row = m - batch * length
+    value = tl.load(table_ptr + (row * width)[:, None] + d[None, :], mask=inside, other=0.0)
+    token = batch.to(tl.int64) * (batch_stride * ALIGN) + (row - prefix).to(tl.int64) * (token_stride * ALIGN)
+    if CONTIGUOUS:
+        token_ptrs = tokens_ptr + token[:, None] + d[None, :]
+    else:
+        token_ptrs = tokens_ptr + token[:, None] + (d.to(tl.int64) * width_stride)[None, :]
+    value += tl.load(token_ptrs, mask=inside & (row >= prefix)[:, None], other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + m.to(tl.int64)[:, None] * width + d[None, :]
+    tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+aligned = triton.jit(_add_position, do_not_specialize=_SCALARS)
+unaligned = triton.jit(_add_position, do_not_specialize=_SCALARS, do_not_specialize_on_alignment=["tokens_ptr"])
+
+
+def forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, N, D] tokens, [N, D] or [R+N, D] positions, [R, D] prefix -> [B, R+N, D] in dtype."""
+    batch, patches, width = tokens.shape
+    prefix_rows = prefix.shape[0] if prefix is not None else 0
+    length = prefix_rows + patches
+    if batch * length >= INT32_LIMIT or length * width >= INT32_LIMIT:
+        raise ValueError(f"tokens: {list(tokens.shape)} has 2^31 rows, or as many values a sample")
+    kernel_dtype = dtype if manifest.can_round(tokens.dtype, dtype) else torch.float32
+    out = torch.empty(batch, length, width, dtype=kernel_dtype, device=tokens.device)
+    if out.numel() == 0:
+        return out.to(dtype)
+    table = make_table(length, width, None, pos_embed, prefix, 1.0, tokens)
+    batch_stride, token_stride, width_stride = tokens.stride()
+    is_aligned = (
+        width_stride == 1
+        and all(value % 16 == 0 for value in (batch_stride, token_stride, width))
+        and tokens.data_ptr() % 16 == 0
+    )
+    entry = manifest.add_position(tokens.dtype, kernel_dtype, is_aligned)
+    align = entry.constant("ALIGN")
+    launch.launch(
+        entry,
+        (cdiv(batch * length, entry.constant("BLOCK_ROWS")), cdiv(width, entry.constant("BLOCK_D"))),
+        tokens_ptr=tokens,
+        table_ptr=table,
+        out_ptr=out,
+        rows=batch * length,
+        length=length,
+        prefix=prefix_rows,
+        width_units=width // align,
+        batch_stride=batch_stride // align,
+        token_stride=token_stride // align,
+        width_stride=width_stride,
+    )
+    return out.to(dtype)
+
+
+def backward(grad: Tensor) -> Tensor:
+    """[B, R+N, D] -> [R+N, D] fp32, the gradient of every row that is added, summed over the batch."""
+    batch, length, width = grad.shape
+    grad = supported(grad).contiguous()
+    return sum_rows(grad.view(batch, length * width)).view(length, width)
+
+
+def supported(grad: Tensor) -> Tensor:
+    """The gradient in a dtype the kernels read."""
+    return grad if grad.dtype in (torch.float32, torch.float16, torch.bfloat16) else grad.float()

@@ -1,0 +1,279 @@
+"""The backward kernels: weight gradient by split-K over rebuilt patches, image gradient, and the reduction of parts.
+
+d_weight'[d, k] = sum_m grad[m, d] * (pixel[m, k] - shift[k])         in slices over m, summed in order
+d_image[m, k]   = sum_d grad[m, d] * weight'[d, k]
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastvit.kernels import interpreter
+
+interpreter.mend()
+
+WEIGHT_SCALARS = [
+    "rows",
+    "rows_per_split",
+    "kept",
+    "patches",
+    "prefix",
+    "grid_width",
+    "width_units",
+    "batch_stride_units",
+    "channel_stride_units",
+    "row_stride_units",
+    "stretch_units",
+    "patch_height",
+    "runs",
+    "padded_rows",
+    "planes",
+    "has_keep",
+]
+IMAGE_SCALARS = [
+    "rows",
+    "patches",
+    "prefix",
+    "grid_width",
+    "width_units",
+    "batch_stride_units",
+    "channel_stride_units",
+    "row_stride_units",
+    "stretch_units",
+    "patch_height",
+    "runs",
+    "padded_rows",
+    "planes",
+]
+
+
+@triton.jit
+def _columns(k, padded_rows, planes, runs, channel_stride, row_stride, RUN: tl.constexpr):
+    """Offset of each k from the patch's first value, and the places that decide whether k is padding."""
+    column = k % RUN
+    stretch_row = k // RUN
+    plane = stretch_row // padded_rows
+    row = stretch_row - plane * padded_rows
+    plane = tl.minimum(plane, planes - 1)  # past the last one: somewhere inside the image, never used
+    channel = plane // runs
+    run_start = (plane - channel * runs) * RUN
+    return channel * channel_stride + row * row_stride + run_start + column, run_start + column, row
+
+
+def _patch_embed_weight_gradient(
+    images_ptr,  # [B, C, H, W], any of the layouts of layout.py
+    grad_ptr,  # [B, R+kept, D] in the compute dtype
+    shift_ptr,  # [K] fp32, read only where the images' dtype is not the compute dtype
+    keep_ptr,  # [B, kept] int64, read only with has_keep
+    parts_ptr,  # [splits, D, K] fp32
+    rows: tl.int32,  # B * kept
+    rows_per_split: tl.int32,  # a multiple of BLOCK_M
+    kept: tl.int32,
+    patches: tl.int32,  # N
+    prefix: tl.int32,  # R
+    grid_width: tl.int32,
+    width_units: tl.int32,  # D
+    batch_stride_units: tl.int64,
+    channel_stride_units: tl.int32,
+    row_stride_units: tl.int32,
+    stretch_units: tl.int32,
+    patch_height: tl.int32,
+    runs: tl.int32,
+    padded_rows: tl.int32,
+    planes: tl.int32,  # K = planes * padded_rows * RUN
+    has_keep: tl.int32,
+    RUN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDTH_ALIGN: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = grad_ptr.dtype.element_ty
+    CENTRE: tl.constexpr = images_ptr.dtype.element_ty != grad_ptr.dtype.element_ty
+    width = width_units * WIDTH_ALIGN
+    row_stride = row_stride_units * ALIGN
+    stretch = stretch_units * ALIGN
+    k_length = planes * padded_rows * RUN
+
+    tiles_k = tl.cdiv(k_length, BLOCK_K)
+    tile_n = tl.program_id(0) // tiles_k
+    tile_k = tl.program_id(0) - tile_n * tiles_k
+    split = tl.program_id(1)
+    k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offset, place, row = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)
+    d = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if CENTRE:
+        shift = tl.load(shift_ptr + k, mask=k < k_length, other=0.0)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    start = split * rows_per_split
+    for m_start in range(start, tl.minimum(start + rows_per_split, rows), BLOCK_M):
+        m = m_start + tl.arange(0, BLOCK_M)
+        m_safe = tl.minimum(m, rows - 1)
+        batch = m_safe // kept
+        index = m_safe - batch * kept
+        patch = tl.load(keep_ptr + m_safe, mask=(has_keep != 0) & (m_safe >= 0), other=index)
+        valid = (m < rows) & (patch >= 0) & (patch < patches)
+        patch = tl.where(valid, patch, 0).to(tl.int32)
+        grid_y = patch // grid_width
+        grid_x = patch - grid_y * grid_width
+        patch_offset = batch.to(tl.int64) * (batch_stride_units * ALIGN) + (
+            grid_y * (patch_height * row_stride) + grid_x * stretch
+        )
+        image_ptrs = images_ptr + patch_offset[:, None] + offset[None, :]
+        if MASKED:
+            inside = (place < stretch) & (row < patch_height)
+            pixels = tl.load(image_ptrs, mask=valid[:, None] & inside[None, :], other=0)
+        else:
+            pixels = tl.load(image_ptrs, mask=valid[:, None], other=0)
+        if CENTRE:
+            pixels = (pixels.to(tl.float32) - shift[None, :]).to(COMPUTE)
+        token = batch.to(tl.int64) * (kept + prefix) + (index + prefix)
+        grad_ptrs = grad_ptr + (token * width)[:, None] + d[None, :]
+        grad = tl.load(grad_ptrs, mask=valid[:, None] & (d < width)[None, :], other=0.0)
+        acc = tl.dot(grad.T, pixels, acc, input_precision=PRECISION)
+
+    part = (split.to(tl.int64) * width + d) * k_length
+    tl.store(parts_ptr + part[:, None] + k[None, :], acc, mask=(d < width)[:, None] & (k < k_length)[None, :])
+
+
+weight_gradient_aligned = triton.jit(
+    _patch_embed_weight_gradient, do_not_specialize=WEIGHT_SCALARS, do_not_specialize_on_alignment=["keep_ptr"]
+)
+weight_gradient_unaligned = triton.jit(
+    _patch_embed_weight_gradient,
+    do_not_specialize=WEIGHT_SCALARS,
+    do_not_specialize_on_alignment=["keep_ptr", "images_ptr", "grad_ptr"],
+)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "width",
+        "channels",
+        "patch_height",
+        "patch_width",
+        "k_length",
+        "padded_rows",
+        "runs",
+        "splits",
+        "channels_last",
+        "has_bias_gradient",
+        "inverse_factor",
+    ]
+)
+def reduce_weight_gradient(
+    parts_ptr,  # [splits, D, k_length] fp32
+    constants_ptr,  # [C, 3] fp32: see prepare_weight.py
+    bias_gradient_ptr,  # [D] fp32: sum_m grad[m, d]; read only with has_bias_gradient
+    gradient_ptr,  # [D, C, P_h, P_w]
+    width: tl.int32,
+    channels: tl.int32,
+    patch_height: tl.int32,
+    patch_width: tl.int32,
+    k_length: tl.int32,
+    padded_rows: tl.int32,
+    runs: tl.int32,
+    splits: tl.int32,
+    channels_last: tl.int32,
+    has_bias_gradient: tl.int32,
+    inverse_factor: tl.float32,  # 1/256 for uint8, else 1
+    RUN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Adds the parts in order and turns the gradient of W' (x - z) into that of W (x - mean) / std."""
+    size = channels * patch_height * patch_width
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)  # place in the flattened (C, P_h, P_w)
+    inside = (d < width)[:, None] & (e < size)[None, :]
+    channel = e // (patch_height * patch_width)
+    row = e // patch_width - channel * patch_height
+    x = e % patch_width
+    place = tl.where(channels_last != 0, x * channels + channel, x)
+    plane = tl.where(channels_last != 0, 0, channel * runs) + place // RUN
+    k = (plane * padded_rows + row) * RUN + place % RUN
+
+    total = tl.zeros((BLOCK_D, BLOCK_E), dtype=tl.float32)
+    for split in range(0, splits):
+        part = (d + split * width).to(tl.int64) * k_length
+        total += tl.load(parts_ptr + part[:, None] + k[None, :], mask=inside, other=0.0)
+    bias_gradient = tl.load(bias_gradient_ptr + d, mask=(d < width) & (has_bias_gradient != 0), other=0.0)
+    scale = tl.load(constants_ptr + channel * 3, mask=e < size, other=0.0) * inverse_factor
+    shift_error = tl.load(constants_ptr + channel * 3 + 2, mask=e < size, other=0.0)
+    gradient = (total + bias_gradient[:, None] * shift_error[None, :]) * scale[None, :]
+    gradient_ptrs = gradient_ptr + d.to(tl.int64)[:, None] * size + e[None, :]
+    tl.store(gradient_ptrs, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+
+
+def _patch_embed_image_gradient(
+    grad_ptr,  # [B, R+N, D] in the compute dtype
+    weight_ptr,  # [D, K] in the compute dtype, in the order of layout.py
+    images_ptr,  # [B, C, H, W]: the gradient, every value of which is written once
+    rows: tl.int32,  # B * N
+    patches: tl.int32,  # N
+    prefix: tl.int32,  # R
+    grid_width: tl.int32,
+    width_units: tl.int32,  # D
+    batch_stride_units: tl.int64,
+    channel_stride_units: tl.int32,
+    row_stride_units: tl.int32,
+    stretch_units: tl.int32,
+    patch_height: tl.int32,
+    runs: tl.int32,
+    padded_rows: tl.int32,
+    planes: tl.int32,
+    RUN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDTH_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    width = width_units * WIDTH_ALIGN
+    row_stride = row_stride_units * ALIGN
+    stretch = stretch_units * ALIGN
+    k_length = planes * padded_rows * RUN
+
+    tiles_k = tl.cdiv(k_length, BLOCK_K)
+    tile_m = tl.program_id(0) // tiles_k
+    tile_k = tl.program_id(0) - tile_m * tiles_k
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_safe = tl.minimum(m, rows - 1)
+    batch = m_safe // patches
+    token = batch.to(tl.int64) * (patches + prefix) + (m_safe - batch * patches + prefix)
+    k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_N)
+    grad_ptrs = grad_ptr + (token * width)[:, None] + d[None, :]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for d_start in range(0, width, BLOCK_N):
+        grad = tl.load(grad_ptrs + d_start, mask=(d < width - d_start)[None, :], other=0.0)
+        d_safe = tl.minimum(d_start + d, width - 1)
+        weight_ptrs = weight_ptr + d_safe.to(tl.int64)[:, None] * k_length + k[None, :]
+        weight = tl.load(weight_ptrs, mask=(k < k_length)[None, :], other=0.0)
+        acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
+
+    patch = m - m // patches * patches
+    grid_y = patch // grid_width
+    grid_x = patch - grid_y * grid_width
+    patch_offset = (m // patches).to(tl.int64) * (batch_stride_units * ALIGN) + (
+        grid_y * (patch_height * row_stride) + grid_x * stretch
+    )
+    offset, place, row = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)
+    inside = (k < k_length) & (place < stretch) & (row < patch_height)
+    image_ptrs = images_ptr + patch_offset[:, None] + offset[None, :]
+    tl.store(image_ptrs, acc.to(images_ptr.dtype.element_ty), mask=(m < rows)[:, None] & inside[None, :])
+
+
+image_gradient_aligned = triton.jit(_patch_embed_image_gradient, do_not_specialize=IMAGE_SCALARS)
+image_gradient_unaligned = triton.jit(
+    _patch_embed_image_gradient,
+    do_not_specialize=IMAGE_SCALARS,
+    do_not_specialize_on_alignment=["grad_ptr", "images_ptr"],
+)

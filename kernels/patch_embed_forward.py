@@ -1,0 +1,173 @@
+"""The forward kernel: an implicit GEMM straight from the image to the finished token sequence.
+
+    tokens[b, R+j] = table[R+n] + sum_k (pixel[b, n, k] - shift[k]) * weight[:, k]        n = keep[b, j], or j
+    tokens[b, r]   = table[r]                                                              r < R
+
+The table [R+N, D] holds what is added to every image alike: bias, position and prefix rows. The accumulator starts
+from it, which costs fewer registers than adding it at the end. Prefix rows are tiles without a reduction.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastvit.kernels import interpreter
+
+interpreter.mend()
+
+# Sizes and strides come in units of ALIGN (or WIDTH_ALIGN) elements. The kernel multiplies them back and so knows
+# what divides them, without Triton specialising on their values: one compilation serves every batch and image size.
+SCALARS = [
+    "rows",
+    "prefix_rows",
+    "kept",
+    "patches",
+    "prefix",
+    "grid_width",
+    "width_units",
+    "batch_stride_units",
+    "channel_stride_units",
+    "row_stride_units",
+    "stretch_units",
+    "patch_height",
+    "runs",
+    "row_blocks",
+    "steps",
+    "has_keep",
+]
+
+
+def _patch_embed_forward(
+    images_ptr,  # [B, C, H, W], any of the layouts of layout.py
+    weight_ptr,  # [D, steps * BLOCK_K] in the order of layout.py, in the compute dtype
+    table_ptr,  # [R+N, D] fp32
+    shift_ptr,  # [steps * BLOCK_K] fp32, read only where the images' dtype is not the compute dtype
+    keep_ptr,  # [B, kept] int64, read only with has_keep
+    tokens_ptr,  # [B, R+kept, D]
+    rows: tl.int32,  # B * kept
+    prefix_rows: tl.int32,  # B * R
+    kept: tl.int32,  # projected patches of an image: N, or the width of keep
+    patches: tl.int32,  # N
+    prefix: tl.int32,  # R
+    grid_width: tl.int32,  # patches in a row of patches
+    width_units: tl.int32,  # D
+    batch_stride_units: tl.int64,
+    channel_stride_units: tl.int32,
+    row_stride_units: tl.int32,
+    stretch_units: tl.int32,
+    patch_height: tl.int32,
+    runs: tl.int32,
+    row_blocks: tl.int32,
+    steps: tl.int32,
+    has_keep: tl.int32,
+    RUN: tl.constexpr,
+    ROWS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDTH_ALIGN: tl.constexpr,
+    MASKED: tl.constexpr,  # a stretch or the rows of a patch may end inside a step
+    PRECISION: tl.constexpr,  # of products of fp32: "ieee" or "tf32"
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    BLOCK_K: tl.constexpr = RUN * ROWS
+    COMPUTE: tl.constexpr = weight_ptr.dtype.element_ty
+    CENTRE: tl.constexpr = images_ptr.dtype.element_ty != weight_ptr.dtype.element_ty
+    SCALED: tl.constexpr = images_ptr.dtype.element_ty == tl.uint8
+    width = width_units * WIDTH_ALIGN
+    row_stride = row_stride_units * ALIGN
+    channel_stride = channel_stride_units * ALIGN
+    stretch = stretch_units * ALIGN
+
+    # Tiles run over D first within groups of GROUP_M, so that an image is fetched once and the weight stays in L2.
+    patch_tiles = tl.cdiv(rows, BLOCK_M)
+    tiles_m = patch_tiles + tl.cdiv(prefix_rows, BLOCK_M)
+    tiles_n = tl.cdiv(width, BLOCK_N)
+    program = tl.program_id(0)
+    group = program // (GROUP_M * tiles_n)
+    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    in_group = program - group * (GROUP_M * tiles_n)
+    tile_m = group * GROUP_M + in_group % group_size
+    tile_n = in_group // group_size
+
+    is_prefix = tile_m >= patch_tiles
+    per_image = tl.where(is_prefix, prefix, kept)
+    total = tl.where(is_prefix, prefix_rows, rows)
+    first_row = tl.where(is_prefix, 0, prefix)
+    m = (tile_m - tl.where(is_prefix, patch_tiles, 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows past the end repeat the last one, which needs no mask in the loop; only the store is masked.
+    m_safe = tl.minimum(m, total - 1)
+    batch = m_safe // per_image
+    index = m_safe - batch * per_image
+    patch = tl.load(keep_ptr + m_safe, mask=(has_keep != 0) & (is_prefix == 0) & (m_safe >= 0), other=index)
+    valid = is_prefix | ((patch >= 0) & (patch < patches))
+    patch = tl.where(valid, patch, 0).to(tl.int32)
+
+    d = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    d_safe = tl.minimum(d, width - 1)
+    acc = tl.load(table_ptr + ((patch + first_row) * width)[:, None] + d[None, :], mask=(d < width)[None, :], other=0.0)
+    acc = tl.where(valid[:, None], acc, float("nan"))
+
+    grid_y = patch // grid_width
+    grid_x = patch - grid_y * grid_width
+    patch_offset = batch.to(tl.int64) * (batch_stride_units * ALIGN) + (
+        grid_y * (patch_height * row_stride) + grid_x * stretch
+    )
+    k = tl.arange(0, BLOCK_K)
+    row_in_step = k // RUN
+    column = k % RUN
+    image_ptrs = images_ptr + patch_offset[:, None] + (row_in_step * row_stride + column)[None, :]
+    weight_ptrs = weight_ptr + (d_safe.to(tl.int64) * (steps * BLOCK_K))[:, None] + k[None, :]
+    for step in range(0, tl.where(is_prefix, 0, steps)):
+        plane = step // row_blocks
+        channel = plane // runs
+        run_start = (plane - channel * runs) * RUN
+        row_start = (step - plane * row_blocks) * ROWS
+        offset = channel * channel_stride + row_start * row_stride + run_start
+        if MASKED:
+            inside = (column < stretch - run_start) & (row_in_step < patch_height - row_start)
+            pixels = tl.load(image_ptrs + offset, mask=inside[None, :], other=0)
+        else:
+            pixels = tl.load(image_ptrs + offset)
+        if CENTRE:
+            shift = tl.load(shift_ptr + step * BLOCK_K + k)
+            pixels = (pixels.to(tl.float32) - shift[None, :]).to(COMPUTE)
+        weight = tl.load(weight_ptrs + step * BLOCK_K)
+        acc = tl.dot(pixels, weight.T, acc, input_precision=PRECISION)
+
+    if SCALED:
+        acc = acc * 0.00390625  # 1/256: the weights of uint8 images are scaled up by 256, see prepare_weight.py
+    # Computed anew from m rather than from m_safe, so that the compiler does not keep these rows alive, one register
+    # pair each, throughout the loop.
+    batch_end = m // per_image
+    token = batch_end.to(tl.int64) * (kept + prefix) + (m - batch_end * per_image + first_row)
+    token_ptrs = tokens_ptr + (token * width)[:, None]
+    if BLOCK_N == 256:
+        # Half a tile at a time: the whole of it takes more registers than there are.
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        d_left = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        d_right = d_left + BLOCK_N // 2
+        stored = (m < total)[:, None]
+        tl.store(
+            token_ptrs + d_left[None, :], left.to(tokens_ptr.dtype.element_ty), mask=stored & (d_left < width)[None, :]
+        )
+        tl.store(
+            token_ptrs + d_right[None, :],
+            right.to(tokens_ptr.dtype.element_ty),
+            mask=stored & (d_right < width)[None, :],
+        )
+    else:
+        tl.store(
+            token_ptrs + d[None, :],
+            acc.to(tokens_ptr.dtype.element_ty),
+            mask=(m < total)[:, None] & (d < width)[None, :],
+        )
+
+
+# `aligned` may rely on 16-byte aligned tensors, `unaligned` takes any address; keep is the caller's and can lie anywhere.
+aligned = triton.jit(_patch_embed_forward, do_not_specialize=SCALARS, do_not_specialize_on_alignment=["keep_ptr"])
+unaligned = triton.jit(
+    _patch_embed_forward, do_not_specialize=SCALARS, do_not_specialize_on_alignment=["keep_ptr", "images_ptr"]
+)

@@ -1,0 +1,257 @@
+"""What the GEMM multiplies with and starts from: the weight in the kernels' order, and the table of row constants.
+
+Normalisation is folded into the weight, so that the kernels work on raw pixels. With s the scale of a channel
+(1 / std; uint8: 256 / (255 std)), W' = round(W s) and a shift z of its pixels (uint8: round(255 mean), an integer, so
+that x - z is exact in 16 bits; floats that are converted: mean; floats that are not: 0), a patch gives
+
+    sum_k W_k (x_k - mean_k) / std_k = sum_k W'_k (x_k - z_k) + sum_k W'_k (z_k - mean_k)       up to rounding
+
+The last term belongs to the bias. It is computed from the rounded W', which is more exact than from W.
+For uint8 W' carries a factor of 256, which keeps fp16 out of its subnormals; the forward kernel divides it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.kernels import interpreter, launch, manifest
+from fastvit.kernels.layout import KOrder, PatchLayout, cdiv
+
+interpreter.mend()
+
+UINT8_SCALE = 256.0  # the factor in the prepared weight of uint8 images
+
+
+@triton.jit(
+    do_not_specialize=[
+        "width",
+        "channels",
+        "patch_height",
+        "patch_width",
+        "k_length",
+        "runs",
+        "padded_rows",
+        "channels_last",
+        "has_bias",
+        "inverse_factor",
+    ],
+    do_not_specialize_on_alignment=["weight_ptr", "bias_ptr"],
+)
+def prepare_weight(
+    weight_ptr,  # [D, C, P_h, P_w]
+    bias_ptr,  # [D] fp32, read only with has_bias
+    constants_ptr,  # [C, 3] fp32: scale, shift and (shift - mean) of each channel, in pixel units
+    prepared_ptr,  # [D, k_length]
+    shift_ptr,  # [k_length] fp32
+    bias_out_ptr,  # [D] fp32
+    width: tl.int32,  # D
+    channels: tl.int32,
+    patch_height: tl.int32,
+    patch_width: tl.int32,
+    k_length: tl.int32,
+    runs: tl.int32,
+    padded_rows: tl.int32,
+    channels_last: tl.int32,
+    has_bias: tl.int32,
+    inverse_factor: tl.float32,  # 1/256 for uint8, else 1
+    RUN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_width = d < width
+    correction = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for k_start in range(0, k_length, BLOCK_K):
+        k = k_start + tl.arange(0, BLOCK_K)
+        column = k % RUN
+        plane = k // RUN // padded_rows
+        row = k // RUN - plane * padded_rows
+        # NCHW: a plane is a run of a channel. channels_last: a run of a row of pixels, whose channels alternate.
+        plane_channel = plane // runs
+        place = (plane - plane_channel * runs) * RUN + column
+        pixel_x = place // channels
+        channel = tl.where(channels_last != 0, place - pixel_x * channels, plane_channel)
+        x = tl.where(channels_last != 0, pixel_x, place)
+        inside = (x < patch_width) & (row < patch_height) & (k < k_length)
+
+        source = (channel * patch_height + row) * patch_width + x
+        size = channels * patch_height * patch_width
+        weight_ptrs = weight_ptr + d.to(tl.int64)[:, None] * size + source[None, :]
+        weight = tl.load(weight_ptrs, mask=in_width[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        scale = tl.load(constants_ptr + channel * 3, mask=inside, other=0.0)
+        shift = tl.load(constants_ptr + channel * 3 + 1, mask=inside, other=0.0)
+        shift_error = tl.load(constants_ptr + channel * 3 + 2, mask=inside, other=0.0)
+        rounded = (weight * scale[None, :]).to(prepared_ptr.dtype.element_ty)
+        correction += tl.sum(rounded.to(tl.float32) * shift_error[None, :], axis=1)
+
+        prepared_ptrs = prepared_ptr + d.to(tl.int64)[:, None] * k_length + k[None, :]
+        tl.store(prepared_ptrs, rounded, mask=in_width[:, None] & (k < k_length)[None, :])
+        tl.store(shift_ptr + k, shift, mask=(k < k_length) & (tl.program_id(0) == 0))
+    bias = tl.load(bias_ptr + d, mask=in_width & (has_bias != 0), other=0.0)
+    tl.store(bias_out_ptr + d, bias + correction * inverse_factor, mask=in_width)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "width", "prefix", "position_start", "has_bias", "has_positions", "factor"],
+    do_not_specialize_on_alignment=["bias_ptr", "positions_ptr", "prefix_ptr"],
+)
+def prepare_table(
+    bias_ptr,  # [D] fp32, read only with has_bias
+    positions_ptr,  # [rows - position_start, D] fp32, read only with has_positions
+    prefix_ptr,  # [R, D] fp32, read only for rows below R
+    table_ptr,  # [rows, D] fp32
+    rows: tl.int32,  # R + N
+    width: tl.int32,  # D
+    prefix: tl.int32,  # R
+    position_start: tl.int32,  # the first row that has a position: 0 or R
+    has_bias: tl.int32,
+    has_positions: tl.int32,
+    factor: tl.float32,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_width = (d < width)[None, :]
+    inside = (row < rows)[:, None] & in_width
+    is_prefix = (row < prefix)[:, None]
+    has_position = ((row >= position_start) & (has_positions != 0))[:, None]
+    bias = tl.load(bias_ptr + d, mask=(d < width) & (has_bias != 0), other=0.0)
+    value = tl.load(prefix_ptr + row[:, None] * width + d[None, :], mask=inside & is_prefix, other=0.0)
+    value = tl.where(is_prefix, value, bias[None, :])
+    position_ptrs = positions_ptr + (row - position_start)[:, None] * width + d[None, :]
+    value += tl.load(position_ptrs, mask=inside & has_position, other=0.0)
+    tl.store(table_ptr + row[:, None] * width + d[None, :], value * factor, mask=inside)
+
+
+def channel_constants(
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    channels: int,
+    image_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> list[tuple[float, float, float]]:
+    """(scale, shift, shift - mean) of each channel in pixel units, where uint8 pixels are 0 to 255."""
+    is_uint8 = image_dtype == torch.uint8
+    unit = 255.0 if is_uint8 else 1.0
+    factor = UINT8_SCALE if is_uint8 else 1.0
+    constants = []
+    for channel in range(channels):
+        mean_c = unit * mean[channel] if mean is not None else 0.0
+        std_c = unit * std[channel] if std is not None else unit
+        if is_uint8:
+            shift = float(min(max(round(mean_c), 0), 255))  # beyond that x - z would not be exact in bf16
+        else:
+            shift = mean_c if image_dtype != compute_dtype else 0.0
+        constants.append((factor / std_c, shift, shift - mean_c))
+    return constants
+
+
+def constants_on_device(constants: Sequence[tuple[float, float, float]], device: torch.device) -> Tensor:
+    """The constants as a [C, 3] fp32 tensor.
+
+    Made by fills rather than by a copy from the host, which would wait for the device and could not be captured in a
+    CUDA graph. Kept from call to call, apart for each stream, as another stream would not wait for the fills; during
+    a capture they become part of the graph and are not kept.
+    """
+    key = tuple(constants)
+    if device.type != "cuda":
+        return _filled(key, device)
+    if torch.cuda.is_current_stream_capturing():
+        return _fill(key, device)
+    return _filled(key, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=64)
+def _filled(constants: tuple[tuple[float, float, float], ...], device: torch.device, stream: int = 0) -> Tensor:
+    return _fill(constants, device)
+
+
+def _fill(constants: tuple[tuple[float, float, float], ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        table = torch.empty(len(constants), 3, dtype=torch.float32, device=device)
+        for row, values in zip(table, constants, strict=True):
+            for cell, value in zip(row, values, strict=True):
+                cell.fill_(value)
+    return table
+
+
+def prepare(
+    weight: Tensor,
+    bias: Tensor | None,
+    constants: Sequence[tuple[float, float, float]],
+    is_uint8: bool,
+    compute_dtype: torch.dtype,
+    layout: PatchLayout,
+    order: KOrder,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[D,C,P_h,P_w] weight -> W' [D, order.length] in the compute dtype, shift [order.length] and bias [D], fp32."""
+    if weight.dtype not in (compute_dtype, torch.float32):
+        weight = weight.float()
+    weight = weight.contiguous()
+    bias = bias.float().contiguous() if bias is not None else None
+    width = weight.shape[0]
+    prepared = torch.empty(width, order.length, dtype=compute_dtype, device=weight.device)
+    shift = torch.empty(order.length, dtype=torch.float32, device=weight.device)
+    bias_out = torch.empty(width, dtype=torch.float32, device=weight.device)
+    entry = manifest.prepare_weight(weight.dtype, compute_dtype, order.run)
+    launch.launch(
+        entry,
+        (cdiv(width, entry.constant("BLOCK_D")),),
+        weight_ptr=weight,
+        bias_ptr=bias if bias is not None else bias_out,
+        constants_ptr=constants_on_device(constants, weight.device),
+        prepared_ptr=prepared,
+        shift_ptr=shift,
+        bias_out_ptr=bias_out,
+        width=width,
+        channels=layout.channels,
+        patch_height=layout.patch_height,
+        patch_width=layout.patch_width,
+        k_length=order.length,
+        runs=order.runs,
+        padded_rows=order.padded_rows,
+        channels_last=int(layout.channels_last),
+        has_bias=int(bias is not None),
+        inverse_factor=1.0 / UINT8_SCALE if is_uint8 else 1.0,
+    )
+    return prepared, shift, bias_out
+
+
+def make_table(
+    rows: int,
+    width: int,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    prefix: Tensor | None,
+    factor: float,
+    like: Tensor,
+) -> Tensor:
+    """[rows, D] fp32: what every row of the sequence starts from, times factor. positions has `rows` rows or as many
+    as there are rows without prefix."""
+    table = torch.empty(rows, width, dtype=torch.float32, device=like.device)
+    positions = positions.float().contiguous() if positions is not None else None
+    prefix = prefix.float().contiguous() if prefix is not None else None
+    entry = manifest.prepare_table()
+    launch.launch(
+        entry,
+        (cdiv(rows, entry.constant("BLOCK_ROWS")), cdiv(width, entry.constant("BLOCK_D"))),
+        bias_ptr=bias if bias is not None else table,
+        positions_ptr=positions if positions is not None else table,
+        prefix_ptr=prefix if prefix is not None else table,
+        table_ptr=table,
+        rows=rows,
+        width=width,
+        prefix=prefix.shape[0] if prefix is not None else 0,
+        position_start=rows - positions.shape[0] if positions is not None else 0,
+        has_bias=int(bias is not None),
+        has_positions=int(positions is not None),
+        factor=factor,
+    )
+    return table

@@ -1,0 +1,136 @@
+"""Sums over rows: the gradients of bias, positions and prefix. Deterministic, as every order of addition is fixed."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.kernels import interpreter, launch, manifest
+from fastvit.kernels.layout import INT32_LIMIT, cdiv
+
+interpreter.mend()
+
+TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200; a constant, so that results never vary
+
+
+def _sum_rows(
+    matrix_ptr,  # [rows, columns]
+    sums_ptr,  # [splits, columns] fp32
+    rows: tl.int32,
+    rows_per_split: tl.int32,
+    column_units: tl.int32,
+    ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    columns = column_units * ALIGN
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    split = tl.program_id(1)
+    start = split * rows_per_split
+    end = tl.minimum(start + rows_per_split, rows)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for row_start in range(start, end, BLOCK_ROWS):
+        row = row_start + tl.arange(0, BLOCK_ROWS)
+        values_ptr = matrix_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+        values = tl.load(values_ptr, mask=(row < end)[:, None] & (column < columns)[None, :], other=0.0)
+        sums += values.to(tl.float32)
+    sums_ptrs = sums_ptr + split.to(tl.int64) * columns + column
+    tl.store(sums_ptrs, tl.sum(sums, axis=0), mask=column < columns)
+
+
+_SUM_SCALARS = ["rows", "rows_per_split", "column_units"]
+sum_rows_aligned = triton.jit(_sum_rows, do_not_specialize=_SUM_SCALARS)
+sum_rows_unaligned = triton.jit(
+    _sum_rows, do_not_specialize=_SUM_SCALARS, do_not_specialize_on_alignment=["matrix_ptr"]
+)
+
+
+def _sum_segments(
+    grad_ptr,  # [B, R+kept, D]
+    order_ptr,  # [B * kept] int64: which patch row comes at each place of the sorted order
+    starts_ptr,  # [segments + 1] int64: where each segment starts in the sorted order
+    sums_ptr,  # [segments, D]
+    kept: tl.int32,
+    prefix: tl.int32,  # R
+    width_units: tl.int32,  # D
+    ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Row s of the result is the sum of the patch rows order[starts[s]:starts[s+1]]; none gives zeros."""
+    width = width_units * ALIGN
+    segment = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.load(starts_ptr + segment)
+    end = tl.load(starts_ptr + segment + 1)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_D), dtype=tl.float32)
+    for place_start in range(start, end, BLOCK_ROWS):
+        place = place_start + tl.arange(0, BLOCK_ROWS)
+        row = tl.load(order_ptr + place, mask=place < end, other=0)
+        token = row + (row // kept + 1) * prefix
+        values_ptr = grad_ptr + (token * width)[:, None] + d[None, :]
+        values = tl.load(values_ptr, mask=(place < end)[:, None] & (d < width)[None, :], other=0.0)
+        sums += values.to(tl.float32)
+    total = tl.sum(sums, axis=0).to(sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + segment * width + d, total, mask=d < width)
+
+
+_SEGMENT_SCALARS = ["kept", "prefix", "width_units"]
+sum_segments_aligned = triton.jit(_sum_segments, do_not_specialize=_SEGMENT_SCALARS)
+sum_segments_unaligned = triton.jit(
+    _sum_segments, do_not_specialize=_SEGMENT_SCALARS, do_not_specialize_on_alignment=["grad_ptr"]
+)
+
+
+def sum_rows(matrix: Tensor) -> Tensor:
+    """[rows, columns] contiguous -> [columns] fp32, the sum over rows."""
+    rows, columns = matrix.shape
+    if rows == 0 or columns == 0:
+        return torch.zeros(columns, dtype=torch.float32, device=matrix.device)
+    if columns >= INT32_LIMIT:
+        raise ValueError(f"grad: {columns} values a sample; less than 2^31 are supported")
+    entry = manifest.sum_rows(matrix.dtype, columns % 16 == 0 and matrix.data_ptr() % 16 == 0)
+    block_rows = entry.constant("BLOCK_ROWS")
+    column_tiles = cdiv(columns, entry.constant("BLOCK_COLUMNS"))
+    splits = max(1, min(TARGET_PROGRAMS // column_tiles, cdiv(rows, 4 * block_rows)))
+    rows_per_split = cdiv(cdiv(rows, splits), block_rows) * block_rows
+    splits = cdiv(rows, rows_per_split)
+    sums = torch.empty(splits, columns, dtype=torch.float32, device=matrix.device)
+    launch.launch(
+        entry,
+        (column_tiles, splits),
+        matrix_ptr=matrix,
+        sums_ptr=sums,
+        rows=rows,
+        rows_per_split=rows_per_split,
+        column_units=columns // entry.constant("ALIGN"),
+    )
+    return sums[0] if splits == 1 else sum_rows(sums)
+
+
+def sum_by_key(grad: Tensor, keys: Tensor, segments: int, prefix: int, dtype: torch.dtype) -> Tensor:
+    """Sums the patch rows of grad [B, R+kept, D] that share a key -> [segments, D] in dtype.
+
+    keys: [B, kept] int64; a key outside 0..segments-1 belongs to no segment. Rows of a segment are added in the order
+    in which they stand in grad: the sort is stable and nothing is added atomically.
+    """
+    width = grad.shape[2]
+    keys = torch.where((keys < 0) | (keys >= segments), segments, keys)
+    sorted_keys, order = torch.sort(keys.flatten(), stable=True)
+    starts = torch.searchsorted(sorted_keys, torch.arange(segments + 1, device=keys.device))
+    sums = torch.empty(segments, width, dtype=dtype, device=grad.device)
+    entry = manifest.sum_segments(grad.dtype, dtype, width % 16 == 0 and grad.data_ptr() % 16 == 0)
+    launch.launch(
+        entry,
+        (segments, cdiv(width, entry.constant("BLOCK_D"))),
+        grad_ptr=grad,
+        order_ptr=order,
+        starts_ptr=starts,
+        sums_ptr=sums,
+        kept=keys.shape[1],
+        prefix=prefix,
+        width_units=width // entry.constant("ALIGN"),
+    )
+    return sums
