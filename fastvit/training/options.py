@@ -1,0 +1,134 @@
+"""Every setting of a training run, with its default, and the check that refuses bad ones before anything starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .errors import OptionError
+
+DIGITS = "digits"
+DIGITS_MODEL = "vit_digits"
+FOLDER_MODEL = "vit_tiny_patch16_224"
+AMP_MODES = ("off", "bf16", "fp16")
+
+# What a resumed run may change: nothing here alters the numbers that are trained.
+# (`threads` and `device` do change the rounding: bit-exact continuation needs them to be the same.)
+FREE_ON_RESUME = ("data", "device", "threads", "workers", "output", "tensorboard", "save_steps")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The settings of one run. They are stored in the checkpoint, so that `--resume` needs none of them."""
+
+    data: str = DIGITS
+    model: str = ""  # "": vit_digits for the digits, vit_tiny_patch16_224 for a folder
+    image_size: int = 0  # 0: 8 for the digits, 224 for a folder
+    channels: int = 0  # 0: 1 for the digits, 3 for a folder
+    validation_share: float = 0.2  # of a folder without train/ and val/
+    epochs: int = 0  # 0: 24 for the digits, 100 for a folder
+    batch_size: int = 0  # in each process; 0: 32 for the digits, 64 for a folder
+    lr: float = 0.0  # 0: 2e-3 for the digits, 5e-4 for a folder
+    min_lr: float = -1.0  # at the last step; -1: a hundredth of lr
+    warmup_epochs: float = -1.0  # -1: a tenth of the epochs
+    weight_decay: float = 0.05
+    clip_grad: float = 1.0  # 0: off
+    label_smoothing: float = 0.1
+    drop_path: float = 0.0
+    augment: bool = True
+    amp: str = "off"
+    compile: bool = False
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0  # 0: as torch chooses
+    workers: int = -1  # processes that decode images; -1: none for the digits, 2 for a folder
+    init_from: str = ""  # weights to start from: a checkpoint or a plain state_dict
+    output: str = "out/train"
+    save_steps: int = 0  # 0: save after each epoch only
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        self._fill_defaults()
+        for name, accepted, good in _RULES:
+            value = getattr(self, name)
+            try:
+                ok = good(value)
+            except TypeError:
+                ok = False
+            if not ok:
+                raise OptionError(name, value, accepted)
+        if self.min_lr > self.lr:
+            raise OptionError("min_lr", self.min_lr, f"a number from 0 to the learning rate, {self.lr:g}")
+        if self.warmup_epochs > self.epochs:
+            raise OptionError("warmup_epochs", self.warmup_epochs, f"a number from 0 to the epochs, {self.epochs}")
+
+    def _fill_defaults(self) -> None:
+        """Put what depends on the data in the place of each placeholder, so that a checkpoint stores real values."""
+        for name, placeholder, for_digits, for_folder in _DEFAULTS:
+            if getattr(self, name) == placeholder and not isinstance(getattr(self, name), bool):
+                object.__setattr__(self, name, for_digits if self.is_digits else for_folder)
+        if self.min_lr == -1 and _number(self.lr):
+            object.__setattr__(self, "min_lr", self.lr / 100)
+        if self.warmup_epochs == -1 and _number(self.epochs):
+            object.__setattr__(self, "warmup_epochs", self.epochs / 10)
+
+    @property
+    def is_digits(self) -> bool:
+        return self.data == DIGITS
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainOptions:
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def resumed_with(self, given: dict[str, Any]) -> TrainOptions:
+        """These options with those in `given`; one that would change what is trained is refused."""
+        for name, value in given.items():
+            if name not in FREE_ON_RESUME and value != getattr(self, name):
+                stored = getattr(self, name)
+                raise OptionError(name, value, f"{stored!r} when resuming, as in the checkpoint (leave it out)")
+        return replace(self, **given)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Field, placeholder, default for the digits, default for a folder.
+_DEFAULTS: tuple[tuple[str, Any, Any, Any], ...] = (
+    ("model", "", DIGITS_MODEL, FOLDER_MODEL),
+    ("epochs", 0, 24, 100),
+    ("batch_size", 0, 32, 64),
+    ("lr", 0.0, 2e-3, 5e-4),
+    ("workers", -1, 0, 2),
+)
+
+_RULES: tuple[tuple[str, str, Any], ...] = (
+    ("data", "'digits' or a folder with one directory of images for each class", lambda v: bool(v)),
+    ("image_size", "a whole number of at least 1 (0: the default)", lambda v: _whole(v, 0)),
+    ("channels", "1 or 3 (0: the default)", lambda v: v in (0, 1, 3)),
+    ("validation_share", "a number above 0 and below 1", lambda v: _number(v) and 0 < v < 1),
+    ("epochs", "a whole number of at least 1", lambda v: _whole(v, 1)),
+    ("batch_size", "a whole number of at least 1", lambda v: _whole(v, 1)),
+    ("lr", "a number above 0", lambda v: _number(v) and v > 0),
+    ("min_lr", "a number of at least 0 (-1: a hundredth of the learning rate)", lambda v: _number(v) and v >= 0),
+    ("warmup_epochs", "a number of at least 0", lambda v: _number(v) and v >= 0),
+    ("weight_decay", "a number of at least 0", lambda v: _number(v) and v >= 0),
+    ("clip_grad", "a number of at least 0 (0: no clipping)", lambda v: _number(v) and v >= 0),
+    ("label_smoothing", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
+    ("drop_path", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
+    ("amp", "one of " + ", ".join(AMP_MODES), lambda v: v in AMP_MODES),
+    ("seed", "a whole number from 0 to 2**31 - 1", lambda v: _whole(v, 0) and v < 2**31),
+    ("threads", "a whole number of at least 1 (0: as torch chooses)", lambda v: _whole(v, 0)),
+    ("workers", "a whole number of at least 0 (-1: the default)", lambda v: _whole(v, -1)),
+    ("output", "a folder to write to", lambda v: bool(v)),
+    ("save_steps", "a whole number of at least 0 (0: after each epoch only)", lambda v: _whole(v, 0)),
+)
