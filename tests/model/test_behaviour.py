@@ -47,9 +47,7 @@ def test_raw_pixels_are_normalised_in_the_model(raw, layout, tiny):
     for one, other in ((model, images), (plain, normalise(images))):
         one(other).square().sum().backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, plain.get_parameter(name).grad, rtol=1e-3, atol=1e-4, msg=name
-        )
+        torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_uint8_without_a_mean_is_divided_by_255(tiny):

@@ -59,9 +59,7 @@ def test_resampling_is_that_of_timm(dtype, prefix, old, new, timm):
     if old[0] == old[1]:
         assert torch.equal(resample_pos_embed(table, new, num_prefix_tokens=prefix), ours)
         assert torch.equal(
-            resample_pos_embed(
-                table, new, num_prefix_tokens=prefix, interpolation="bilinear", antialias=False
-            ),
+            resample_pos_embed(table, new, num_prefix_tokens=prefix, interpolation="bilinear", antialias=False),
             resample_abs_pos_embed(
                 table, list(new), num_prefix_tokens=prefix, interpolation="bilinear", antialias=False
             ),

@@ -82,9 +82,7 @@ def test_gated_mlp(pair_with_timm, agree, tiny, timm):
 
     arguments = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
     torch.manual_seed(1)
-    theirs = TimmVisionTransformer(
-        **arguments, mlp_layer=partial(TimmGluMlp, gate_last=False), act_layer=nn.SiLU
-    )
+    theirs = TimmVisionTransformer(**arguments, mlp_layer=partial(TimmGluMlp, gate_last=False), act_layer=nn.SiLU)
     torch.manual_seed(1)
     ours = fastvit.VisionTransformer(**arguments, mlp_layer=partial(GluMlp, gate_last=False), act_layer=nn.SiLU)
     for (name, parameter), value in zip(ours.named_parameters(), theirs.parameters(), strict=True):

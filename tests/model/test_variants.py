@@ -78,9 +78,7 @@ def test_a_timm_checkpoint_loads_strictly(name, timm):
     assert not result.missing_keys and not result.unexpected_keys
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"]
-)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"])
 def test_loaded_from_timm_it_computes_the_same(name, timm, agree):
     theirs = timm.create_model(name, depth=2, img_size=112, num_classes=5)
     ours = create_model(name, depth=2, img_size=112, num_classes=5)

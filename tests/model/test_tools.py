@@ -1,0 +1,180 @@
+"""torch.compile, torch.export, copies, pickles and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastvit
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(model, images):
+    model.zero_grad()
+    output = model(images)
+    output.square().sum().backward()
+    return [output.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"reg_tokens": 2, "no_embed_class": True, "global_pool": "avg", "qk_norm": True, "init_values": 0.1},
+        {"mean": MEAN, "std": STD, "class_token": False, "global_pool": "max", "pos_embed": "none"},
+        {"dynamic_img_size": True, "dynamic_img_pad": True, "mean": MEAN, "std": STD, "img_size": 24},
+    ],
+)
+def test_compiles_to_one_graph_that_takes_every_batch(arguments, tiny):
+    model = tiny(depth=1, **arguments)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    # Batches 0 and 1 are always their own graphs in torch; the others share one, made when the second size comes.
+    for batch in (2, 3, 5):
+        images = torch.rand(batch, 3, 24, 32)
+        if "mean" in arguments:
+            images = (images * 255).to(torch.uint8)
+        expected = step(model, images)
+        for got, want in zip(step(compiled, images), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+def test_compiles_dynamic_from_the_start(tiny):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(tiny(depth=1), fullgraph=True, dynamic=True, backend=counter)
+    compiled(torch.randn(2, 3, 24, 32))
+    first = counter.frame_count  # may be two: torch starts over when it makes a float a constant
+    for batch in (3, 7):
+        assert compiled(torch.randn(batch, 3, 24, 32)).shape == (batch, 7)
+    assert counter.frame_count == first
+
+
+@pytest.mark.parametrize("residual_dtype", [None, torch.bfloat16])
+def test_compiles_under_autocast_with_drops_and_checkpointing(residual_dtype, tiny):
+    model = tiny(depth=1, patch_drop_rate=0.5, drop_path_rate=0.2, residual_dtype=residual_dtype, init_values=0.1)
+    model.set_grad_checkpointing()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = compiled(torch.randn(2, 3, 24, 32))
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_compiles_other_methods(tiny):
+    model = tiny(reg_tokens=1).eval()
+    images = torch.randn(2, 3, 24, 32)
+
+    def features(images):
+        return model.forward_intermediates(images, 1, stop_early=True), model.get_attention_maps(images)
+
+    compiled = torch.compile(features, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), features(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
+def test_compiles_with_inductor(tiny):
+    model = tiny(reg_tokens=1)
+    compiled = torch.compile(model, fullgraph=True)
+    for batch in (2, 4):
+        images = torch.randn(batch, 3, 24, 32)
+        for got, want in zip(step(compiled, images), step(model, images), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"mean": MEAN, "std": STD, "reg_tokens": 2}])
+def test_exports_with_any_batch(arguments, tiny):
+    model = tiny(**arguments).eval()
+    images = torch.rand(2, 3, 24, 32)
+    if "mean" in arguments:
+        images = (images * 255).to(torch.uint8)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for size in (1, 2, 9):
+        more = images.repeat(5, 1, 1, 1)[:size]
+        torch.testing.assert_close(loaded(more), model(more), rtol=1e-4, atol=1e-5)
+    assert sum("patch_embed" in str(node.target) for node in program.graph.nodes if node.op == "call_function") == 1
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies(how, tiny):
+    model = tiny(mean=MEAN, std=STD, pos_embed="sincos", reg_tokens=1, drop_path_rate=0.1).eval()
+    images = torch.randint(0, 256, (2, 3, 24, 32), dtype=torch.uint8)
+    expected = model(images)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert type(other) is fastvit.VisionTransformer
+    assert torch.equal(other(images), expected)
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    assert torch.equal(model(images), expected)  # it is a copy
+    other.train()
+    torch.nn.functional.cross_entropy(other(images), torch.tensor([0, 1])).backward()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_round_trip(assign, tiny):
+    model, other = tiny(reg_tokens=2), tiny(reg_tokens=2)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True), assign=assign)
+    images = torch.randn(2, 3, 24, 32)
+    assert torch.equal(model(images), other(images))
+
+
+def test_from_the_meta_device(tiny):
+    with torch.device("meta"):
+        model = tiny()
+    assert model(torch.randn(2, 3, 24, 32, device="meta")).shape == (2, 7)
+    source = tiny()
+    model.load_state_dict(source.state_dict(), assign=True)
+    images = torch.randn(2, 3, 24, 32)
+    assert torch.equal(model(images), source(images))
+
+
+def test_wrapped_for_activation_checkpointing(tiny):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model, source = tiny(), tiny()
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    assert model.state_dict().keys() == source.state_dict().keys()
+    model.load_state_dict(source.state_dict())
+    images = torch.randn(2, 3, 24, 32)
+    assert torch.equal(model(images), source(images))
+
+
+def test_channels_last_and_float64(tiny):
+    model = tiny()
+    images = torch.randn(2, 3, 24, 32)
+    expected = model(images)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(images.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
+    double = model.double()(images.double())
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), expected, rtol=1e-4, atol=1e-5)
