@@ -1,0 +1,217 @@
+"""A benchmark row stands alone: what was measured, on what, with which versions, by which command."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+OURS = "fastvit:"  # our providers are called fastvit:<backend>
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider in one case. `median_us` is None where it did not run; `reason` then says why.
+
+    `ratios`, on our rows: rival → rival's median over ours; above 1 we are faster. `floor_share`: the time that the
+    machine's own measured GEMM rate and copy bandwidth would allow, over the median. `peak_bytes`: memory
+    allocated during one call, beyond what was there before.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    layout: str
+    provider: str
+    mode: str
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    repeats: int = 0
+    peak_bytes: int | None = None
+    floor_share: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    command: str = ""
+    reason: str = ""
+
+    @property
+    def case(self) -> tuple[str, str, str, str, str]:
+        """What rows must share to be compared."""
+        return self.op, self.shape, self.dtype, self.layout, self.mode
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def write_json_lines(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
+    """Write rows, a line of JSON each; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(row.to_json() + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[Row]:
+    """Rows written by `write_json_lines`.
+
+    Raises:
+        ValueError: a line is not such a row; the message names file and line.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(Row(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a benchmark row: {error}") from error
+    return rows
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's own name; on a CPU with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+@functools.lru_cache
+def versions(device_type: str) -> dict[str, str]:
+    """Versions of everything that shapes a timing; "" for what is not installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("fastvit", "triton", "timm"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    if device_type == "cuda":
+        found["cuda"] = torch.version.cuda or ""
+        found["cudnn"] = str(torch.backends.cudnn.version() or "")
+        driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = driver.partition("\n")[0]
+    else:
+        found["capability"] = torch.backends.cpu.get_cpu_capability()
+    return found
+
+
+@functools.lru_cache
+def commit() -> str:
+    """The checkout's commit, with "-dirty" where the code differs from it; "" outside a checkout."""
+    root = str(Path(__file__).resolve().parents[1])
+    revision = _output_of("git", "-C", root, "rev-parse", "--short=12", "HEAD")
+    if not revision:
+        return ""
+    changed = _output_of("git", "-C", root, "status", "--porcelain", "--", "*.py")
+    return f"{revision}-dirty" if changed else revision
+
+
+def _output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def command_line() -> str:
+    """The command of this process, without the folder of the program."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def format_table(rows: Sequence[Row]) -> RenderableType:
+    """Tables for the terminal, one an op: our rows with the ratio to each rival first, losses in red.
+
+    A ratio is the rival's median over ours. Below each table, what every rival took, and why some did not run.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = []
+    for op in dict.fromkeys(row.op for row in rows):
+        mine = [row for row in rows if row.op == op]
+        parts += [_ratio_table(op, mine), _time_table(mine)]
+        reasons = dict.fromkeys((row.provider, row.mode, row.reason) for row in mine if row.reason)
+        parts += [Text(f"  {provider}, {mode}: {reason}") for provider, mode, reason in reasons]
+    if not parts:
+        return Text("no rows")
+    row = rows[0]
+    about = ", ".join(f"{name} {version}" for name, version in row.versions.items() if version)
+    parts.append(Text(f"{row.device}; {about}; commit {row.commit or 'unknown'}. Ratio: the rival's median over ours."))
+    return Group(*parts)
+
+
+def _ratio_table(op: str, rows: Sequence[Row]) -> Any:
+    from rich.table import Table
+
+    rivals = list(dict.fromkeys(row.provider for row in rows if not row.provider.startswith(OURS)))
+    table = Table(title=f"{op}: how many times faster than ...")
+    for heading in ("shape", "dtype", "layout", "mode", "provider"):
+        table.add_column(heading)
+    for rival in rivals:
+        table.add_column(rival, justify="right")
+    for heading in ("median", "p20..p80", "of floor"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if not row.provider.startswith(OURS):
+            continue
+        table.add_row(
+            row.shape,
+            row.dtype,
+            row.layout,
+            row.mode,
+            row.provider,
+            *[_ratio_text(row.ratios.get(rival)) for rival in rivals],
+            _time_text(row.median_us),
+            "" if row.p20_us is None else f"{_time_text(row.p20_us)}..{_time_text(row.p80_us)}",
+            "" if row.floor_share is None else f"{row.floor_share:.0%}",
+        )
+    return table
+
+
+def _time_table(rows: Sequence[Row]) -> Any:
+    from rich.table import Table
+
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    table = Table(title="medians")
+    for heading in ("shape", "dtype", "layout", "mode"):
+        table.add_column(heading)
+    for provider in providers:
+        table.add_column(provider, justify="right")
+    for case in dict.fromkeys(row.case for row in rows):
+        times = {row.provider: row.median_us for row in rows if row.case == case}
+        table.add_row(*case[1:], *[_time_text(times.get(provider)) for provider in providers])
+    return table
+
+
+def _ratio_text(ratio: float | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"[red]{ratio:.2f}x[/red]" if ratio < 1 else f"{ratio:.2f}x"
+
+
+def _time_text(microseconds: float | None) -> str:
+    if microseconds is None:
+        return "-"
+    return f"{microseconds / 1000:.2f} ms" if microseconds >= 1000 else f"{microseconds:.1f} µs"

@@ -1,0 +1,81 @@
+"""Runs benchmark suites: `run_suites`, what `fastvit bench` and the demo call."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastvit.benchmarks import add_position, model, patch_embed
+from fastvit.benchmarks.problem import Plan, check_size, measure, steady
+from fastvit.benchmarks.rows import Row, command_line, commit, device_name, format_table, versions, write_json_lines
+
+__all__ = ["SUITES", "format_table", "run_suites", "write_json_lines"]
+
+SUITES: dict[str, Callable[[str, torch.device], Plan]] = {
+    "patch_embed": patch_embed.plan,
+    "add_position": add_position.plan,
+    "model": model.plan,
+}
+SECONDS = {"tiny": 0.02, "small": 2.0, "full": 6.0}  # timing of one problem, all contenders together
+Progress = Callable[[int, int, str], None]
+
+
+def run_suites(
+    names: Sequence[str] | None = None,
+    size: str = "small",
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+    *,
+    on_rows: Callable[[list[Row]], None] | None = None,
+    seconds: float | None = None,
+    threads: int | None = None,
+) -> list[Row]:
+    """Time our backends beside their rivals, each case checked in this process before it is timed.
+
+    Args:
+        names: of SUITES; default: all.
+        size: "small" (minutes), "full" (every published shape, compiled rivals too), or "tiny" (shows that all runs;
+            its times mean nothing).
+        device: default: CUDA where there is one, else the CPU.
+        progress: called as progress(done, total, description) before each case and at the end.
+        on_rows: called with the rows of each case as they come, so that a cut-off loses nothing.
+        seconds: to spend on timing each case; default: by size.
+        threads: of the CPU; default: torch's setting.
+
+    Returns:
+        A row for each provider in each case, those that did not run included, with the reason.
+
+    Raises:
+        ValueError: an unknown suite or size.
+    """
+    check_size(size)
+    chosen = list(names) if names else list(SUITES)
+    for name in chosen:
+        if name not in SUITES:
+            raise ValueError(f"suites: unknown suite {name!r}; known: {', '.join(SUITES)}")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows: list[Row] = []
+    with steady(where, threads):
+        stamp: dict[str, Any] = {
+            "device": device_name(where),
+            "versions": versions(where.type),
+            "commit": commit(),
+            "command": command_line(),
+        }
+        cases = [case for name in chosen for case in SUITES[name](size, where)]
+        for done, (title, problems) in enumerate(cases):
+            if progress:
+                progress(done, len(cases), title)
+            for problem in problems():
+                found = [replace(row, **stamp) for row in measure(problem, where, seconds or SECONDS[size])]
+                rows += found
+                if on_rows:
+                    on_rows(found)
+            gc.collect()
+    if progress:
+        progress(len(cases), len(cases), "done")
+    return rows

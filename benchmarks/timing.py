@@ -1,0 +1,165 @@
+"""Timing that is hard to fool: rivals interleaved in one process, warm-up, random data, medians and spread.
+
+On a CPU the number of threads is fixed. On a GPU each call is timed by device events after the L2 cache has been
+overwritten, once as it is launched and, where it can be captured, once more by replaying a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+MIN_ROUNDS = 7
+MAX_ROUNDS = 300
+WARM_UP = 3
+L2_BYTES = 256 * 2**20  # several times the largest L2 cache
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    repeats: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """Summary of samples in microseconds."""
+        ordered = sorted(samples)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+
+
+def interleave(calls: Sequence[Call], device: torch.device, seconds: float) -> list[Timing]:
+    """Time several calls in turn, round after round, for about `seconds` in all.
+
+    Each round starts with another call, so that none always runs behind the same neighbour.
+    """
+    if not calls:
+        return []
+    measure = _cuda_timer(device) if device.type == "cuda" else _cpu_time
+    for call in calls:
+        for _ in range(WARM_UP):
+            call()
+    estimate = sum(measure(call) for call in calls) / 1e6
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(estimate, 1e-6))))
+    samples: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds):
+        for place in range(len(calls)):
+            index = (place + number) % len(calls)
+            samples[index].append(measure(calls[index]))
+    return [Timing.of(values) for values in samples]
+
+
+def _cpu_time(call: Call) -> float:
+    start = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - start) / 1000
+
+
+def _cuda_timer(device: torch.device) -> Callable[[Call], float]:
+    flush = torch.empty(L2_BYTES // 4, dtype=torch.int32, device=device)
+
+    def measure(call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1000
+
+    return measure
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """The call as the replay of a CUDA graph; raises where it can't be captured."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Most memory held at any moment of one call, beyond what was held before; None where it can't be known."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        with _quiet_errors(), torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:  # fmt: skip
+            call()
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    except (AttributeError, RuntimeError):
+        return None
+    held = peak = 0
+    for _, size in changes:
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _quiet_errors() -> Iterator[None]:
+    # The profiler writes of its own start and stop to the error stream, past Python.
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine does at best, measured in this run."""
+
+    flops_per_us: float
+    bytes_per_us: float
+
+    def floor_us(self, flops: float, moved: float) -> float:
+        """The least time for this much arithmetic and this much memory traffic, overlapped perfectly."""
+        return max(flops / self.flops_per_us, moved / self.bytes_per_us)
+
+
+@functools.lru_cache
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measured once a process: the rate of a large square GEMM, and of a copy that no cache holds.
+
+    On a CPU the GEMM is in float32 whatever the dtype: without units for it, half precision is no ceiling.
+    """
+    on_gpu = device.type == "cuda"
+    size, values = (8192, 2**28) if on_gpu else (1024, 2**25)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype if on_gpu else torch.float32) for _ in range(2))
+    product = torch.empty_like(left)
+    source = torch.rand(values, device=device)
+    target = torch.empty_like(source)
+    gemm, copy = interleave(
+        [lambda: torch.mm(left, right, out=product), lambda: target.copy_(source)], device, 1.0 if on_gpu else 0.8
+    )
+    return Ceilings(2 * size**3 / gemm.p20_us, 8 * values / copy.p20_us)

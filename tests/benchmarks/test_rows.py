@@ -1,0 +1,88 @@
+"""Rows: written whole, read back, printed with losses; and the numbers a timing is summarised by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastvit.benchmarks.rows import Row, commit, device_name, format_table, read_json_lines, versions, write_json_lines
+from fastvit.benchmarks.timing import Ceilings, Timing, interleave, peak_bytes
+
+KEYS = {
+    "op", "shape", "dtype", "layout", "provider", "mode", "median_us", "p20_us", "p80_us", "repeats", "peak_bytes",
+    "floor_share", "ratios", "device", "versions", "commit", "command",
+}  # fmt: skip
+
+
+def _rows() -> list[Row]:
+    case = ("patch_embed", "ViT-S", "float32", "NCHW")
+    return [
+        Row(*case, "fastvit:cpu", "forward", 1500.0, 1400.0, 1600.0, 9, ratios={"timm": 1.5, "conv2d": 0.8}),
+        Row(*case, "timm", "forward", 2250.0, 2200.0, 2300.0, 9),
+        Row(*case, "conv2d", "forward", 1200.0, 1100.0, 1300.0, 9),
+        Row(*case, "linear", "forward", reason="not installed"),
+    ]
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.jsonl"
+    write_json_lines(_rows(), path)
+    assert read_json_lines(path) == _rows() and list(path.parent.iterdir()) == [path]
+    assert set(json.loads(path.read_text().splitlines()[0])) >= KEYS
+
+
+@pytest.mark.parametrize("text", ["{", '{"op": "x"}', '{"unknown": 1}'])
+def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="rows.jsonl, line 1: not a benchmark row"):
+        read_json_lines(path)
+
+
+def test_the_table_prints_ratios_losses_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(width=200, record=True, force_terminal=True)
+    console.print(format_table(_rows()))
+    plain = console.export_text(clear=False)
+    assert "1.50x" in plain and "0.80x" in plain and "linear, forward: not installed" in plain and "2.25 ms" in plain
+    assert "\x1b[31m0.80x" in console.export_text(styles=True)
+    Console().print(format_table([]))
+    assert "no rows" in capsys.readouterr().out
+
+
+def test_rows_say_where_they_come_from() -> None:
+    assert "thread" in device_name(torch.device("cpu"))
+    assert versions("cpu")["torch"] == torch.__version__
+    assert isinstance(commit(), str)
+
+
+def test_a_timing_is_the_median_and_its_spread() -> None:
+    timing = Timing.of([float(value) for value in range(11)])
+    assert (timing.median_us, timing.p20_us, timing.p80_us, timing.repeats) == (5.0, 2.0, 8.0, 11)
+
+
+def test_calls_take_turns_and_start_in_turn() -> None:
+    order: list[str] = []
+    interleave([lambda: order.append("a"), lambda: order.append("b")], torch.device("cpu"), 0.0)
+    rounds = order[3 + 3 + 2 :]  # after the warm-up and the estimate
+    assert rounds[:4] == ["a", "b", "b", "a"] and rounds.count("a") == rounds.count("b") >= 7
+    assert interleave([], torch.device("cpu"), 1.0) == []
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    def call() -> torch.Tensor:
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        return second + 1
+
+    peak = peak_bytes(call, torch.device("cpu"))
+    assert peak is not None and 8000 <= peak < 9000
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    limits = Ceilings(flops_per_us=10.0, bytes_per_us=2.0)
+    assert limits.floor_us(100.0, 4.0) == 10.0 and limits.floor_us(10.0, 40.0) == 20.0

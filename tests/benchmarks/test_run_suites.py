@@ -1,0 +1,104 @@
+"""The suites run, check before they time, and give a reason for what did not run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvit import peers
+from fastvit.benchmarks import runner
+from fastvit.benchmarks.rows import OURS, Row
+from fastvit.benchmarks.runner import SUITES, run_suites
+from fastvit.validation.faults import planted
+
+SUITE_FILE = Path(runner.__file__).with_name("test_suites.py")
+
+
+def test_every_suite_runs_and_its_rows_stand_alone() -> None:
+    seen: list[tuple[int, int]] = []
+    parts: list[Row] = []
+    rows = run_suites(
+        size="tiny",
+        device="cpu",
+        threads=1,
+        on_rows=parts.extend,
+        progress=lambda done, total, _: seen.append((done, total)),
+    )
+    assert rows == parts and seen[-1][0] == seen[-1][1] == len(seen) - 1
+    assert {row.op for row in rows} == set(SUITES)
+    for row in rows:
+        assert row.device and row.versions["torch"] and row.command
+        timm_is_missing = "timm" in row.reason and bool(peers.timm_missing())
+        assert timm_is_missing or (row.median_us and row.repeats >= 7 and row.p20_us and row.p80_us), row.reason
+    for row in rows:
+        if row.provider.startswith(OURS) and row.median_us:
+            rivals = {r.provider: r.median_us for r in rows if r.case == row.case and not r.provider.startswith(OURS)}
+            timed = {name: median for name, median in rivals.items() if median}
+            assert set(row.ratios) == set(timed)
+            for name, ratio in row.ratios.items():
+                assert ratio == pytest.approx(timed[name] / row.median_us, rel=1e-3)
+    embed = [row for row in rows if row.op == "patch_embed"]
+    assert {"fastvit:cpu", "timm", "conv2d", "conv2d channels_last", "rearrange + linear"} == {
+        r.provider for r in embed
+    }
+    assert all(row.floor_share for row in embed if row.median_us)
+
+
+@pytest.mark.parametrize("fault", ["bias dropped", "dPos off by a batch"])
+def test_a_wrong_backend_is_not_timed(fault: str) -> None:
+    with planted(fault):
+        rows = run_suites(["patch_embed"], "tiny", "cpu", threads=1)
+    ours = [row for row in rows if row.provider == "fastvit:cpu"]
+    assert ours and all(row.median_us is None and "out of tolerance" in row.reason for row in ours)
+    assert all(not row.ratios for row in rows)
+    assert any(row.median_us for row in rows if row.provider == "conv2d")
+
+
+def test_a_rival_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.nn.functional.linear
+    suite = __import__("fastvit.benchmarks.patch_embed", fromlist=["F"])
+    monkeypatch.setattr(suite.F, "linear", lambda x, weight, bias=None: real(x, weight))
+    rows = run_suites(["patch_embed"], "tiny", "cpu", threads=1)
+    rival = [row for row in rows if row.provider == "rearrange + linear"]
+    assert rival and all("does not compute the same" in row.reason for row in rival)
+
+
+def test_a_missing_rival_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ImportError("timm can't be imported: not here")
+
+    monkeypatch.setattr(peers, "import_timm", missing)
+    rows = run_suites(["patch_embed"], "tiny", "cpu", threads=1)
+    assert {row.reason for row in rows if row.provider == "timm"} == {"timm can't be imported: not here"}
+    assert all("timm" not in row.ratios for row in rows)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown suite 'speed'; known: patch_embed"):
+        run_suites(["speed"])
+    with pytest.raises(ValueError, match="unknown size 'huge'; known: tiny, small, full"):
+        run_suites(size="huge")
+
+
+def test_settings_are_restored() -> None:
+    threads = torch.get_num_threads()
+    with runner.steady(torch.device("cpu"), threads + 1):
+        assert torch.get_num_threads() == threads + 1
+    assert torch.get_num_threads() == threads
+
+
+def test_the_suites_run_under_pytest_benchmark(tmp_path: Path) -> None:
+    stored = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "-q", str(SUITE_FILE), "-p", "no:cacheprovider", "-k", "patch_embed"]
+    command += [f"--benchmark-json={stored}", f"--rootdir={SUITE_FILE.parents[1]}"]
+    environment = {**os.environ, "FASTVIT_BENCH_SIZE": "tiny", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = {entry["extra_info"]["provider"] for entry in json.loads(stored.read_text())["benchmarks"]}
+    assert {"fastvit:cpu", "conv2d"} <= found
