@@ -100,7 +100,7 @@ def _add(entry: Entry) -> None:
 
 
 def _find(kernel: str, *key: str) -> Entry:
-    return _ENTRIES[kernel, *key]
+    return _ENTRIES[(kernel, *key)]
 
 
 def entries() -> tuple[Entry, ...]:
@@ -263,7 +263,7 @@ def _add_all_backward() -> None:
                 function="reduce_weight_gradient",
                 key=(dtype, "run16"),
                 pointers=_pointers(parts="fp32", constants="fp32", bias_gradient="fp32", gradient=dtype),
-                constants=(("RUN", 16), ("BLOCK_D", 8), ("BLOCK_E", 128)),
+                constants=(("RUN", 16), ("BLOCK_D", 16), ("BLOCK_E", 256)),
                 num_warps=4,
                 num_stages=2,
             )
@@ -275,7 +275,7 @@ def _add_all_backward() -> None:
                 function="reduce_weight_gradient",
                 key=(dtype, "run8"),
                 pointers=_pointers(parts="fp32", constants="fp32", bias_gradient="fp32", gradient=dtype),
-                constants=(("RUN", 8), ("BLOCK_D", 8), ("BLOCK_E", 128)),
+                constants=(("RUN", 8), ("BLOCK_D", 16), ("BLOCK_E", 256)),
                 num_warps=4,
                 num_stages=2,
             )
@@ -322,7 +322,7 @@ def _add_small() -> None:
                     pointers=_pointers(
                         weight=source, bias="fp32", constants="fp32", prepared=compute, shift="fp32", bias_out="fp32"
                     ),
-                    constants=(("RUN", run), ("BLOCK_D", 8), ("BLOCK_K", 128)),
+                    constants=(("RUN", run), ("BLOCK_D", 16), ("BLOCK_K", 128)),
                     num_warps=4,
                     num_stages=2,
                 )

@@ -166,7 +166,7 @@ def _patch_embed_forward(
         )
 
 
-# `aligned` may rely on 16-byte aligned tensors, `unaligned` takes any address; keep is the caller's and can lie anywhere.
+# `aligned` may rely on 16-byte aligned tensors, `unaligned` takes images at any address; keep is the caller's too.
 aligned = triton.jit(_patch_embed_forward, do_not_specialize=SCALARS, do_not_specialize_on_alignment=["keep_ptr"])
 unaligned = triton.jit(
     _patch_embed_forward, do_not_specialize=SCALARS, do_not_specialize_on_alignment=["keep_ptr", "images_ptr"]
