@@ -12,12 +12,13 @@ PIP_FLAGS ?= -qq
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check $(PIP_FLAGS)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -r fEs --timeout 900 -n $(WORKERS) --dist worksteal
 # Named after what it installed, so that a changed dependency installs again and a second run does not.
 STAMP := $(VENV)/installed-$(shell cat setup.py pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-# These two parts of the suite need TRITON_INTERPRET set and unset respectively, so each is a run of its own.
-INTERPRETED := $(wildcard tests/kernels)
+# Triton reads TRITON_INTERPRET once, so what runs kernels and what compiles them are runs of their own. With it set,
+# the tests of the ops hold the Triton backend to the reference, without it the CPU backend.
+INTERPRETED := $(wildcard tests/kernels tests/ops)
 COMPILED := $(wildcard tests/compile)
 
 .DEFAULT_GOAL := help
@@ -39,13 +40,14 @@ $(STAMP):
 	|| echo "No C++ compiler found: torch.compile on the CPU, and the tests of it, need one."
 	@rm -f $(VENV)/installed-*
 	@echo "Installing $(TORCH) into $(VENV), the build that fits this machine (it can be large)"
-	@$(PIP) install -c constraints.txt $(TORCH)
+	@$(PIP) install --no-compile -c constraints.txt $(TORCH)
 	@case "$$(uname -s)-$$(uname -m)" in Linux-x86_64) \
 	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' \
-	|| { echo "Installing $(TRITON_FOR_CPU)"; $(PIP) install -c constraints.txt "$(TRITON_FOR_CPU)"; };; esac
+	|| { echo "Installing $(TRITON_FOR_CPU)"; $(PIP) install --no-compile -c constraints.txt "$(TRITON_FOR_CPU)"; };; esac
 	@echo "Installing fastvit and the other dependencies"
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
+	@$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
+	@echo "Ready: $(BIN)/fastvit --help"
 
 demo: install ## Validate, train and measure on real images; writes out/demo/report.html
 	$(BIN)/fastvit demo
@@ -53,8 +55,8 @@ demo: install ## Validate, train and measure on real images; writes out/demo/rep
 test: install lint test-core test-interpreter test-compile ## Lint and the whole test suite
 	@echo "All tests passed."
 
-test-core: install ## The tests that run no kernel of ours
-	$(PYTEST) tests --ignore=tests/kernels --ignore=tests/compile
+test-core: install ## Everything but the Triton kernels
+	env -u TRITON_INTERPRET $(PYTEST) tests --ignore=tests/kernels --ignore=tests/compile
 
 test-interpreter: install ## Every Triton kernel under the interpreter
 	$(if $(INTERPRETED),TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED),@echo "no tests/kernels")

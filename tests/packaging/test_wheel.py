@@ -1,0 +1,70 @@
+"""The wheel holds every module under its installed name, and works without the source tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RENAMED = ("kernels", "benchmarks")
+
+
+def python_files() -> list[str]:
+    """The path in the wheel of every Python file of the package."""
+    stand_ins = {f"fastvit/{name}/__init__.py" for name in RENAMED}
+    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastvit").rglob("*.py")} - stand_ins
+    renamed = {
+        "fastvit/" + path.relative_to(ROOT).as_posix() for name in RENAMED for path in (ROOT / name).rglob("*.py")
+    }
+    return sorted(own | renamed)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from a copy, so that nothing is written into the tree under test."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("fastvit", *RENAMED):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*command, "-w", out, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_has_every_module_once(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert sorted(name for name in names if name.endswith(".py")) == python_files()
+    assert len(names) == len(set(names))
+
+
+def test_wheel_has_types_licence_and_command(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    assert "fastvit/py.typed" in archive.namelist()
+    assert any(name.endswith("/LICENSE") for name in archive.namelist())
+    (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert "fastvit = fastvit.cli:main" in archive.read(entry_points).decode()
+
+
+def test_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import torch, fastvit, fastvit.kernels.manifest, fastvit.benchmarks\n"
+        "t = fastvit.functional.patch_embed(torch.randint(0, 256, (1, 1, 8, 8)).byte(), torch.ones(3, 1, 4, 4))\n"
+        "print(fastvit.kernels.manifest.__file__, tuple(t.shape))"
+    )
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{tmp_path / 'fastvit/kernels/manifest.py'} (1, 4, 3)"
