@@ -41,7 +41,7 @@ class TrainOptions:
     compile: bool = False
     seed: int = 0
     device: str = "auto"
-    threads: int = 0  # 0: as torch chooses
+    threads: int = -1  # 0: as torch chooses; -1: 1 for the digits, whose steps are too small to share; 0 for a folder
     workers: int = -1  # processes that decode images; -1: none for the digits, 2 for a folder
     init_from: str = ""  # weights to start from: a checkpoint or a plain state_dict
     output: str = "out/train"
@@ -108,6 +108,7 @@ _DEFAULTS: tuple[tuple[str, Any, Any, Any], ...] = (
     ("epochs", 0, 24, 100),
     ("batch_size", 0, 32, 64),
     ("lr", 0.0, 2e-3, 5e-4),
+    ("threads", -1, 1, 0),
     ("workers", -1, 0, 2),
 )
 

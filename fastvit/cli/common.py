@@ -1,0 +1,83 @@
+"""What the commands share: one-line errors, a console, progress, and choices checked before anything heavy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What a user can mend: bad arguments, files, missing backends. Anything else is ours and keeps its traceback.
+ERRORS = (ValueError, OSError, ImportError)
+
+PrintTable = Callable[[int, int, str], None]
+
+
+def describe(error: Exception) -> str:
+    """One line that names the option, its value and what is accepted."""
+    if hasattr(error, "format_message"):
+        text = error.format_message()
+    elif all(hasattr(error, name) for name in ("name", "value", "accepted")):
+        option = "--" + str(error.name).replace("_", "-")
+        text = f"{option} {error.value}: accepted is {error.accepted}"
+    elif isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def print_error(message: str) -> None:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+
+
+def console(*, to_stderr: bool = False) -> Console:
+    """A console whose tables are not cut at 80 columns where the output is a file."""
+    from rich.console import Console
+
+    found = Console(stderr=to_stderr)
+    return found if found.is_terminal else Console(stderr=to_stderr, width=160)
+
+
+@contextmanager
+def progress_bar(*, shown: bool = True) -> Iterator[PrintTable]:
+    """A bar on standard error, called as progress(done, total, description)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console(to_stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(done: int, total: int, description: str) -> None:
+            bar.update(task, completed=done, total=total, description=description)
+
+        yield update
+
+
+def check_choices(option: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse the first value that is not known."""
+    for value in values:
+        if value not in known:
+            fail(f"{option} {value}: accepted is one of {', '.join(known)}")
+
+
+def fail(message: str, code: int = 2) -> None:
+    """Print one line and stop."""
+    print_error(message)
+    raise typer.Exit(code)
+
+
+def split_commas(values: Sequence[str] | None) -> list[str]:
+    """Options may be repeated or hold a list: `--op a --op b` and `--op a,b` are the same."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those options that were written on the command line."""
+    return {name: value for name, value in values.items() if value is not None}

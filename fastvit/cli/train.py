@@ -1,0 +1,119 @@
+"""`fastvit train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .common import console, given
+
+
+def train(
+    data: str | None = typer.Option(
+        None,
+        help="'digits' (bundled, 8x8) or a folder: FOLDER/<class>/<image>, or FOLDER/train and FOLDER/val.",
+        show_default="digits",
+    ),
+    model: str | None = typer.Option(
+        None,
+        help="vit_digits, or a name of fastvit.create_model.",
+        show_default="vit_digits; folder: vit_tiny_patch16_224",
+    ),
+    image_size: int | None = typer.Option(None, help="Height and width.", show_default="8; folder: 224"),
+    channels: int | None = typer.Option(None, help="1 or 3.", show_default="1; folder: 3"),
+    validation_share: float | None = typer.Option(
+        None, help="Share of each class held out, in a folder without train/ and val/.", show_default="0.2"
+    ),
+    epochs: int | None = typer.Option(None, help="Passes over the data.", show_default="24; folder: 100"),
+    batch_size: int | None = typer.Option(None, help="Images a step in each process.", show_default="32; folder: 64"),
+    lr: float | None = typer.Option(None, help="Highest learning rate.", show_default="2e-3; folder: 5e-4"),
+    min_lr: float | None = typer.Option(None, help="Learning rate at the end.", show_default="lr / 100"),
+    warmup_epochs: float | None = typer.Option(None, help="Linear warm-up.", show_default="a tenth of the epochs"),
+    weight_decay: float | None = typer.Option(
+        None, help="AdamW's, not for biases, norms, positions and tokens.", show_default="0.05"
+    ),
+    clip_grad: float | None = typer.Option(None, help="Largest gradient norm; 0: off.", show_default="1.0"),
+    label_smoothing: float | None = typer.Option(None, help="From 0 to below 1.", show_default="0.1"),
+    drop_path: float | None = typer.Option(None, help="Stochastic depth, from 0 to below 1.", show_default="0"),
+    augment: bool | None = typer.Option(
+        None, "--augment/--no-augment", help="Random shifts (digits), crops and flips (folder).", show_default="on"
+    ),
+    amp: str | None = typer.Option(None, help="Mixed precision: off, bf16, fp16.", show_default="off"),
+    compile: bool | None = typer.Option(None, "--compile", help="Use torch.compile."),
+    seed: int | None = typer.Option(None, help="Of weights, order and augmentation.", show_default="0"),
+    device: str | None = typer.Option(None, help="auto, cpu, cuda, cuda:N.", show_default="auto"),
+    threads: int | None = typer.Option(None, help="Threads on a CPU.", show_default="1; folder: as torch chooses"),
+    workers: int | None = typer.Option(None, help="Processes that decode images.", show_default="0; folder: 2"),
+    init_from: Path | None = typer.Option(
+        None, help="Start from these weights: a state_dict or a checkpoint. Every name and shape must fit."
+    ),
+    output: Path | None = typer.Option(None, help="Folder for checkpoints and logs.", show_default="out/train"),
+    save_steps: int | None = typer.Option(None, help="Save every so many steps too.", show_default="after each epoch"),
+    tensorboard: bool | None = typer.Option(
+        None, "--tensorboard/--no-tensorboard", help="Logs under OUTPUT/tensorboard.", show_default="where installed"
+    ),
+    resume: Path | None = typer.Option(
+        None, help="Go on from this checkpoint, with its options; on a CPU exactly as if it had never stopped."
+    ),
+) -> None:
+    """Train a Vision Transformer on raw uint8 images, normalised inside the kernel.
+
+    AdamW, warm-up and cosine schedule, mixed precision, gradient clipping. After each epoch OUTPUT has last.pt,
+    best.pt (each written whole or not at all) and metrics.jsonl. Under torchrun, one process a GPU (or on the CPU).
+
+    Examples:
+
+      fastvit train --data digits --output out/digits
+
+      fastvit train --data photos/ --model vit_small_patch16_224 --amp bf16 --epochs 50
+
+      fastvit train --resume out/digits/last.pt
+
+      torchrun --nproc-per-node 2 -m fastvit.cli train --data photos/
+    """
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in given(dict(locals())).items()}
+    resumed = values.pop("resume", None)
+    _run(values, resumed)
+
+
+def _run(values: dict[str, Any], resumed: str | None) -> None:
+    from fastvit.training import TrainOptions, resume_options
+    from fastvit.training import train as run
+    from fastvit.training.observers import Observer, ProgressBar, TensorBoard, tensorboard_missing
+
+    out = console()
+    is_first = os.environ.get("RANK", "0") == "0"
+    checkpoint = None
+    if resumed is None:
+        options = TrainOptions(**values)
+    else:
+        options, checkpoint = resume_options(resumed, values)
+    observers: list[Observer] = [ProgressBar(out)]
+    if is_first and options.tensorboard:
+        reason = tensorboard_missing()
+        if reason:
+            out.print(f"no TensorBoard logs: {reason}", highlight=False)
+        else:
+            observers.append(TensorBoard())
+    if is_first:
+        out.print(
+            f"{options.model} on {options.data}, {options.epochs} epochs, batch {options.batch_size}, "
+            f"lr {options.lr:g}, amp {options.amp}, seed {options.seed}",
+            highlight=False,
+        )
+    try:
+        result = run(options, resume=checkpoint, observers=observers)
+    except KeyboardInterrupt:
+        last = Path(options.output) / "last.pt"
+        if is_first and last.exists():
+            out.print(f"interrupted; go on with: fastvit train --resume {last}", highlight=False)
+        raise
+    if is_first:
+        out.print(
+            f"test accuracy {result.test_accuracy:.2%} after {options.epochs} epochs, {result.seconds:.0f} s; "
+            f"checkpoints and metrics in {result.output}",
+            highlight=False,
+        )

@@ -1,0 +1,145 @@
+"""What this machine has: versions, devices, backends and why one is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# First and last minor version that the tests are run with.
+TESTED = {"torch": ((2, 11), (2, 14)), "triton": ((3, 6), (3, 8))}
+PACKAGES = ("fastvit", "torch", "triton", "numpy", "timm", "torchvision", "transformers")
+
+
+def collect() -> dict[str, Any]:
+    """Everything `fastvit info` shows, as plain values."""
+    import torch
+
+    from fastvit.backend import available_backends
+
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        "versions": versions(),
+        "system": {
+            "platform": platform.platform(),
+            "processor": processor(),
+            "cores": usable_cores(),
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "gpus": gpus(),
+        "backends": {kind: available_backends(kind) for kind in kinds},
+        "compiled_targets": compiled_targets(),
+        "warnings": version_warnings(versions()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Version of each package; "" for one that is not installed. Imports none of them."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    if not found["fastvit"]:  # an uninstalled checkout
+        from fastvit._version import __version__
+
+        found["fastvit"] = __version__
+    # The distribution's metadata leaves out which build of torch it is.
+    import torch
+
+    found["torch"] = torch.__version__
+    return found
+
+
+def version_warnings(found: dict[str, str]) -> list[str]:
+    """A line for each package outside the tested versions. They may well work: nothing is refused."""
+    warnings = []
+    for name, (first, last) in TESTED.items():
+        match = re.match(r"(\d+)\.(\d+)", found.get(name, ""))
+        if match and not first <= (int(match[1]), int(match[2])) <= last:
+            tested = f"{first[0]}.{first[1]} to {last[0]}.{last[1]}"
+            warnings.append(f"{name} {found[name]} is untested; tested are {tested}. Run: fastvit validate --quick")
+    return warnings
+
+
+def processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def compiled_targets() -> dict[str, str]:
+    """For each kind of kernel, the GPU targets it is compiled for, and when."""
+    from fastvit.backend import available_backends
+
+    extension = available_backends("cuda")["cuda"]
+    return {
+        "triton": ", ".join(f"sm_{target}" for target in triton_targets()) + " (compiled at first use)",
+        "cuda": f"none: {extension}" if extension else "as built",
+    }
+
+
+def triton_targets() -> tuple[int, ...]:
+    """Targets that every kernel of the manifest is compiled for offline, by the compile check."""
+    try:
+        from fastvit.kernels.compile_check import TARGETS
+    except ImportError:  # no Triton here; its launcher would say so
+        return (80, 90, 100)
+    return tuple(TARGETS)
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """Two tables for the terminal: what is here, and the backends."""
+    from rich.table import Table
+
+    about = Table(show_header=False, title="FastViT", title_justify="left")
+    for name, value in found["versions"].items():
+        about.add_row(name, value or "not installed")
+    system = found["system"]
+    about.add_row("processor", f"{system['processor']}, {system['cores']} cores, {system['cpu_capability']}")
+    about.add_row("platform", system["platform"])
+    for gpu in found["gpus"]:
+        about.add_row("GPU", f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB")
+    if not found["gpus"]:
+        about.add_row("GPU", "none found by torch")
+    for name, targets in found["compiled_targets"].items():
+        about.add_row(f"{name} targets", targets)
+    backends = Table("backend", "device", "runs here", "why not", title="Backends", title_justify="left")
+    for kind, reasons in found["backends"].items():
+        for name, reason in reasons.items():
+            backends.add_row(name, kind, "[red]no[/red]" if reason else "[green]yes[/green]", reason)
+    return [about, backends]
