@@ -13,7 +13,7 @@ from fastvit.benchmarks import add_position, model, patch_embed
 from fastvit.benchmarks.problem import Plan, check_size, measure, steady
 from fastvit.benchmarks.rows import Row, command_line, commit, device_name, format_table, versions, write_json_lines
 
-__all__ = ["SUITES", "format_table", "run_suites", "write_json_lines"]
+__all__ = ["SUITES", "format_table", "run_plan", "run_suites", "write_json_lines"]
 
 SUITES: dict[str, Callable[[str, torch.device], Plan]] = {
     "patch_embed": patch_embed.plan,
@@ -58,24 +58,37 @@ def run_suites(
         if name not in SUITES:
             raise ValueError(f"suites: unknown suite {name!r}; known: {', '.join(SUITES)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    plan = [case for name in chosen for case in SUITES[name](size, where)]
+    return run_plan(plan, where, seconds or SECONDS[size], progress, on_rows=on_rows, threads=threads)
+
+
+def run_plan(
+    plan: Plan,
+    device: torch.device,
+    seconds: float,
+    progress: Progress | None = None,
+    *,
+    on_rows: Callable[[list[Row]], None] | None = None,
+    threads: int | None = None,
+) -> list[Row]:
+    """`run_suites` for a plan of one's own choice."""
     rows: list[Row] = []
-    with steady(where, threads):
+    with steady(device, threads):
         stamp: dict[str, Any] = {
-            "device": device_name(where),
-            "versions": versions(where.type),
+            "device": device_name(device),
+            "versions": versions(device.type),
             "commit": commit(),
             "command": command_line(),
         }
-        cases = [case for name in chosen for case in SUITES[name](size, where)]
-        for done, (title, problems) in enumerate(cases):
+        for done, (title, problems) in enumerate(plan):
             if progress:
-                progress(done, len(cases), title)
+                progress(done, len(plan), title)
             for problem in problems():
-                found = [replace(row, **stamp) for row in measure(problem, where, seconds or SECONDS[size])]
+                found = [replace(row, **stamp) for row in measure(problem, device, seconds)]
                 rows += found
                 if on_rows:
                     on_rows(found)
             gc.collect()
     if progress:
-        progress(len(cases), len(cases), "done")
+        progress(len(plan), len(plan), "done")
     return rows
