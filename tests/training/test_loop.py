@@ -1,0 +1,230 @@
+"""The loop: it learns, goes on exactly where it stopped, in one process or several, and stops with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastvit.training import CheckpointError, OptionError, TrainingError, TrainOptions, UserError, resume_options, train
+from fastvit.training import digits as digits_module
+from fastvit.training import models as models_module
+from fastvit.training.loop import Run
+from fastvit.training.observers import Observer, TensorBoard, tensorboard_missing
+
+TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model and a data set on which an epoch takes a moment."""
+    monkeypatch.setattr(models_module, "DIGITS_ARGUMENTS", {**TINY, "proj_drop_rate": 0.1})
+    whole = digits_module.digit_tensors
+    monkeypatch.setattr(digits_module, "digit_tensors", lambda: tuple(part[:300] for part in whole()))
+
+
+def options(output: Path, **given: Any) -> TrainOptions:
+    given = {"epochs": 3, "device": "cpu", "drop_path": 0.1, "tensorboard": False, **given}
+    return TrainOptions(output=str(output), **given)
+
+
+class StopAt(Observer):
+    """Ctrl-C after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def on_step(self, run: Run, steps: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_it_writes_and_learns(tmp_path: Path) -> None:
+    result = train(options(tmp_path / "run", epochs=6, drop_path=0.0))
+    assert len(result.losses) == 6 * 7 and len(result.history) == 6
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert result.test_accuracy == result.history[-1]["test_accuracy"] > 0.2
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.pt", "best.pt", "metrics.jsonl"}
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.history
+
+
+@pytest.mark.parametrize(
+    ("stop", "given"),
+    [
+        (9, {}),  # in the second epoch: go on after the first
+        (10, {"save_steps": 2}),  # inside an epoch
+        (9, {"amp": "bf16"}),
+        (9, {"amp": "fp16", "save_steps": 1}),
+        (9, {"clip_grad": 0.0, "augment": False}),
+    ],
+)
+def test_resuming_is_bit_exact(tmp_path: Path, stop: int, given: dict[str, Any]) -> None:
+    straight = train(options(tmp_path / "straight", **given))
+    with pytest.raises(KeyboardInterrupt):
+        train(options(tmp_path / "broken", **given), observers=[StopAt(stop)])
+    torch.manual_seed(12345)  # another process would not have this one's random numbers either
+    resumed, contents = resume_options(tmp_path / "broken" / "last.pt", {})
+    result = train(resumed, resume=contents)
+    assert result.history == straight.history
+    assert result.losses == straight.losses[-len(result.losses) :] and len(result.losses) < len(straight.losses)
+    one, other = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "broken"))
+    for key in ("model", "optimizer", "scaler", "random", "history"):
+        assert_same(one[key], other[key], key)
+
+
+def assert_same(one: Any, other: Any, name: str) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), name
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            assert_same(one[key], other[key], f"{name}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), name
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{name}.{index}")
+    else:
+        assert one == other, name
+
+
+@pytest.mark.parametrize("forgotten", ["random", "optimizer"])
+def test_the_resume_test_would_notice_a_forgotten_state(tmp_path: Path, forgotten: str) -> None:
+    straight = train(options(tmp_path / "straight"))
+    with pytest.raises(KeyboardInterrupt):
+        train(options(tmp_path / "broken"), observers=[StopAt(9)])
+    resumed, contents = resume_options(tmp_path / "broken" / "last.pt", {})
+    if forgotten == "random":
+        contents["random"]["torch"][0] = torch.manual_seed(1).get_state()
+    else:
+        for state in contents["optimizer"]["state"].values():
+            state["exp_avg"].zero_()
+    assert train(resumed, resume=contents).losses != straight.losses[7:]
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    train(options(tmp_path, epochs=1))
+    with pytest.raises(OptionError, match="a folder without a run; go on with --resume"):
+        train(options(tmp_path, epochs=1))
+    with pytest.raises(CheckpointError, match="complete"):
+        resume_options(tmp_path / "last.pt", {})
+
+
+def test_resuming_on_other_data_or_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(options(tmp_path), observers=[StopAt(9)])
+    resumed, contents = resume_options(tmp_path / "last.pt", {})
+    contents["data"]["fingerprint"] = "another"
+    with pytest.raises(CheckpointError, match="not those the checkpoint was trained on"):
+        train(resumed, resume=contents)
+    resumed, contents = resume_options(tmp_path / "last.pt", {})
+    monkeypatch.setattr(models_module, "DIGITS_ARGUMENTS", {**TINY, "embed_dim": 32})
+    with pytest.raises(CheckpointError, match=r"shapes differ: .*pos_embed is \(1, 5, 16\), the model's \(1, 5, 32\)"):
+        train(resumed, resume=contents)
+
+
+def test_starting_from_weights(tmp_path: Path) -> None:
+    first = train(options(tmp_path / "a", epochs=1))
+    again = train(options(tmp_path / "b", epochs=1, init_from=str(tmp_path / "a" / "last.pt"), lr=1e-9))
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(float("nan")))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.weight * images.float().flatten(1)[:, :10]
+
+    monkeypatch.setattr("fastvit.training.loop.build_model", lambda *_: Broken())
+    with pytest.raises(TrainingError, match="the loss became nan in epoch 1, step 1; try a lower --lr"):
+        train(options(tmp_path))
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_unknown_models_and_devices(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="model = 'vit_huge_typo'"):
+        train(options(tmp_path, model="vit_huge_typo"))
+    with pytest.raises(OptionError, match="model = 'vit_tiny_patch16_224'"):
+        train(options(tmp_path, model="vit_tiny_patch16_224"))  # 8x8 digits are no multiple of its patch
+    with pytest.raises(OptionError, match="device = 'tpu': accepted is one of auto, cpu"):
+        train(options(tmp_path, device="tpu"))
+    assert issubclass(OptionError, UserError)
+
+
+def test_a_folder_trains_with_workers(tmp_path: Path, write_images: Callable[[Path, dict[str, int]], Path]) -> None:
+    root = write_images(tmp_path / "photos", {"a": 6, "b": 6})
+    given = {"model": "vit_tiny_patch16_224", "image_size": 32, "batch_size": 4, "epochs": 1, "workers": 1}
+    result = train(options(tmp_path / "run", data=str(root), **given))
+    assert len(result.losses) == 2 and result.data.classes == ("a", "b")
+
+
+@pytest.mark.skipif(bool(tensorboard_missing()), reason="TensorBoard is not installed")
+def test_tensorboard_gets_each_epoch(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(options(tmp_path), observers=[TensorBoard()])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = events.Scalars("accuracy/test")
+    assert [event.step for event in found] == [1, 2, 3]
+    assert found[-1].value == pytest.approx(result.test_accuracy)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    """As torchrun starts them. Both see the same averages, each other half of the images, and one writes."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "import torch\n"
+        "from fastvit.training import TrainOptions, models, train\n"
+        f"models.DIGITS_ARGUMENTS = {TINY!r}\n"
+        "output, rank = sys.argv[1], os.environ['RANK']\n"
+        "given = dict(epochs=2, device='cpu', batch_size=64, tensorboard=False, output=output)\n"
+        "result = train(TrainOptions(**given))\n"
+        "weights = torch.cat([p.detach().flatten() for p in result.model.parameters()])\n"
+        "record = {'history': result.history, 'losses': result.losses, 'sum': weights.double().sum().item()}\n"
+        "open(f'{output}.{rank}.json', 'w').write(json.dumps(record))\n",
+        encoding="utf-8",
+    )
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    output = tmp_path / "run"
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(output)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+    one, other = (json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in range(2))
+    assert one["history"] == other["history"] and one["sum"] == other["sum"]
+    assert one["losses"] != other["losses"]
+    assert len(one["losses"]) == 2 * 11  # 1437 images, 2 x 64 a step
+    assert {path.name for path in output.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl"}
+    stored = torch.load(output / "last.pt", weights_only=True)
+    assert len(stored["random"]["torch"]) == 2
+    assert not any(name.startswith("module.") for name in stored["model"])
