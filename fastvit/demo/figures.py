@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +28,30 @@ STYLE = {
 }
 
 
+Draw = TypeVar("Draw", bound=Callable[..., Path])
+
+
+def _styled(draw: Draw) -> Draw:
+    """Draw in our style and leave the caller's matplotlib as it was."""
+
+    @wraps(draw)
+    def styled(*arguments: Any, **keywords: Any) -> Path:
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return draw(*arguments, **keywords)
+
+    return styled  # type: ignore[return-value]
+
+
 def _figure(rows: int, columns: int, size: tuple[float, float], **keywords: Any) -> tuple[Any, Any]:
-    """A figure that needs no display and leaves the caller's matplotlib as it was."""
-    from matplotlib import rc_context
+    """A figure that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False, **keywords)
-    return figure, axes
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **keywords)
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -45,6 +59,7 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
+@_styled
 def draw_curves(path: Path, histories: dict[str, Sequence[dict[str, float]]], goal: float) -> Path:
     """Loss and test accuracy over the epochs; `histories` by the name of the run."""
     figure, axes = _figure(1, 2, (11, 3.8))
@@ -60,10 +75,12 @@ def draw_curves(path: Path, histories: dict[str, Sequence[dict[str, float]]], go
     accuracy.set(title="Test accuracy", xlabel="epoch", ylabel="%", ylim=(0, 101))
     loss.set_ylim(bottom=0)
     for axis in (loss, accuracy):
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False, fontsize=10)
     return _save(figure, path)
 
 
+@_styled
 def draw_first_losses(path: Path, ours: Sequence[float], theirs: Sequence[float]) -> Path:
     """The first losses of both implementations, and their difference."""
     figure, axes = _figure(1, 2, (11, 3.4))
@@ -88,6 +105,7 @@ def position_similarity(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return (unit @ unit.T).view(*grid, *grid)
 
 
+@_styled
 def draw_positions(path: Path, positions: Tensor, grid: tuple[int, int]) -> Path:
     """The position-embedding similarity map of Dosovitskiy et al. (2021), figure 7, middle."""
     similarity = position_similarity(positions, grid)
@@ -121,61 +139,66 @@ def class_attention(model: nn.Module, images: Tensor, grid: tuple[int, int]) -> 
     return looked / looked.amax((1, 2), keepdim=True)
 
 
+@_styled
 def draw_attention(path: Path, model: nn.Module, images: Tensor, labels: Sequence[str], classes: Sequence[str]) -> Path:
-    """Digits, the attention of the class token over each, and the prediction."""
+    """Digits, the attention of the class token with the digit's outline over it, and the prediction."""
     grid = tuple(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
-    attention = class_attention(model, images, grid)  # type: ignore[arg-type]
+    attention = class_attention(model, images, grid).cpu()  # type: ignore[arg-type]
     with torch.no_grad():
         predicted = model(images).argmax(-1).tolist()
     pixels = images[:, 0].float().cpu()
-    smooth = F.interpolate(attention[:, None].cpu(), pixels.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    figure, axes = _figure(2, len(images), (1.35 * len(images), 3.3))
+    height, width = pixels.shape[-2:]
+    figure, axes = _figure(2, len(images), (1.1 * len(images), 2.9))
     for index in range(len(images)):
+        above, below = axes[0][index], axes[1][index]
         right = classes[predicted[index]] == labels[index]
-        for axis in axes[:, index]:
-            axis.imshow(pixels[index].numpy(), cmap="gray", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-        axes[1][index].imshow(smooth[index].numpy(), cmap="inferno", alpha=0.7, vmin=0, vmax=1)
-        axes[0][index].set_title(
+        above.imshow(pixels[index].numpy(), cmap="gray", vmin=0, vmax=255)
+        above.set_title(
             f"{labels[index]} → {classes[predicted[index]]}", color="black" if right else ORANGE, loc="center"
         )
+        edges = (-0.5, width - 0.5, height - 0.5, -0.5)
+        below.imshow(attention[index].numpy(), cmap="inferno", vmin=0, vmax=1, extent=edges)
+        below.contour(pixels[index].numpy(), levels=[100], colors="white", linewidths=1.2)
+        for axis in (above, below):
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
     axes[0][0].set_ylabel("image")
     axes[1][0].set_ylabel("attention")
     return _save(figure, path)
 
 
+@_styled
 def draw_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """A group of bars a case, in units of our median: longer than 1 is slower than FastViT."""
-    cases = _cases(rows)
-    figure, axes = _figure(1, 1, (11, 1.1 + sum(0.34 * len(found) + 0.5 for found in cases.values())))
-    axis = axes[0][0]
-    place, ticks, names = 0.0, [], []
-    for title, found in cases.items():
-        own = min(row["median_us"] for row in found if row["provider"].startswith("fastvit:"))
-        axis.text(0, place - 0.75, title, fontweight="bold", fontsize=10, va="center")
-        for row in sorted(found, key=lambda row: row["median_us"]):
-            ours = row["provider"].startswith("fastvit:")
-            relative = row["median_us"] / own
-            axis.barh(place, relative, height=0.78, color=BLUE if ours else "#c3c9d1")
-            axis.text(relative, place, f" {relative:.2f}x   {row['median_us'] / 1000:.2f} ms", va="center", fontsize=9)
-            ticks.append(place)
-            names.append(row["provider"])
+    """A bar for each case and rival, on a logarithmic axis: to the right of 1 FastViT is faster, to the left slower."""
+    ours = [row for row in rows if row["ratios"]]
+    figure, axes = _figure(1, 1, (11, 1.0 + sum(0.3 * len(row["ratios"]) + 0.5 for row in ours)))
+    axis, place, ticks, names = axes[0][0], 0.0, [], []
+    ratios = [ratio for row in ours for ratio in row["ratios"].values()]
+    low, high = min([0.8, *ratios]) / 1.25, max([1.25, *ratios]) * 1.5
+    for row in ours:
+        title = (
+            f"{row['shape']}, {row['dtype']}, {row['mode']}: {row['provider']} takes {row['median_us'] / 1000:.2f} ms"
+        )
+        axis.text(low, place, f" {title}", fontweight="bold", fontsize=10, va="center")
+        for rival, ratio in sorted(row["ratios"].items(), key=lambda item: -item[1]):
             place += 1
-        place += 1.4
-    axis.axvline(1, color=BLUE, lw=1, ls=":")
-    axis.set(yticks=ticks, yticklabels=names, xlabel="time in units of FastViT's (shorter is faster)")
-    axis.set_ylim(place - 1, -1.4)
-    axis.set_xlim(0, 1.25 * max((patch.get_width() for patch in axis.patches), default=1))
+            axis.barh(place, ratio - 1, left=1, height=0.74, color=BLUE if ratio >= 1 else ORANGE)
+            axis.text(
+                max(ratio, 1) * 1.02,
+                place,
+                f"{ratio:.2f}x  ({ratio * row['median_us'] / 1000:.2f} ms)",
+                va="center",
+                fontsize=9,
+            )
+            ticks.append(place)
+            names.append(rival)
+        place += 1.6
+    axis.axvline(1, color="#1c2127", lw=1)
+    axis.set_xscale("log")
+    marks = [mark for mark in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if low <= mark <= high]
+    axis.set_xticks(marks, [f"{mark:g}x" for mark in marks])
+    axis.minorticks_off()
+    axis.set(xlim=(low, high), ylim=(place - 0.9, -0.8), xlabel="how many times faster than this rival FastViT is")
+    axis.set_yticks(ticks, names)
     axis.grid(False, axis="y")
     return _save(figure, path)
-
-
-def _cases(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Measured rows by case; cases in which ours was not measured are left out."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["median_us"] is not None:
-            title = f"{row['op']}, {row['shape']}, {row['dtype']}, {row['mode']}"
-            found.setdefault(title, []).append(row)
-    return {k: v for k, v in found.items() if any(row["provider"].startswith("fastvit:") for row in v)}

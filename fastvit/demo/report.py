@@ -110,9 +110,9 @@ def _training(results: dict[str, Any], pictures: dict[str, Path]) -> str:
     table = _table(["seed", "test accuracy", "training loss", "test loss", "time"], rows, numbers=range(1, 5))
     return _section(
         "Training on real images",
-        f"<p>{escape(train['model'])}: {train['parameters']:,} parameters, patch 2, one channel, {train['epochs']} epochs "
-        f"on {train['train_images']:,} of scikit-learn's bundled handwritten digits, 8×8 pixels; tested on the other "
-        f"{train['test_images']}, in a split that is the same for every seed. The accuracy is the last epoch's, "
+        f"<p>{escape(train['model'])}: {train['parameters']:,} parameters, patch 2, one channel, "
+        f"{train['epochs']} epochs on {train['train_images']:,} of scikit-learn's bundled handwritten "
+        f"digits, 8×8 pixels; tested on the other {train['test_images']}, in a split that is the same for every seed. The accuracy is the last epoch's, "
         "not the best. The training loss has label smoothing in it, so it stays above the test loss.</p>"
         + _picture(pictures, "curves", "Loss and test accuracy over the epochs")
         + table,
@@ -125,9 +125,9 @@ def _timm(results: dict[str, Any], pictures: dict[str, Path]) -> str:
         text = f"<p>Not compared: {escape(found['skipped'])}</p>"
     else:
         text = (
-            f"<p>timm's <code>VisionTransformer</code> and ours start from the same weights and see the same batches "
-            f"with the same optimiser: ours takes the raw uint8 digits, timm's the normalised float ones. Over the first "
-            f"{found['steps']} steps the losses differ by at most {found['largest_difference']:.1e} "
+            f"<p>timm's <code>VisionTransformer</code> and ours start from the same weights and see the same "
+            f"batches with the same optimiser: ours takes the raw uint8 digits, timm's the normalised float ones. "
+            f"Over the first {found['steps']} steps the losses differ by at most {found['largest_difference']:.1e} "
             f"(accepted: {found['tolerance']:.0e}; fp32 rounds at 1e-7, and training multiplies the differences).</p>"
         ) + _picture(pictures, "first_losses", "The first losses of FastViT and timm, and their difference")
     return _section("The same losses as timm", text)
@@ -170,10 +170,10 @@ def _validation(results: dict[str, Any]) -> str:
     problems = "".join(f"<li>{escape(problem)}</li>" for problem in checks["problems"])
     return _section(
         "Checked against float64",
-        "<p>Each backend computes every case, the output and each gradient, on random images and on crops of real "
-        "photographs; the truth is plain convolution, concatenation and addition in float64. Accepted is twice the error "
-        "of plain PyTorch at the same precision, plus a small floor, also for the worst row and column. <i>Of bound</i> "
-        "is the largest error found as a share of what is accepted.</p>"
+        "<p>Each backend computes every case, the output and each gradient, on random images and on crops of "
+        "real photographs; the truth is plain convolution, concatenation and addition in float64. Accepted is twice "
+        "the error of plain PyTorch at the same precision, plus a small floor, also for the worst row and column. "
+        "<i>Of bound</i> is the largest error found as a share of what is accepted.</p>"
         + _table(heads, rows, numbers=range(4, 8))
         + (f"<p class='loss'>Failed:</p><ul>{failed}{problems}</ul>" if failed or problems else "")
         + (f"<p>Cannot run here:</p><ul class='note'>{missing}</ul>" if missing else ""),
@@ -199,8 +199,8 @@ def _benchmark(results: dict[str, Any], pictures: dict[str, Path]) -> str:
     return _section(
         "Measured side by side",
         "<p>How many times faster than each rival, in one process, calls interleaved, ratio of medians; below 1 we are "
-        "slower. A short measurement, beside whatever else this machine was doing: <code>fastvit bench</code> takes longer "
-        "and is steadier."
+        "slower. A short measurement, beside whatever else this machine was doing: <code>fastvit bench</code> takes "
+        "longer and is steadier."
         + (" <b>This quick run only shows that all works: its times mean nothing.</b>" if results["quick"] else "")
         + "</p>"
         + (_picture(pictures, "benchmark", "Benchmark bars") if "benchmark" in pictures else "")

@@ -14,6 +14,7 @@ from .environment import collect, tables
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from fastvit.training import TrainResult
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .training import Comparison
 
 REQUIRED_ACCURACY = 0.96
-SHOWN_DIGITS = 8
 
 
 def run_demo(out: Path, *, quick: bool, console: Console) -> bool:
@@ -74,8 +74,8 @@ def _write(out: Path, results: dict[str, Any], run: TrainResult, histories: dict
 
     model = run.model.eval()
     device = next(model.parameters()).device
-    images, labels = run.data.test.load(list(range(0, len(run.data.test), len(run.data.test) // SHOWN_DIGITS)))
-    images, labels = images[:SHOWN_DIGITS].to(device), labels[:SHOWN_DIGITS]
+    images, labels = _one_of_each_class(run)
+    images = images.to(device)
     grid: Any = model.patch_embed.grid_size  # type: ignore[union-attr]
     positions: Any = model.pos_embed
     names = [run.data.classes[label] for label in labels.tolist()]
@@ -91,6 +91,13 @@ def _write(out: Path, results: dict[str, Any], run: TrainResult, histories: dict
         pictures["benchmark"] = figures.draw_benchmark(out / "benchmark.png", results["bench"])
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_report(out / "report.html", results, pictures)
+
+
+def _one_of_each_class(run: TrainResult) -> tuple[Tensor, Tensor]:
+    """The first test image of each class."""
+    images, labels = run.data.test.load(list(range(len(run.data.test))))
+    first = [int((labels == label).nonzero()[0]) for label in range(len(run.data.classes))]
+    return images[first], labels[first]
 
 
 def _train_results(runs: list[TrainResult], seconds: float, *, judged: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastvit.training.schedule import learning_rate, make_optimizer
 SEEDS = (0, 1)
 COMPARED_STEPS = 50
 # Two implementations of the same mathematics round differently in fp32, and training multiplies the difference.
-LOSS_TOLERANCE = 1e-4
+LOSS_TOLERANCE = 1e-5
 
 
 def train_seeds(
