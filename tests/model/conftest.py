@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,8 +25,14 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _on_the_device(device: str) -> Iterator[None]:
+    """On a GPU every model and tensor of these tests is made there; float32 means float32, for timm as for us."""
     torch.manual_seed(20)
+    if device == "cpu":
+        yield
+        return
+    with torch.device(device), torch.backends.cudnn.flags(allow_tf32=False):
+        yield
 
 
 @pytest.fixture

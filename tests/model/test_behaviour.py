@@ -110,7 +110,7 @@ def test_dropped_patches_are_never_projected(arguments, calls, tiny):
     assert model.forward_intermediates(images, output_fmt="NLC")[1][0].shape == (2, 3, 48)
 
 
-def test_sincos_positions_are_fixed_and_travel_with_the_checkpoint(tiny):
+def test_sincos_positions_are_fixed_and_travel_with_the_checkpoint(tiny, device):
     model = tiny(pos_embed="sincos")
     table = sincos_2d((3, 4), 48, num_prefix_tokens=1)[None]
     assert torch.equal(model.pos_embed, table)
@@ -124,7 +124,7 @@ def test_sincos_positions_are_fixed_and_travel_with_the_checkpoint(tiny):
     assert tiny(pos_embed="sincos", no_embed_class=True).pos_embed.shape == (1, 12, 48)
     with torch.device("meta"):
         empty = tiny(pos_embed="sincos")
-    empty = empty.to_empty(device="cpu")
+    empty = empty.to_empty(device=device)
     empty.init_weights()
     assert torch.equal(empty.pos_embed, table)
     dynamic = tiny(pos_embed="sincos", dynamic_img_size=True)
@@ -138,7 +138,7 @@ def test_sincos_positions_are_fixed_and_travel_with_the_checkpoint(tiny):
     "arguments",
     [{}, {"init_values": 0.5, "qk_norm": True}, {"pre_norm": True, "global_pool": "avg"}, {"drop_path_rate": 0.5}],
 )
-def test_residual_dtype(autocast, arguments, tiny):
+def test_residual_dtype(autocast, arguments, tiny, device):
     model = tiny(residual_dtype=torch.bfloat16, **arguments)
     plain = tiny(**arguments)
     plain.load_state_dict(model.state_dict())
@@ -147,7 +147,7 @@ def test_residual_dtype(autocast, arguments, tiny):
         block.register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0].dtype, output.dtype)))
     images = torch.randn(IMAGES)
     torch.manual_seed(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         output = model(images)
     assert seen == [torch.bfloat16] * 4
     assert output.dtype == (torch.bfloat16 if autocast else torch.float32)

@@ -28,7 +28,7 @@ def test_sincos_is_the_table_of_mae(size, dim):
     table = sincos_2d((size, size), dim, num_prefix_tokens=1, dtype=torch.float64)
     assert table.shape == (1 + size * size, dim)
     assert table[0].abs().sum() == 0
-    np.testing.assert_allclose(table[1:].numpy(), mae_table(size, dim), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(table[1:].cpu().numpy(), mae_table(size, dim), rtol=0, atol=1e-12)
 
 
 def test_sincos_by_hand():

@@ -136,7 +136,7 @@ def test_drop_path_schedule(tiny, pair_with_timm):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_a_float32_residual_stream(dtype, pair_with_timm):
+def test_autocast_keeps_a_float32_residual_stream(dtype, pair_with_timm, device):
     ours, theirs = pair_with_timm(init_values=0.5)
     images = torch.randn(IMAGES)
     streams: list[list[torch.dtype]] = []
@@ -147,7 +147,7 @@ def test_autocast_keeps_a_float32_residual_stream(dtype, pair_with_timm):
             block.register_forward_hook(
                 lambda module, inputs, output, seen=seen: seen.extend((inputs[0].dtype, output.dtype))
             )
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(device, dtype=dtype):
             outputs.append(model(images))
         streams.append(seen)
     assert streams[0] == streams[1] == [torch.float32] * 4
@@ -160,12 +160,12 @@ def test_autocast_keeps_a_float32_residual_stream(dtype, pair_with_timm):
 @pytest.mark.parametrize(
     "arguments", [{"class_token": False, "global_pool": "avg", "pos_embed": "none"}, {"pos_embed": "none"}, {}]
 )
-def test_autocast_promotes_as_torch_does(arguments, pair_with_timm):
+def test_autocast_promotes_as_torch_does(arguments, pair_with_timm, device):
     ours, theirs = pair_with_timm(**arguments)
     dtypes = []
     for model in (ours, theirs):
         model.blocks[0].register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             model(torch.randn(IMAGES))
     assert dtypes[0] == dtypes[1]
 

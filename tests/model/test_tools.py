@@ -64,11 +64,11 @@ def test_compiles_dynamic_from_the_start(tiny):
 
 
 @pytest.mark.parametrize("residual_dtype", [None, torch.bfloat16])
-def test_compiles_under_autocast_with_drops_and_checkpointing(residual_dtype, tiny):
+def test_compiles_under_autocast_with_drops_and_checkpointing(residual_dtype, tiny, device):
     model = tiny(depth=1, patch_drop_rate=0.5, drop_path_rate=0.2, residual_dtype=residual_dtype, init_values=0.1)
     model.set_grad_checkpointing()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         output = compiled(torch.randn(2, 3, 24, 32))
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
