@@ -99,6 +99,7 @@ def test_dropped_patches_are_never_projected(arguments, calls, tiny):
     keep = calls[0]["keep"]
     assert keep.shape == (2, 3) and keep.dtype == torch.int64
     assert calls[0]["result"].shape[1] == model.num_prefix_tokens + 3
+    assert images.grad is not None
     touched = images.grad.unflatten(2, (3, 8)).unflatten(4, (4, 8)).abs().sum(dim=(1, 3, 5)).flatten(1) > 0
     for sample in range(2):
         assert touched[sample].nonzero().flatten().tolist() == sorted(keep[sample].tolist())
@@ -142,7 +143,7 @@ def test_residual_dtype(autocast, arguments, tiny, device):
     model = tiny(residual_dtype=torch.bfloat16, **arguments)
     plain = tiny(**arguments)
     plain.load_state_dict(model.state_dict())
-    seen = []
+    seen: list[torch.dtype] = []
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: seen.extend((inputs[0].dtype, output.dtype)))
     images = torch.randn(IMAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fastvit.model.layers import GluMlp
 
 IMAGES = (2, 3, 24, 32)
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "avg": {"global_pool": "avg"},
     "avg_norm_first": {"global_pool": "avg", "fc_norm": False},
@@ -80,9 +81,17 @@ def test_gated_mlp(pair_with_timm, agree, tiny, timm):
     from timm.layers import GluMlp as TimmGluMlp
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
-    arguments = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+    gated: Any = partial(TimmGluMlp, gate_last=False)
+    arguments: dict[str, Any] = {
+        "img_size": (24, 32),
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": 7,
+    }
     torch.manual_seed(1)
-    theirs = TimmVisionTransformer(**arguments, mlp_layer=partial(TimmGluMlp, gate_last=False), act_layer=nn.SiLU)
+    theirs = TimmVisionTransformer(**arguments, mlp_layer=gated, act_layer=nn.SiLU)
     torch.manual_seed(1)
     ours = fastvit.VisionTransformer(**arguments, mlp_layer=partial(GluMlp, gate_last=False), act_layer=nn.SiLU)
     for (name, parameter), value in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -320,7 +329,7 @@ def test_helpers_for_optimisers(pair_with_timm):
 def test_training_follows_timm(pair_with_timm):
     ours, theirs = pair_with_timm()
     data = [(torch.randn(8, 3, 24, 32), torch.randint(0, 7, (8,))) for _ in range(4)]
-    losses = []
+    losses: list[list[float]] = []
     for model in (ours, theirs):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses.append([])

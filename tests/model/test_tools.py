@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,7 @@ def test_copies(how, tiny):
     model = tiny(mean=MEAN, std=STD, pos_embed="sincos", reg_tokens=1, drop_path_rate=0.1).eval()
     images = torch.randint(0, 256, (2, 3, 24, 32), dtype=torch.uint8)
     expected = model(images)
+    other: Any
     if how == "deepcopy":
         other = copy.deepcopy(model)
     elif how == "pickle":

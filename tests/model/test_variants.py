@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,6 +51,7 @@ def test_as_timm_has_them(timm):
             assert getattr(ours, attribute) == getattr(theirs, attribute), (name, attribute)
         for attribute in ("img_size", "patch_size", "grid_size"):
             assert getattr(ours.patch_embed, attribute) == getattr(theirs.patch_embed, attribute), name
+        mine: Any
         for mine, other in zip(ours.blocks, theirs.blocks, strict=True):
             assert mine.attn.num_heads == other.attn.num_heads and mine.norm1.eps == other.norm1.eps
             assert type(mine.mlp.act) is type(other.mlp.act)
