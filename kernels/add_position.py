@@ -40,7 +40,9 @@ def _add_position(
     batch = m // length
     row = m - batch * length
     value = tl.load(table_ptr + (row * width)[:, None] + d[None, :], mask=inside, other=0.0)
-    token = batch.to(tl.int64) * (batch_stride * ALIGN) + (row - prefix).to(tl.int64) * (token_stride * ALIGN)
+    token = batch.to(tl.int64) * (batch_stride.to(tl.int64) * ALIGN) + (row - prefix).to(tl.int64) * (
+        token_stride.to(tl.int64) * ALIGN
+    )
     if CONTIGUOUS:
         token_ptrs = tokens_ptr + token[:, None] + d[None, :]
     else:

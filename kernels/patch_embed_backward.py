@@ -121,7 +121,7 @@ def _patch_embed_weight_gradient(
         patch = tl.where(valid, patch, 0).to(tl.int32)
         grid_y = patch // grid_width
         grid_x = patch - grid_y * grid_width
-        patch_offset = batch.to(tl.int64) * (batch_stride_units * ALIGN) + (
+        patch_offset = batch.to(tl.int64) * (batch_stride_units.to(tl.int64) * ALIGN) + (
             grid_y * (patch_height * row_stride) + grid_x * stretch
         )
         image_ptrs = images_ptr + patch_offset[:, None] + offset[None, :]
@@ -262,7 +262,7 @@ def _patch_embed_image_gradient(
     patch = m - m // patches * patches
     grid_y = patch // grid_width
     grid_x = patch - grid_y * grid_width
-    patch_offset = (m // patches).to(tl.int64) * (batch_stride_units * ALIGN) + (
+    patch_offset = (m // patches).to(tl.int64) * (batch_stride_units.to(tl.int64) * ALIGN) + (
         grid_y * (patch_height * row_stride) + grid_x * stretch
     )
     offset, place, row = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)

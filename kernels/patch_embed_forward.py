@@ -111,7 +111,7 @@ def _patch_embed_forward(
 
     grid_y = patch // grid_width
     grid_x = patch - grid_y * grid_width
-    patch_offset = batch.to(tl.int64) * (batch_stride_units * ALIGN) + (
+    patch_offset = batch.to(tl.int64) * (batch_stride_units.to(tl.int64) * ALIGN) + (
         grid_y * (patch_height * row_stride) + grid_x * stretch
     )
     k = tl.arange(0, BLOCK_K)

@@ -1,0 +1,137 @@
+"""The offline compile check: its rules, its reading of PTX, and a few entries compiled for real.
+
+The whole manifest is compiled by `make compile-check`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+ENTRY = "patch_embed_forward wide medium u8 bf16 bf16"
+
+
+def find(name: str) -> Any:
+    from fastvit.kernels import manifest
+
+    return next(entry for entry in manifest.entries() if entry.name.startswith(name))
+
+
+@pytest.fixture
+def row() -> Any:
+    from fastvit.kernels.compile_check import Row
+
+    return Row(90, "patch_embed_forward", "", 128, 0, 65536, "wgmma m64n128k16", "8", "16")
+
+
+def test_a_good_row_has_no_problem(row: Any) -> None:
+    from fastvit.kernels.compile_check import problems
+
+    assert list(problems(find(ENTRY), row)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(stack=8), "stack"),
+        (dict(shared=227 * 1024 + 1), "shared"),
+        (dict(target=80, shared=163 * 1024 + 1, mma="mma m16n8k16"), "shared"),
+        (dict(mma="mma m16n8k16"), "wgmma"),
+        (dict(image_copies="4, 8"), "image copies"),
+        (dict(image_copies="-"), "image copies"),
+        (dict(image_copies="ld 1"), "image copies"),
+        (dict(weight_copies="16, 8"), "weight copies"),
+        (dict(weight_copies="-"), "weight copies"),
+    ],
+)
+def test_each_rule_fails(row: Any, changes: dict[str, Any], message: str) -> None:
+    from fastvit.kernels.compile_check import problems
+
+    found = list(problems(find(ENTRY), replace(row, **changes)))
+    assert len(found) == 1 and message in found[0]
+
+
+def test_float_images_need_16_bytes(row: Any) -> None:
+    from fastvit.kernels.compile_check import problems
+
+    entry = find("patch_embed_forward wide medium bf16")
+    assert [*problems(entry, replace(row, image_copies="8"))] == ["image copies narrower than 16 bytes"]
+    assert not [*problems(entry, replace(row, image_copies="16"))]
+
+
+PTX = """
+ ld.param.b64 %rd1, [k_param_0];
+ ld.param.b64 %rd2, [k_param_1];
+ ld.param.b32 %r1, [k_param_2];
+ ld.param.b64 %rd9, [k_param_3];
+ mad.wide.s32 %rd3, %r1, 2, %rd1;
+ add.s64 %rd4, %rd3, 64;
+ @%p1 cp.async.cg.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 0x10, %r6; // a comment [%rd2]
+ mov.b64 %rd5, %rd2;
+$L__BB0_1:
+ add.s64 %rd5, %rd5, %rd9;
+ cp.async.ca.shared.global [ %r5 + 0 ], [ %rd5 + 0 ], 0x8, %r6;
+ @%p2 ld.global.b64 { %rd6 }, [ %rd2 + 0 ];
+ add.s64 %rd7, %rd1, %rd6;
+ ld.global.v4.b32 { %r7, %r8, %r9, %r10 }, [ %rd7 + 0 ];
+ @%p3 st.global.v2.b32 [ %rd4 + 0 ], { %r7, %r8 };
+"""
+
+
+def test_accesses_are_traced_to_their_tensor() -> None:
+    """Through loops and sums; a loaded index does not count as where an address comes from."""
+    from fastvit.kernels.compile_check import Access, global_accesses
+
+    assert list(global_accesses(PTX, ["image", "weight"], ["image", "weight", "rows", "stride"])) == [
+        Access("async", 16, "image"),
+        Access("async", 8, "weight"),
+        Access("ld", 8, "weight"),
+        Access("ld", 16, "image"),
+        Access("st", 8, "image"),
+    ]
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("name", [ENTRY, "patch_embed_weight_gradient wide bf16 bf16", "prepare_table"])
+def test_entries_compile_clean(name: str, target: int) -> None:
+    from fastvit.kernels.compile_check import inspect
+
+    row = inspect(find(name), target)
+    assert row.problems == () and row.registers > 0 and row.stack == 0
+    instruction = {80: "mma m16n8k16", 90: "wgmma", 100: "tcgen05"}[target]
+    assert name == "prepare_table" or instruction in row.mma
+
+
+def test_offsets_of_the_batch_are_64_bit() -> None:
+    """The image's batch offset is a product of 64-bit integers in the compiled kernel."""
+    from fastvit.kernels.compile_check import compile_entry
+
+    for name in ("patch_embed_forward generic", "patch_embed_weight_gradient wide", "patch_embed_image_gradient wide"):
+        intermediate = compile_entry(find(name), 90).asm["ttir"]
+        assert "arith.extsi" in intermediate and any(
+            "arith.muli" in line and "i64" in line for line in intermediate.splitlines()
+        )
+
+
+def test_a_bad_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many stages for the shared memory of an sm_80."""
+    from fastvit.kernels.compile_check import inspect
+
+    row = inspect(replace(find("patch_embed_forward wide large bf16"), num_stages=6), 80)
+    assert any("shared memory" in problem for problem in row.problems)
+
+
+def test_command_line() -> None:
+    from fastvit.kernels.compile_check import main
+
+    command = [sys.executable, "-m", "fastvit.kernels.compile_check", "--json", "--workers", "1", "--target", "90"]
+    done = subprocess.run([*command, "prepare_table"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["target"] == 90
+    assert main(["no such entry"]) == 2
