@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,10 +78,10 @@ def run_checks(*, quick: bool, progress: Callable[[int, int, str], None]) -> Che
     return checks
 
 
-def _check_interpreted(checks: Checks, *, quick: bool) -> None:
+def _check_interpreted(checks: Checks, *, quick: bool, only: Sequence[str] = ()) -> None:
     """Triton decides at its import whether to interpret, so this needs a process of its own."""
     command = [sys.executable, "-m", "fastvit.cli", "validate", "--backend", "triton", "--quick", "--json"]
-    command += ["--device", "cpu"] + (["--dtype", "fp32"] if quick else [])
+    command += ["--device", "cpu"] + (["--dtype", "fp32"] if quick else []) + list(only)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=INTERPRETER_SECONDS)

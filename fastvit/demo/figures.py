@@ -105,6 +105,20 @@ def position_similarity(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return (unit @ unit.T).view(*grid, *grid)
 
 
+def mean_similarity(positions: Tensor, grid: tuple[int, int]) -> dict[str, float]:
+    """Mean similarity of neighbouring patches, and of patches many steps (along rows and columns) apart."""
+    similarity = position_similarity(positions, grid).flatten(2).flatten(0, 1)  # [N, N]
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    place = torch.stack([rows.flatten(), columns.flatten()], 1).float()  # [N, 2]
+    steps = torch.cdist(place, place, p=1)
+    far = sum(grid) // 2
+    return {
+        "neighbours": similarity[steps == 1].mean().item(),
+        "far": similarity[steps >= far].mean().item(),
+        "far_steps": far,
+    }
+
+
 @_styled
 def draw_positions(path: Path, positions: Tensor, grid: tuple[int, int]) -> Path:
     """The position-embedding similarity map of Dosovitskiy et al. (2021), figure 7, middle."""
@@ -179,7 +193,8 @@ def draw_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
         title = (
             f"{row['shape']}, {row['dtype']}, {row['mode']}: {row['provider']} takes {row['median_us'] / 1000:.2f} ms"
         )
-        axis.text(low, place, f" {title}", fontweight="bold", fontsize=10, va="center")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        axis.text(low, place, f" {title}", fontweight="bold", fontsize=10, va="center", bbox=box)
         for rival, ratio in sorted(row["ratios"].items(), key=lambda item: -item[1]):
             place += 1
             axis.barh(place, ratio - 1, left=1, height=0.74, color=BLUE if ratio >= 1 else ORANGE)

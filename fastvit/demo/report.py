@@ -45,7 +45,7 @@ def write_report(path: Path, results: dict[str, Any], pictures: dict[str, Path])
             _head(results),
             _training(results, pictures),
             _timm(results, pictures),
-            _inside(pictures),
+            _inside(results, pictures),
             _validation(results),
             _benchmark(results, pictures),
             _environment(results),
@@ -112,7 +112,8 @@ def _training(results: dict[str, Any], pictures: dict[str, Path]) -> str:
         "Training on real images",
         f"<p>{escape(train['model'])}: {train['parameters']:,} parameters, patch 2, one channel, "
         f"{train['epochs']} epochs on {train['train_images']:,} of scikit-learn's bundled handwritten "
-        f"digits, 8×8 pixels; tested on the other {train['test_images']}, in a split that is the same for every seed. The accuracy is the last epoch's, "
+        f"digits, 8×8 pixels; tested on the other {train['test_images']}, in a split that is the same "
+        "for every seed. The accuracy is the last epoch's, "
         "not the best. The training loss has label smoothing in it, so it stays above the test loss.</p>"
         + _picture(pictures, "curves", "Loss and test accuracy over the epochs")
         + table,
@@ -133,12 +134,14 @@ def _timm(results: dict[str, Any], pictures: dict[str, Path]) -> str:
     return _section("The same losses as timm", text)
 
 
-def _inside(pictures: dict[str, Path]) -> str:
+def _inside(results: dict[str, Any], pictures: dict[str, Path]) -> str:
+    near = results["train"]["position_similarity"]
     return _section(
         "What the model learned",
         "<p>Similarity of the learned positions, as in figure 7 of Dosovitskiy et al. (2021): each small map compares "
-        "the position of one patch with all others. Neighbours, rows and columns become alike, although nothing told "
-        "the model that the patches form a grid.</p>"
+        "the position of one patch with all others. Nothing told the model that the patches form a grid. "
+        f"Neighbours: {near['neighbours']:+.2f} on average; patches at least {near['far_steps']} steps apart: "
+        f"{near['far']:+.2f}.</p>"
         + _picture(pictures, "positions", "Cosine similarity of position embeddings")
         + "<p>Test digits (label → prediction), and where the class token looks in the last block, averaged over its "
         "heads.</p>" + _picture(pictures, "attention", "Attention of the class token over test digits"),

@@ -78,10 +78,12 @@ def _write(out: Path, results: dict[str, Any], run: TrainResult, histories: dict
     images = images.to(device)
     grid: Any = model.patch_embed.grid_size  # type: ignore[union-attr]
     positions: Any = model.pos_embed
+    patch_positions = positions[0, -grid[0] * grid[1] :]
+    results["train"]["position_similarity"] = figures.mean_similarity(patch_positions, tuple(grid))
     names = [run.data.classes[label] for label in labels.tolist()]
     pictures = {
         "curves": figures.draw_curves(out / "curves.png", histories, REQUIRED_ACCURACY),
-        "positions": figures.draw_positions(out / "positions.png", positions[0, -grid[0] * grid[1] :], tuple(grid)),
+        "positions": figures.draw_positions(out / "positions.png", patch_positions, tuple(grid)),
         "attention": figures.draw_attention(out / "attention.png", model, images, names, run.data.classes),
     }
     if results["timm"]["ours"]:
@@ -129,6 +131,7 @@ def _check_results(checks: Checks) -> dict[str, Any]:
         **checks.counts,
         "ok": checks.ok,
         "problems": checks.problems,
+        "cases": sorted({row["case"] for row in checks.rows if row["status"] != "skipped"}),
         "summary": checks.summary(),
         "failures": checks.failures,
         "not_run": checks.not_run(),
@@ -241,5 +244,7 @@ def _verdict(console: Console, out: Path, results: dict[str, Any]) -> bool:
     for line in wrong:
         console.print(line, style="red", highlight=False)
     verdict = "FAILED" if wrong else "All good"
-    console.print(f"{verdict}. Open {out / 'report.html'} (numbers: {out / 'results.json'})", highlight=False)
+    console.print(
+        f"{verdict}. Open {out / 'report.html'} (numbers: {out / 'results.json'})", soft_wrap=True, highlight=False
+    )
     return not wrong
