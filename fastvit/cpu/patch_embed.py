@@ -17,6 +17,10 @@ from fastvit.cpu.prepare_weight import pixel_mean_and_std, prepare_weight
 
 Normalisation = Sequence[float] | None
 
+# Raw pixels are centred at the middle of their range, as the sums would otherwise spend precision on their offset. As
+# an integer step this costs a pass over bytes rather than over floats; the weights take care of the offset.
+UINT8_CENTRE = 128
+
 
 def forward(
     images: Tensor,
@@ -81,7 +85,12 @@ def patch_count(images: Tensor, weight: Tensor) -> int:
 
 
 def patch_rows(images: Tensor, weight: Tensor, prefix_rows: int, keep: Tensor | None) -> Tensor:
-    """[B, C, H, W] of any dtype and strides → [B, R+N, C·P_h·P_w] float32; R rows of zeros, then the (kept) patches."""
+    """[B, C, H, W] of any dtype and strides → [B, R+N, C·P_h·P_w] float32; R rows of zeros, then the (kept) patches.
+
+    uint8 pixels come out centred: pixel − UINT8_CENTRE.
+    """
+    if images.dtype == torch.uint8:
+        images = images.bitwise_xor(UINT8_CENTRE).view(torch.int8)  # pixel − 128
     view = _as_patches(images, weight)  # [B, g_h, g_w, C, P_h, P_w]
     batch, grid_height, grid_width = view.shape[:3]
     count = grid_height * grid_width if keep is None else keep.shape[1]
@@ -109,7 +118,11 @@ def _matrix(
     if not is_uint8 and mean is None and weight.dtype == torch.float32:
         full_bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(torch.float32)
         return weight.reshape(weight.shape[0], -1), full_bias
-    return prepare_weight(weight, bias, mean, std, is_uint8, torch.float32)
+    return prepare_weight(weight, bias, mean, std, is_uint8, torch.float32, _centre(is_uint8))
+
+
+def _centre(is_uint8: bool) -> int:
+    return UINT8_CENTRE if is_uint8 else 0
 
 
 def _start_table(bias: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, patches: int) -> Tensor:
@@ -161,7 +174,8 @@ def _weight_gradient(
     patches = patch_rows(images, weight, prefix_rows, keep)
     product = grad.flatten(0, 1).t() @ patches.flatten(0, 1)  # [D, K]
     product = product.view(dim, channels, -1)
-    means, stds = pixel_mean_and_std(mean, std, images.dtype == torch.uint8, channels)
+    is_uint8 = images.dtype == torch.uint8
+    means, stds = pixel_mean_and_std(mean, std, is_uint8, channels, _centre(is_uint8))
     if any(value != 0.0 for value in means):
         product -= d_bias[:, None, None] * product.new_tensor(means)[:, None]
     if any(value != 1.0 for value in stds):

@@ -14,13 +14,13 @@ def pixel_scale(is_uint8: bool) -> float:
 
 
 def pixel_mean_and_std(
-    mean: Sequence[float] | None, std: Sequence[float] | None, is_uint8: bool, channels: int
+    mean: Sequence[float] | None, std: Sequence[float] | None, is_uint8: bool, channels: int, centre: float = 0.0
 ) -> tuple[list[float], list[float]]:
-    """Mean and std of each channel in the pixel's own scale, so that normalising is (pixel − mean) / std."""
+    """Mean and std of each channel in the scale of pixels that `centre` has been taken off."""
     scale = pixel_scale(is_uint8)
     if mean is None or std is None:
-        return [0.0] * channels, [scale] * channels
-    return [scale * value for value in mean], [scale * value for value in std]
+        return [-centre] * channels, [scale] * channels
+    return [scale * value - centre for value in mean], [scale * value for value in std]
 
 
 def prepare_weight(
@@ -30,6 +30,7 @@ def prepare_weight(
     std: Sequence[float] | None,
     is_uint8: bool,
     compute_dtype: torch.dtype,
+    centre: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """W' and b' such that raw pixels @ W'ᵀ + b' equals normalised pixels @ Wᵀ + b.
 
@@ -42,13 +43,14 @@ def prepare_weight(
         mean, std: a float a channel in the 0..1 scale, or None and None.
         is_uint8: the pixels are 0..255 rather than floats.
         compute_dtype: dtype of W'.
+        centre: what has been taken off the pixels before they are multiplied.
 
     Returns:
         W' [D, C·P_h·P_w] in `compute_dtype`, contiguous; b' [D] float32.
     """
     dim, channels = weight.shape[:2]
     scaled = weight.to(torch.float32)
-    means, stds = pixel_mean_and_std(mean, std, is_uint8, channels)
+    means, stds = pixel_mean_and_std(mean, std, is_uint8, channels, centre)
     if any(value != 1.0 for value in stds):
         scaled = scaled / scaled.new_tensor(stds).view(1, channels, 1, 1)
     rounded = scaled.to(compute_dtype).reshape(dim, -1).contiguous()
