@@ -22,9 +22,9 @@ def describe(error: Exception) -> str:
     """One line that names the option, its value and what is accepted."""
     if hasattr(error, "format_message"):
         text = error.format_message()
-    elif all(hasattr(error, name) for name in ("name", "value", "accepted")):
-        option = "--" + str(error.name).replace("_", "-")
-        text = f"{option} {error.value}: accepted is {error.accepted}"
+    elif type(error).__name__ == "OptionError":  # by name: importing it would load torch for `--help`
+        name, value, accepted = error.args
+        text = f"--{name.replace('_', '-')} {value}: accepted is {accepted}"
     elif isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
     else:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -157,7 +157,7 @@ def class_attention(model: nn.Module, images: Tensor, grid: tuple[int, int]) -> 
 def draw_attention(path: Path, model: nn.Module, images: Tensor, labels: Sequence[str], classes: Sequence[str]) -> Path:
     """Digits, the attention of the class token with the digit's outline over it, and the prediction."""
     grid = tuple(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
-    attention = class_attention(model, images, grid).cpu()  # type: ignore[arg-type]
+    attention = class_attention(model, images, grid).cpu()
     with torch.no_grad():
         predicted = model(images).argmax(-1).tolist()
     pixels = images[:, 0].float().cpu()

@@ -106,7 +106,8 @@ class Normalised(nn.Module):
 
 
 def _losses(run: Run, forward: nn.Module, steps: int) -> list[float]:
-    options, losses = run.options, []
+    options = run.options
+    losses: list[float] = []
     forward.train()
     epoch = 0
     while len(losses) < steps:

@@ -24,7 +24,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     """Two groups, as timm's: vectors, biases and what `model.no_weight_decay()` names do not decay."""
     exempt: Iterable[str] = getattr(model, "no_weight_decay", lambda: ())()
     names = set(exempt)
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
