@@ -1,0 +1,105 @@
+"""Record benchmark rows and the page that shows them.
+
+    python -m fastvit.benchmarks.record [--size small|full] [--threads N] [SUITE ...]
+    python -m fastvit.benchmarks.record --render
+
+Writes benchmarks/results/<device kind>-<suite>.jsonl, one file a suite, then benchmarks/RESULTS.md from all files
+there. With --render only the page is written. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastvit.benchmarks.problem import SIZES
+from fastvit.benchmarks.rows import OURS, Row, read_json_lines, write_json_lines
+from fastvit.benchmarks.runner import SUITES, run_suites
+
+FOLDER = Path(__file__).resolve().parent
+HEAD = """# Benchmark results
+
+Written by `python -m fastvit.benchmarks.record` from the rows in `results/`. Ratio: the rival's median over ours, above
+1 we are faster; losses are in **bold**. Each case was checked against float64 in the same process before it was timed;
+rivals were interleaved with ours. Times are medians, with the 20th and 80th percentile. "Of floor" is the time that the
+machine's own GEMM rate and copy bandwidth, measured in the same run, would allow, over our median.
+"""
+
+
+def render(files: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    """RESULTS.md for recorded files, each a name and its rows."""
+    parts = [HEAD]
+    for name, rows in files:
+        parts.append(f"\n## {name}\n\n{_about(rows[0])}\n\n" if rows else f"\n## {name}\n\nNo rows.\n")
+        parts.append(_table(rows))
+        reasons = dict.fromkeys((row.provider, row.shape, row.mode, row.reason) for row in rows if row.reason)
+        parts += [f"- {provider}, {shape}, {mode}: {reason}\n" for provider, shape, mode, reason in reasons]
+    return "".join(parts)
+
+
+def _about(row: Row) -> str:
+    known = ", ".join(f"{name} {version}" for name, version in row.versions.items() if version)
+    return f"{row.device}; {known}; commit {row.commit or 'unknown'}; `{row.command}`"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    rivals = list(dict.fromkeys(row.provider for row in rows if not row.provider.startswith(OURS)))
+    headings = ["shape", "dtype", "mode", "provider", *(f"vs {rival}" for rival in rivals), "median", "of floor"]
+    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    for row in rows:
+        if row.provider.startswith(OURS) and row.median_us is not None:
+            cells = [row.shape, row.dtype, row.mode, row.provider, *(_ratio(row.ratios.get(rival)) for rival in rivals)]
+            cells += [_time(row), "" if row.floor_share is None else f"{row.floor_share:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"**{ratio:.2f}x**" if ratio < 1 else f"{ratio:.2f}x"
+
+
+def _time(row: Row) -> str:
+    median, p20, p80 = ((value or 0.0) / 1000 for value in (row.median_us, row.p20_us, row.p80_us))
+    return f"{median:.2f} ms ({p20:.2f} to {p80:.2f})"
+
+
+def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
+    """The command line; returns the exit code: 1 if a case of ours was not timed."""
+    about_this = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m fastvit.benchmarks.record", description=about_this)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's setting")
+    parser.add_argument("--seconds", type=float, help="to spend on timing each case")
+    parser.add_argument("--render", action="store_true", help="only write RESULTS.md from the recorded rows")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"unknown suite {unknown[0]!r}; known: {', '.join(SUITES)}")
+    results = folder / "results"
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    missing = 0
+    for name in [] if options.render else options.suites or list(SUITES):
+        rows = run_suites(
+            [name],
+            options.size,
+            kind,
+            lambda done, total, title: print(f"{done}/{total} {title}", file=sys.stderr, flush=True),
+            seconds=options.seconds,
+            threads=options.threads,
+        )
+        write_json_lines(rows, results / f"{kind}-{name}.jsonl")
+        missing += sum(row.provider.startswith(OURS) and row.median_us is None for row in rows)
+    recorded = [(path.stem, read_json_lines(path)) for path in sorted(results.glob("*.jsonl"))]
+    page = folder / "RESULTS.md"
+    page.write_text(render(recorded), encoding="utf-8")
+    print(f"Wrote {page.name} from {len(recorded)} files")
+    return int(missing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
