@@ -95,14 +95,20 @@ def check_known(name: str, source: str) -> None:
         raise ValueError(f"{source}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
 
 
-@torch.compiler.assume_constant_result
+def _constant_when_traced(function: Callable[..., str]) -> Callable[..., str]:
+    # What torch.compiler.assume_constant_result does, without importing the compiler (and Triton with it) for it.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_traced
 def _automatic(device_type: str) -> str:
     if device_type in ("cpu", "meta"):
         return "cpu"
     return "triton" if device_type == "cuda" and not why_unavailable("triton", "cuda") else "reference"
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def why_unavailable(name: str, device_type: str) -> str:
     """The reason why a backend can't run on a device type, "" if it can."""
     return _REASONS[name](device_type)
