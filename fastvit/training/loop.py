@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvit.backend import resolve
+
 from .checkpoint import load_checkpoint, load_weights, read_weights, save_checkpoint
 from .data import Batch, ImageData, evaluation_batches, iterate, load_data, training_batches
 from .distributed import Team, join_team
-from .errors import CheckpointError, OptionError, TrainingError
+from .errors import CheckpointError, OptionError, TrainingError, UserError
 from .models import build_model, model_arguments
 from .observers import Observer
 from .options import TrainOptions
@@ -107,6 +109,7 @@ def train(
 
 def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
     """A run before its first step."""
+    _check_backend(team.device)
     random.seed(options.seed)
     torch.manual_seed(options.seed)  # the same weights in every process
     arguments = model_arguments(options, data)
@@ -124,6 +127,14 @@ def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
         optimizer=make_optimizer(model, lr=options.lr, weight_decay=options.weight_decay),
         scaler=torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16"),
     )
+
+
+def _check_backend(device: torch.device) -> None:
+    """Refuse a forced backend that can't run here before anything is built."""
+    try:
+        resolve(None, device.type, float64=False)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def _forward(run: Run) -> nn.Module:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastvit
 from fastvit.training import CheckpointError, OptionError, TrainingError, TrainOptions, UserError, resume_options, train
 from fastvit.training import digits as digits_module
 from fastvit.training import models as models_module
@@ -163,6 +164,12 @@ def test_unknown_models_and_devices(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="device = 'tpu': accepted is one of auto, cpu"):
         train(options(tmp_path, device="tpu"))
     assert issubclass(OptionError, UserError)
+
+
+def test_a_forced_backend_that_cannot_run_is_refused_first(tmp_path: Path) -> None:
+    with fastvit.use_backend("emulated"), pytest.raises(UserError, match="'emulated' can't run on device 'cpu'"):
+        train(options(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_trains_with_workers(tmp_path: Path, write_images: Callable[[Path, dict[str, int]], Path]) -> None:
