@@ -291,7 +291,10 @@ def test_the_same_seed_gives_the_same_weights(weight_init, arguments, timm, tiny
 
 
 @pytest.mark.parametrize("arguments", [{}, {"no_embed_class": True, "reg_tokens": 2}, {"pos_embed": "none"}])
-@pytest.mark.parametrize("change", [{"img_size": (40, 16)}, {"patch_size": (4, 8)}, {"img_size": 32, "patch_size": 16}])
+@pytest.mark.parametrize(
+    "change",
+    [{"img_size": (40, 16)}, {"img_size": (32, 24)}, {"patch_size": (4, 8)}, {"img_size": 32, "patch_size": 16}],
+)
 def test_set_input_size(arguments, change, pair_with_timm):
     ours, theirs = pair_with_timm(**arguments)
     ours.set_input_size(**change), theirs.set_input_size(**change)
