@@ -81,7 +81,8 @@ def mend() -> bool:
         _replace_dot_and_casts(builder, interpreter)
         _forbid_other_arithmetic(builder, interpreter)
         _forbid_reductions(interpreter)
-        builder._fastvit_mended = True  # type: ignore[attr-defined]
+        _index_with_any_numpy(interpreter)
+        builder._fastvit_mended = True
     return True
 
 
@@ -153,3 +154,15 @@ def _forbid_reductions(interpreter: Any) -> None:
             raise NotImplementedError("a reduction of bfloat16 is wrong in Triton's interpreter: cast to float32 first")
 
     interpreter.ReduceScanOpInterface.check_tensor = check_tensor
+
+
+def _index_with_any_numpy(interpreter: Any) -> None:
+    """A scalar of the interpreter is an array of one element, which numpy 2.4 no longer turns into an int for
+    Triton 3.6: a loop over a runtime bound would raise."""
+    shipped = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        shipped(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.reshape(()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
