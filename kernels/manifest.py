@@ -100,7 +100,8 @@ def _add(entry: Entry) -> None:
 
 
 def _find(kernel: str, *key: str) -> Entry:
-    return _ENTRIES[(kernel, *key)]
+    name = (kernel, *key)
+    return _ENTRIES[name]
 
 
 def entries() -> tuple[Entry, ...]:
