@@ -27,7 +27,7 @@ def train(
     validation_share: float | None = typer.Option(
         None, help="Share of each class held out, in a folder without train/ and val/.", show_default="0.2"
     ),
-    epochs: int | None = typer.Option(None, help="Passes over the data.", show_default="32; folder: 100"),
+    epochs: int | None = typer.Option(None, help="Passes over the data.", show_default="36; folder: 100"),
     batch_size: int | None = typer.Option(None, help="Images a step in each process.", show_default="32; folder: 64"),
     lr: float | None = typer.Option(None, help="Highest learning rate.", show_default="2e-3; folder: 5e-4"),
     min_lr: float | None = typer.Option(None, help="Learning rate at the end.", show_default="lr / 100"),

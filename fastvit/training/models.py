@@ -49,11 +49,11 @@ def initialise_narrow(model: nn.Module) -> nn.Module:
 
     timm's standard deviation of 0.02 suits a width of 768, where it is near 1/sqrt(width). At 64 it makes every
     branch nearly zero, and tens of epochs pass before it learns. Glorot's rule follows the width, and positions must
-    be visible beside the patches from the start, yet small enough that what is learned outweighs chance.
+    be visible beside the patches from the start.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("pos_embed"):
-            nn.init.normal_(parameter, std=0.15)
+            nn.init.normal_(parameter, std=0.3)
         elif parameter.ndim in (2, 4):
             nn.init.xavier_uniform_(parameter.data.flatten(1))
     return model

@@ -27,7 +27,7 @@ class TrainOptions:
     image_size: int = 0  # 0: 8 for the digits, 224 for a folder
     channels: int = 0  # 0: 1 for the digits, 3 for a folder
     validation_share: float = 0.2  # of a folder without train/ and val/
-    epochs: int = 0  # 0: 32 for the digits, 100 for a folder
+    epochs: int = 0  # 0: 36 for the digits, 100 for a folder
     batch_size: int = 0  # in each process; 0: 32 for the digits, 64 for a folder
     lr: float = 0.0  # 0: 2e-3 for the digits, 5e-4 for a folder
     min_lr: float = -1.0  # at the last step; -1: a hundredth of lr
@@ -105,7 +105,7 @@ def _number(value: Any) -> bool:
 # Field, placeholder, default for the digits, default for a folder.
 _DEFAULTS: tuple[tuple[str, Any, Any, Any], ...] = (
     ("model", "", DIGITS_MODEL, FOLDER_MODEL),
-    ("epochs", 0, 32, 100),
+    ("epochs", 0, 36, 100),
     ("batch_size", 0, 32, 64),
     ("lr", 0.0, 2e-3, 5e-4),
     ("threads", -1, 1, 0),

@@ -14,9 +14,9 @@ from fastvit.training.schedule import learning_rate, parameter_groups
 
 def test_defaults_follow_the_data() -> None:
     digits, folder = TrainOptions(), TrainOptions(data="photos")
-    assert (digits.model, digits.epochs, digits.batch_size, digits.workers) == ("vit_digits", 32, 32, 0)
+    assert (digits.model, digits.epochs, digits.batch_size, digits.workers) == ("vit_digits", 36, 32, 0)
     assert (folder.model, folder.epochs, folder.batch_size, folder.workers) == ("vit_tiny_patch16_224", 100, 64, 2)
-    assert digits.min_lr == digits.lr / 100 and digits.warmup_epochs == 3.2
+    assert digits.min_lr == digits.lr / 100 and digits.warmup_epochs == 3.6
     assert TrainOptions.from_dict(digits.to_dict()) == digits
 
 
