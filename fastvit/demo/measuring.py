@@ -8,14 +8,22 @@ from typing import Any
 
 # Enough for medians that repeat within a few percent on a quiet machine; `fastvit bench` takes longer.
 SECONDS = 1.0
+SHAPE = "ViT-S/"
 
 
 def run_benchmarks(*, quick: bool, progress: Callable[[int, int, str], None]) -> list[dict[str, Any]]:
-    """Rows of the small suites as plain values, each with its ratios to the rivals."""
-    from fastvit.benchmarks.runner import run_suites
+    """Rows of a few cases as plain values, each of ours with its ratios to the rivals."""
+    import torch
 
-    suites = ["patch_embed"] if quick else ["patch_embed", "model"]
-    rows = run_suites(suites, "tiny" if quick else "small", progress=progress, seconds=None if quick else SECONDS)
+    from fastvit.benchmarks.runner import SECONDS as SUITE_SECONDS
+    from fastvit.benchmarks.runner import SUITES, run_plan
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = "tiny" if quick else "small"
+    embedding, models = SUITES["patch_embed"](size, device), SUITES["model"](size, device)
+    # The suites' first cases are their smallest: one model width is enough here.
+    plan = embedding if quick else [case for case in embedding if SHAPE in case[0]] + list(models[:1])
+    rows = run_plan(plan, device, SUITE_SECONDS[size] if quick else SECONDS, progress)
     return [asdict(row) for row in rows]
 
 
