@@ -139,7 +139,8 @@ def _inside(results: dict[str, Any], pictures: dict[str, Path]) -> str:
     return _section(
         "What the model learned",
         "<p>Similarity of the learned positions, as in figure 7 of Dosovitskiy et al. (2021): each small map compares "
-        "the position of one patch with all others. Nothing told the model that the patches form a grid. "
+        "the position of one patch with all others. Nothing told the model that the patches form a grid, "
+        "and so short a training moves the positions only a little from their random start. "
         f"Neighbours: {near['neighbours']:+.2f} on average; patches at least {near['far_steps']} steps apart: "
         f"{near['far']:+.2f}.</p>"
         + _picture(pictures, "positions", "Cosine similarity of position embeddings")
