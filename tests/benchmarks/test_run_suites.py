@@ -97,7 +97,9 @@ def test_the_suites_run_under_pytest_benchmark(tmp_path: Path) -> None:
     stored = tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "-q", str(SUITE_FILE), "-p", "no:cacheprovider", "-k", "patch_embed"]
     command += [f"--benchmark-json={stored}", f"--rootdir={SUITE_FILE.parents[1]}"]
-    environment = {**os.environ, "FASTVIT_BENCH_SIZE": "tiny", "OMP_NUM_THREADS": "1"}
+    # Told that it is a worker of pytest-xdist, pytest-benchmark would measure nothing.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**inherited, "FASTVIT_BENCH_SIZE": "tiny", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     found = {entry["extra_info"]["provider"] for entry in json.loads(stored.read_text())["benchmarks"]}
