@@ -24,13 +24,22 @@ def backward(grad: Tensor) -> Tensor:
 
 
 def sum_over_batch(grad: Tensor) -> Tensor:
-    """Σ_b grad[b] in float32."""
-    return grad.sum(0, dtype=torch.float32)
+    """Σ_b grad[b] in float32: [B, T, D] → [T, D]."""
+    if grad.dtype == torch.float32:
+        return grad.sum(0)
+    # A sample at a time: a sum with another dtype would first convert the whole batch, out of the cache and back.
+    total = grad.new_zeros(grad.shape[1:], dtype=torch.float32)
+    for sample in grad:
+        total += sample
+    return total
 
 
 def _add(tokens: Tensor, positions: Tensor, out: Tensor) -> None:
     """out = round(tokens + positions), the sum made in float32."""
-    if tokens.dtype == out.dtype == torch.float32:
-        torch.add(tokens, positions.float(), out=out)
-    else:
-        out.copy_(torch.add(tokens.float(), positions.float()))
+    if tokens.dtype == positions.dtype == out.dtype:
+        torch.add(tokens, positions, out=out)  # half precision too is added in float32 and rounded once
+        return
+    positions = positions.float()
+    # A sample at a time, so that the float32 sum stays in the cache on its way to the final dtype.
+    for sample, result in zip(tokens, out, strict=True):
+        result.copy_(positions + sample)
