@@ -130,7 +130,7 @@ def _add_forward(
                 ("images_ptr", image),
                 ("weight_ptr", compute),
                 ("table_ptr", "fp32"),
-                ("shift_ptr", "fp32"),
+                ("normaliser_ptr", "fp32"),
                 ("keep_ptr", "i64"),
                 ("tokens_ptr", out),
             ),
@@ -204,7 +204,7 @@ def _add_weight_gradient(variant_name: str, image: str, compute: str, precision:
             pointers=(
                 ("images_ptr", image),
                 ("grad_ptr", compute),
-                ("shift_ptr", "fp32"),
+                ("normaliser_ptr", "fp32"),
                 ("keep_ptr", "i64"),
                 ("parts_ptr", "fp32"),
             ),
@@ -231,7 +231,7 @@ def _add_image_gradient(variant_name: str, image: str, compute: str, precision: 
             module="patch_embed_backward",
             function="image_gradient_unaligned" if generic else "image_gradient_aligned",
             key=(variant_name, image, compute, precision),
-            pointers=(("grad_ptr", compute), ("weight_ptr", compute), ("images_ptr", image)),
+            pointers=_pointers(grad=compute, weight=compute, normaliser="fp32", images=image),
             constants=(
                 *_step(variant),
                 ("PRECISION", precision),
@@ -322,7 +322,12 @@ def _add_small() -> None:
                     function="prepare_weight",
                     key=(source, compute, f"run{run}"),
                     pointers=_pointers(
-                        weight=source, bias="fp32", constants="fp32", prepared=compute, shift="fp32", bias_out="fp32"
+                        weight=source,
+                        bias="fp32",
+                        constants="fp32",
+                        prepared=compute,
+                        normaliser="fp32",
+                        bias_out="fp32",
                     ),
                     constants=(("RUN", run), ("BLOCK_D", 16), ("BLOCK_K", 128)),
                     num_warps=4,

@@ -21,6 +21,7 @@ from fastvit.kernels.prepare_weight import (
     UINT8_SCALE,
     channel_constants,
     constants_on_device,
+    image_gradient_constants,
     make_table,
     prepare,
 )
@@ -77,7 +78,7 @@ def forward(
 
     constants = channel_constants(mean, std, layout.channels, images.dtype, compute_dtype)
     is_uint8 = images.dtype == torch.uint8
-    prepared, shift, full_bias = prepare(weight, bias, constants, is_uint8, compute_dtype, layout, plan.order)
+    prepared, normaliser, full_bias = prepare(weight, bias, constants, is_uint8, compute_dtype, layout, plan.order)
     factor = UINT8_SCALE if is_uint8 else 1.0
     table = make_table(prefix_rows + layout.patches, width, full_bias, pos_embed, prefix, factor, images)
     block_m, block_n = entry.constant("BLOCK_M"), entry.constant("BLOCK_N")
@@ -88,7 +89,7 @@ def forward(
         images_ptr=images,
         weight_ptr=prepared,
         table_ptr=table,
-        shift_ptr=shift,
+        normaliser_ptr=normaliser,
         keep_ptr=_keep(keep, images),
         tokens_ptr=tokens,
         rows=rows,
@@ -137,7 +138,7 @@ def backward(
     if need_weight:
         d_weight = _weight_gradient(product_grad, images, weight, mean, std, keep, prefix_rows, d_bias)
     if need_images:
-        d_images = _image_gradient(product_grad, images, weight, mean, std, keep, prefix_rows)
+        d_images = _image_gradient(product_grad, images, weight, std, keep, prefix_rows)
     empty = grad.new_empty(0, dtype=torch.float32)
     return d_images, d_weight, d_bias if need_bias else empty, d_rows if need_rows else empty.clone()
 
@@ -184,15 +185,15 @@ def _weight_gradient(
     rows_per_split = cdiv(cdiv(rows, splits), block_m) * block_m
     splits = cdiv(rows, rows_per_split)
     parts = torch.empty(splits, width, k_length, dtype=torch.float32, device=grad.device)
-    shift = parts
+    normaliser = parts
     if images.dtype != grad.dtype:
-        _, shift, _ = prepare(weight, None, constants, is_uint8, grad.dtype, layout, plan.order)
+        _, normaliser, _ = prepare(weight, None, constants, is_uint8, grad.dtype, layout, plan.order)
     launch.launch(
         plan.entry,
         (tiles, splits),
         images_ptr=images,
         grad_ptr=grad,
-        shift_ptr=shift,
+        normaliser_ptr=normaliser,
         keep_ptr=_keep(keep, images),
         parts_ptr=parts,
         rows=rows,
@@ -233,7 +234,6 @@ def _image_gradient(
     grad: Tensor,
     images: Tensor,
     weight: Tensor,
-    mean: Normalisation,
     std: Normalisation,
     keep: Tensor | None,
     prefix_rows: int,
@@ -260,17 +260,15 @@ def _image_gradient(
         if _output(plan.entry.key[0], target.dtype) == target.dtype
         else torch.empty_like(target, dtype=torch.float32)
     )
-    # The gradient is one of values, not of pixels: mean plays no part in it, and no shift is needed.
-    constants = channel_constants(
-        None if mean is None else [0.0] * len(mean), std, layout.channels, grad.dtype, grad.dtype
-    )
-    prepared, _, _ = prepare(weight, None, constants, False, grad.dtype, layout, plan.order)
+    constants = image_gradient_constants(std, layout.channels)
+    prepared, normaliser, _ = prepare(weight, None, constants, False, grad.dtype, layout, plan.order)
     block_m, _, block_k = plan.entry.tile
     launch.launch(
         plan.entry,
         (cdiv(rows, block_m) * cdiv(plan.order.length, block_k),),
         grad_ptr=grad,
         weight_ptr=prepared,
+        normaliser_ptr=normaliser,
         images_ptr=target,
         rows=rows,
         patches=layout.patches,

@@ -1,7 +1,7 @@
 """The backward kernels: weight gradient by split-K over rebuilt patches, image gradient, and the reduction of parts.
 
-d_weight'[d, k] = sum_m grad[m, d] * (pixel[m, k] - shift[k])         in slices over m, summed in order
-d_image[m, k]   = sum_d grad[m, d] * weight'[d, k]
+d_weight'[d, k] = sum_m grad[m, d] * (pixel[m, k] - shift[k]) * scale[k]         in slices over m, summed in order
+d_image[m, k]   = sum_d grad[m, d] * weight[d, k] * scale[k]
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _columns(k, padded_rows, planes, runs, channel_stride, row_stride, RUN: tl.c
 def _patch_embed_weight_gradient(
     images_ptr,  # [B, C, H, W], any of the layouts of layout.py
     grad_ptr,  # [B, R+kept, D] in the compute dtype
-    shift_ptr,  # [K] fp32, read only where the images' dtype is not the compute dtype
+    normaliser_ptr,  # [2, K] fp32: shift, scale; read only where images must be converted
     keep_ptr,  # [B, kept] int64, read only with has_keep
     parts_ptr,  # [splits, D, K] fp32
     rows: tl.int32,  # B * kept
@@ -93,7 +93,8 @@ def _patch_embed_weight_gradient(
     BLOCK_K: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = grad_ptr.dtype.element_ty
-    CENTRE: tl.constexpr = images_ptr.dtype.element_ty != grad_ptr.dtype.element_ty
+    CONVERT: tl.constexpr = images_ptr.dtype.element_ty != grad_ptr.dtype.element_ty
+    UINT8: tl.constexpr = images_ptr.dtype.element_ty == tl.uint8
     width = width_units * WIDTH_ALIGN
     row_stride = row_stride_units * ALIGN
     stretch = stretch_units * ALIGN
@@ -106,8 +107,8 @@ def _patch_embed_weight_gradient(
     k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offset, place, row = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)
     d = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if CENTRE:
-        shift = tl.load(shift_ptr + k, mask=k < k_length, other=0.0)
+    if CONVERT:
+        shift = tl.load(normaliser_ptr + k, mask=k < k_length, other=0.0)
 
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     start = split * rows_per_split
@@ -130,8 +131,12 @@ def _patch_embed_weight_gradient(
             pixels = tl.load(image_ptrs, mask=valid[:, None] & inside[None, :], other=0)
         else:
             pixels = tl.load(image_ptrs, mask=valid[:, None], other=0)
-        if CENTRE:
-            pixels = (pixels.to(tl.float32) - shift[None, :]).to(COMPUTE)
+        if CONVERT:
+            pixels = pixels.to(tl.float32) - shift[None, :]
+            if not UINT8:  # the scale of uint8 is applied to the sum
+                # Loaded anew at every step: kept throughout the loop it would cost registers that there are not.
+                pixels = pixels * tl.load(normaliser_ptr + k_length + k, mask=k < k_length, other=0.0)[None, :]
+            pixels = pixels.to(COMPUTE)
         token = batch.to(tl.int64) * (kept + prefix) + (index + prefix)
         grad_ptrs = grad_ptr + (token * width)[:, None] + d[None, :]
         grad = tl.load(grad_ptrs, mask=valid[:, None] & (d < width)[None, :], other=0.0)
@@ -168,7 +173,7 @@ weight_gradient_unaligned = triton.jit(
 )
 def reduce_weight_gradient(
     parts_ptr,  # [splits, D, k_length] fp32
-    constants_ptr,  # [C, 3] fp32: see prepare_weight.py
+    constants_ptr,  # [C, 4] fp32: see prepare_weight.py
     bias_gradient_ptr,  # [D] fp32: sum_m grad[m, d]; read only with has_bias_gradient
     gradient_ptr,  # [D, C, P_h, P_w]
     width: tl.int32,
@@ -203,9 +208,9 @@ def reduce_weight_gradient(
         part = (d + split * width).to(tl.int64) * k_length
         total += tl.load(parts_ptr + part[:, None] + k[None, :], mask=inside, other=0.0)
     bias_gradient = tl.load(bias_gradient_ptr + d, mask=(d < width) & (has_bias_gradient != 0), other=0.0)
-    scale = tl.load(constants_ptr + channel * 3, mask=e < size, other=0.0) * inverse_factor
-    shift_error = tl.load(constants_ptr + channel * 3 + 2, mask=e < size, other=0.0)
-    gradient = (total + bias_gradient[:, None] * shift_error[None, :]) * scale[None, :]
+    weight_scale = tl.load(constants_ptr + channel * 4, mask=e < size, other=0.0) * inverse_factor
+    bias_shift = tl.load(constants_ptr + channel * 4 + 2, mask=e < size, other=0.0)
+    gradient = (total + bias_gradient[:, None] * bias_shift[None, :]) * weight_scale[None, :]
     gradient_ptrs = gradient_ptr + d.to(tl.int64)[:, None] * size + e[None, :]
     tl.store(gradient_ptrs, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
@@ -213,6 +218,7 @@ def reduce_weight_gradient(
 def _patch_embed_image_gradient(
     grad_ptr,  # [B, R+N, D] in the compute dtype
     weight_ptr,  # [D, K] in the compute dtype, in the order of layout.py
+    normaliser_ptr,  # [2, K] fp32: shift, which plays no part here, and scale
     images_ptr,  # [B, C, H, W]: the gradient, every value of which is written once
     rows: tl.int32,  # B * N
     patches: tl.int32,  # N
@@ -259,6 +265,7 @@ def _patch_embed_image_gradient(
         weight = tl.load(weight_ptrs, mask=(k < k_length)[None, :], other=0.0)
         acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
 
+    acc = acc * tl.load(normaliser_ptr + k_length + k, mask=k < k_length, other=0.0)[None, :]
     patch = m - m // patches * patches
     grid_y = patch // grid_width
     grid_x = patch - grid_y * grid_width

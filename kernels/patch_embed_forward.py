@@ -1,7 +1,7 @@
 """The forward kernel: an implicit GEMM straight from the image to the finished token sequence.
 
-    tokens[b, R+j] = table[R+n] + sum_k (pixel[b, n, k] - shift[k]) * weight[:, k]        n = keep[b, j], or j
-    tokens[b, r]   = table[r]                                                              r < R
+    tokens[b, R+j] = table[R+n] + sum_k (pixel[b, n, k] - shift[k]) * scale[k] * weight[:, k]     n = keep[b, j], or j
+    tokens[b, r]   = table[r]                                                                      r < R
 
 The table [R+N, D] holds what is added to every image alike: bias, position and prefix rows. The accumulator starts
 from it, which costs fewer registers than adding it at the end. Prefix rows are tiles without a reduction.
@@ -42,7 +42,7 @@ def _patch_embed_forward(
     images_ptr,  # [B, C, H, W], any of the layouts of layout.py
     weight_ptr,  # [D, steps * BLOCK_K] in the order of layout.py, in the compute dtype
     table_ptr,  # [R+N, D] fp32
-    shift_ptr,  # [steps * BLOCK_K] fp32, read only where the images' dtype is not the compute dtype
+    normaliser_ptr,  # [2, steps * BLOCK_K] fp32: shift, scale; read only where images must be converted
     keep_ptr,  # [B, kept] int64, read only with has_keep
     tokens_ptr,  # [B, R+kept, D]
     rows: tl.int32,  # B * kept
@@ -73,8 +73,8 @@ def _patch_embed_forward(
 ):
     BLOCK_K: tl.constexpr = RUN * ROWS
     COMPUTE: tl.constexpr = weight_ptr.dtype.element_ty
-    CENTRE: tl.constexpr = images_ptr.dtype.element_ty != weight_ptr.dtype.element_ty
-    SCALED: tl.constexpr = images_ptr.dtype.element_ty == tl.uint8
+    CONVERT: tl.constexpr = images_ptr.dtype.element_ty != weight_ptr.dtype.element_ty
+    UINT8: tl.constexpr = images_ptr.dtype.element_ty == tl.uint8
     width = width_units * WIDTH_ALIGN
     row_stride = row_stride_units * ALIGN
     channel_stride = channel_stride_units * ALIGN
@@ -130,13 +130,15 @@ def _patch_embed_forward(
             pixels = tl.load(image_ptrs + offset, mask=inside[None, :], other=0)
         else:
             pixels = tl.load(image_ptrs + offset)
-        if CENTRE:
-            shift = tl.load(shift_ptr + step * BLOCK_K + k)
-            pixels = (pixels.to(tl.float32) - shift[None, :]).to(COMPUTE)
+        if CONVERT:
+            pixels = pixels.to(tl.float32) - tl.load(normaliser_ptr + step * BLOCK_K + k)[None, :]
+            if not UINT8:  # the scale of uint8 is in the weight
+                pixels = pixels * tl.load(normaliser_ptr + (steps + step) * BLOCK_K + k)[None, :]
+            pixels = pixels.to(COMPUTE)
         weight = tl.load(weight_ptrs + step * BLOCK_K)
         acc = tl.dot(pixels, weight.T, acc, input_precision=PRECISION)
 
-    if SCALED:
+    if UINT8:
         acc = acc * 0.00390625  # 1/256: the weights of uint8 images are scaled up by 256, see prepare_weight.py
     # Computed anew from m rather than from m_safe, so that the compiler does not keep these rows alive, one register
     # pair each, throughout the loop.

@@ -1,19 +1,26 @@
 """What the GEMM multiplies with and starts from: the weight in the kernels' order, and the table of row constants.
 
-Normalisation is folded into the weight, so that the kernels work on raw pixels. With s the scale of a channel
-(1 / std; uint8: 256 / (255 std)), W' = round(W s) and a shift z of its pixels (uint8: round(255 mean), an integer, so
-that x - z is exact in 16 bits; floats that are converted: mean; floats that are not: 0), a patch gives
+The kernels multiply W' = round(W s) with pixels x' = round((x - z) t), and whatever of the normalisation is left over
+goes into the bias, where it is computed from the rounded W', which is more exact than from W:
 
-    sum_k W_k (x_k - mean_k) / std_k = sum_k W'_k (x_k - z_k) + sum_k W'_k (z_k - mean_k)       up to rounding
+    sum_k W_k (x_k - mean_k) / std_k = sum_k W'_k x'_k + sum_k W'_k (z_k - mean_k)       up to rounding
 
-The last term belongs to the bias. It is computed from the rounded W', which is more exact than from W.
-For uint8 W' carries a factor of 256, which keeps fp16 out of its subnormals; the forward kernel divides it out.
+    images                           weight scale s      pixel shift z       pixel scale t
+    uint8                            256 / (255 std)     round(255 mean)     1
+    floats of the compute dtype      1 / std             0                   1
+    floats of another dtype          1                   mean                1 / std
+
+uint8 pixels less an integer are exact in 16 bits, and floats of the compute dtype reach the product untouched: only
+the weight is rounded. Floats that must be converted anyway are normalised on the way, and rounded as eager PyTorch
+rounds them. For uint8 W' carries a factor of 256, which keeps fp16 out of its subnormals; the forward kernel divides
+it out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,6 +33,15 @@ from fastvit.kernels.layout import KOrder, PatchLayout, cdiv
 interpreter.mend()
 
 UINT8_SCALE = 256.0  # the factor in the prepared weight of uint8 images
+
+
+class ChannelConstants(NamedTuple):
+    """What normalisation means for one channel, in pixel units (uint8 pixels are 0 to 255)."""
+
+    weight_scale: float  # s
+    pixel_shift: float  # z
+    bias_shift: float  # what is left of the mean, for the bias: z - mean, or 0 where x' has it all
+    pixel_scale: float  # t
 
 
 @triton.jit(
@@ -46,9 +62,9 @@ UINT8_SCALE = 256.0  # the factor in the prepared weight of uint8 images
 def prepare_weight(
     weight_ptr,  # [D, C, P_h, P_w]
     bias_ptr,  # [D] fp32, read only with has_bias
-    constants_ptr,  # [C, 3] fp32: scale, shift and (shift - mean) of each channel, in pixel units
+    constants_ptr,  # [C, 4] fp32: ChannelConstants
     prepared_ptr,  # [D, k_length]
-    shift_ptr,  # [k_length] fp32
+    normaliser_ptr,  # [2, k_length] fp32: pixel shift and pixel scale of every k
     bias_out_ptr,  # [D] fp32
     width: tl.int32,  # D
     channels: tl.int32,
@@ -84,15 +100,18 @@ def prepare_weight(
         size = channels * patch_height * patch_width
         weight_ptrs = weight_ptr + d.to(tl.int64)[:, None] * size + source[None, :]
         weight = tl.load(weight_ptrs, mask=in_width[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        scale = tl.load(constants_ptr + channel * 3, mask=inside, other=0.0)
-        shift = tl.load(constants_ptr + channel * 3 + 1, mask=inside, other=0.0)
-        shift_error = tl.load(constants_ptr + channel * 3 + 2, mask=inside, other=0.0)
-        rounded = (weight * scale[None, :]).to(prepared_ptr.dtype.element_ty)
-        correction += tl.sum(rounded.to(tl.float32) * shift_error[None, :], axis=1)
+        weight_scale = tl.load(constants_ptr + channel * 4, mask=inside, other=0.0)
+        pixel_shift = tl.load(constants_ptr + channel * 4 + 1, mask=inside, other=0.0)
+        bias_shift = tl.load(constants_ptr + channel * 4 + 2, mask=inside, other=0.0)
+        pixel_scale = tl.load(constants_ptr + channel * 4 + 3, mask=inside, other=0.0)
+        rounded = (weight * weight_scale[None, :]).to(prepared_ptr.dtype.element_ty)
+        correction += tl.sum(rounded.to(tl.float32) * bias_shift[None, :], axis=1)
 
         prepared_ptrs = prepared_ptr + d.to(tl.int64)[:, None] * k_length + k[None, :]
         tl.store(prepared_ptrs, rounded, mask=in_width[:, None] & (k < k_length)[None, :])
-        tl.store(shift_ptr + k, shift, mask=(k < k_length) & (tl.program_id(0) == 0))
+        is_writer = (k < k_length) & (tl.program_id(0) == 0)
+        tl.store(normaliser_ptr + k, pixel_shift, mask=is_writer)
+        tl.store(normaliser_ptr + k_length + k, pixel_scale, mask=is_writer)
     bias = tl.load(bias_ptr + d, mask=in_width & (has_bias != 0), other=0.0)
     tl.store(bias_out_ptr + d, bias + correction * inverse_factor, mask=in_width)
 
@@ -136,25 +155,31 @@ def channel_constants(
     channels: int,
     image_dtype: torch.dtype,
     compute_dtype: torch.dtype,
-) -> list[tuple[float, float, float]]:
-    """(scale, shift, shift - mean) of each channel in pixel units, where uint8 pixels are 0 to 255."""
-    is_uint8 = image_dtype == torch.uint8
-    unit = 255.0 if is_uint8 else 1.0
-    factor = UINT8_SCALE if is_uint8 else 1.0
+) -> list[ChannelConstants]:
+    """The constants of each channel for the GEMMs that read images: forward and weight gradient."""
     constants = []
     for channel in range(channels):
-        mean_c = unit * mean[channel] if mean is not None else 0.0
-        std_c = unit * std[channel] if std is not None else unit
-        if is_uint8:
-            shift = float(min(max(round(mean_c), 0), 255))  # beyond that x - z would not be exact in bf16
+        mean_c = mean[channel] if mean is not None else 0.0
+        std_c = std[channel] if std is not None else 1.0
+        if image_dtype == torch.uint8:
+            shift = float(min(max(round(255.0 * mean_c), 0), 255))  # beyond that x - z would not be exact in bf16
+            constants.append(ChannelConstants(UINT8_SCALE / (255.0 * std_c), shift, shift - 255.0 * mean_c, 1.0))
+        elif image_dtype == compute_dtype:
+            constants.append(ChannelConstants(1.0 / std_c, 0.0, -mean_c, 1.0))
         else:
-            shift = mean_c if image_dtype != compute_dtype else 0.0
-        constants.append((factor / std_c, shift, shift - mean_c))
+            constants.append(ChannelConstants(1.0, mean_c, 0.0, 1.0 / std_c))
     return constants
 
 
-def constants_on_device(constants: Sequence[tuple[float, float, float]], device: torch.device) -> Tensor:
-    """The constants as a [C, 3] fp32 tensor.
+def image_gradient_constants(std: Sequence[float] | None, channels: int) -> list[ChannelConstants]:
+    """The constants for the GEMM that writes the image gradient: its result is scaled, and the mean plays no part."""
+    return [
+        ChannelConstants(1.0, 0.0, 0.0, 1.0 / (std[channel] if std is not None else 1.0)) for channel in range(channels)
+    ]
+
+
+def constants_on_device(constants: Sequence[ChannelConstants], device: torch.device) -> Tensor:
+    """The constants as a [C, 4] fp32 tensor.
 
     Made by fills rather than by a copy from the host, which would wait for the device and could not be captured in a
     CUDA graph. Kept from call to call, apart for each stream, as another stream would not wait for the fills; during
@@ -169,13 +194,13 @@ def constants_on_device(constants: Sequence[tuple[float, float, float]], device:
 
 
 @lru_cache(maxsize=64)
-def _filled(constants: tuple[tuple[float, float, float], ...], device: torch.device, stream: int = 0) -> Tensor:
+def _filled(constants: tuple[ChannelConstants, ...], device: torch.device, stream: int = 0) -> Tensor:
     return _fill(constants, device)
 
 
-def _fill(constants: tuple[tuple[float, float, float], ...], device: torch.device) -> Tensor:
+def _fill(constants: tuple[ChannelConstants, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        table = torch.empty(len(constants), 3, dtype=torch.float32, device=device)
+        table = torch.empty(len(constants), 4, dtype=torch.float32, device=device)
         for row, values in zip(table, constants, strict=True):
             for cell, value in zip(row, values, strict=True):
                 cell.fill_(value)
@@ -185,20 +210,21 @@ def _fill(constants: tuple[tuple[float, float, float], ...], device: torch.devic
 def prepare(
     weight: Tensor,
     bias: Tensor | None,
-    constants: Sequence[tuple[float, float, float]],
+    constants: Sequence[ChannelConstants],
     is_uint8: bool,
     compute_dtype: torch.dtype,
     layout: PatchLayout,
     order: KOrder,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[D,C,P_h,P_w] weight -> W' [D, order.length] in the compute dtype, shift [order.length] and bias [D], fp32."""
+    """[D,C,P_h,P_w] weight -> W' [D, order.length] in the compute dtype; the pixels' shift and scale [2, order.length]
+    and the bias [D], fp32."""
     if weight.dtype not in (compute_dtype, torch.float32):
         weight = weight.float()
     weight = weight.contiguous()
     bias = bias.float().contiguous() if bias is not None else None
     width = weight.shape[0]
     prepared = torch.empty(width, order.length, dtype=compute_dtype, device=weight.device)
-    shift = torch.empty(order.length, dtype=torch.float32, device=weight.device)
+    normaliser = torch.empty(2, order.length, dtype=torch.float32, device=weight.device)
     bias_out = torch.empty(width, dtype=torch.float32, device=weight.device)
     entry = manifest.prepare_weight(weight.dtype, compute_dtype, order.run)
     launch.launch(
@@ -208,7 +234,7 @@ def prepare(
         bias_ptr=bias if bias is not None else bias_out,
         constants_ptr=constants_on_device(constants, weight.device),
         prepared_ptr=prepared,
-        shift_ptr=shift,
+        normaliser_ptr=normaliser,
         bias_out_ptr=bias_out,
         width=width,
         channels=layout.channels,
@@ -221,7 +247,7 @@ def prepare(
         has_bias=int(bias is not None),
         inverse_factor=1.0 / UINT8_SCALE if is_uint8 else 1.0,
     )
-    return prepared, shift, bias_out
+    return prepared, normaliser, bias_out
 
 
 def make_table(
