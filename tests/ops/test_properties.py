@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvit.backend import triton_is_interpreted
-from fastvit.validation.cases import AddPositionCase, Case, PatchEmbedCase, make_inputs
-from fastvit.validation.runner import backend_candidate, check_inputs
+from fastvit.validation.cases import AddPositionCase, Case, PatchEmbedCase
+from fastvit.validation.runner import backend_candidate, check_case
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = ["float32", "bfloat16", "float16"]
 small = st.integers(1, 3)
 
 
@@ -57,24 +53,18 @@ def add_position_cases(draw: st.DrawFn) -> AddPositionCase:
     )
 
 
-def hold(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
-    rows = check_inputs(backend_candidate(backend, device), case.op, make_inputs(case, dtype, device), case.name)
+def hold(case: Case, backend: str, dtype: str, device: str) -> None:
+    rows = check_case(backend_candidate(backend, device), case, dtype)
     assert rows and not [row for row in rows if row.status != "passed"], "\n".join(map(str, rows))
 
 
-# Known problem: at least one example that hypothesis finds for the interpreted kernels fails; which one is not pinned
-# down yet. The fixed cases of the validator all pass. FASTVIT_ALL_EXAMPLES=1 runs these too.
-@pytest.mark.skipif(
-    triton_is_interpreted() and not os.environ.get("FASTVIT_ALL_EXAMPLES"),
-    reason="known problem: an example of hypothesis fails under the interpreter; FASTVIT_ALL_EXAMPLES=1 runs it",
-)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @given(case=patch_embed_cases())
-def test_patch_embed(case: PatchEmbedCase, backend: str, dtype: torch.dtype, device: str) -> None:
+def test_patch_embed(case: PatchEmbedCase, backend: str, dtype: str, device: str) -> None:
     hold(case, backend, dtype, device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @given(case=add_position_cases())
-def test_add_position(case: AddPositionCase, backend: str, dtype: torch.dtype, device: str) -> None:
+def test_add_position(case: AddPositionCase, backend: str, dtype: str, device: str) -> None:
     hold(case, backend, dtype, device)
