@@ -173,7 +173,7 @@ weight_gradient_unaligned = triton.jit(
 )
 def reduce_weight_gradient(
     parts_ptr,  # [splits, D, k_length] fp32
-    constants_ptr,  # [C, 4] fp32: see prepare_weight.py
+    constants_ptr,  # [4, C] fp32: see prepare_weight.py
     bias_gradient_ptr,  # [D] fp32: sum_m grad[m, d]; read only with has_bias_gradient
     gradient_ptr,  # [D, C, P_h, P_w]
     width: tl.int32,
@@ -208,8 +208,8 @@ def reduce_weight_gradient(
         part = (d + split * width).to(tl.int64) * k_length
         total += tl.load(parts_ptr + part[:, None] + k[None, :], mask=inside, other=0.0)
     bias_gradient = tl.load(bias_gradient_ptr + d, mask=(d < width) & (has_bias_gradient != 0), other=0.0)
-    weight_scale = tl.load(constants_ptr + channel * 4, mask=e < size, other=0.0) * inverse_factor
-    bias_shift = tl.load(constants_ptr + channel * 4 + 2, mask=e < size, other=0.0)
+    weight_scale = tl.load(constants_ptr + channel, mask=e < size, other=0.0) * inverse_factor
+    bias_shift = tl.load(constants_ptr + 2 * channels + channel, mask=e < size, other=0.0)
     gradient = (total + bias_gradient[:, None] * bias_shift[None, :]) * weight_scale[None, :]
     gradient_ptrs = gradient_ptr + d.to(tl.int64)[:, None] * size + e[None, :]
     tl.store(gradient_ptrs, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)

@@ -62,7 +62,7 @@ class ChannelConstants(NamedTuple):
 def prepare_weight(
     weight_ptr,  # [D, C, P_h, P_w]
     bias_ptr,  # [D] fp32, read only with has_bias
-    constants_ptr,  # [C, 4] fp32: ChannelConstants
+    constants_ptr,  # [4, C] fp32: the fields of ChannelConstants
     prepared_ptr,  # [D, k_length]
     normaliser_ptr,  # [2, k_length] fp32: pixel shift and pixel scale of every k
     bias_out_ptr,  # [D] fp32
@@ -100,10 +100,10 @@ def prepare_weight(
         size = channels * patch_height * patch_width
         weight_ptrs = weight_ptr + d.to(tl.int64)[:, None] * size + source[None, :]
         weight = tl.load(weight_ptrs, mask=in_width[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        weight_scale = tl.load(constants_ptr + channel * 4, mask=inside, other=0.0)
-        pixel_shift = tl.load(constants_ptr + channel * 4 + 1, mask=inside, other=0.0)
-        bias_shift = tl.load(constants_ptr + channel * 4 + 2, mask=inside, other=0.0)
-        pixel_scale = tl.load(constants_ptr + channel * 4 + 3, mask=inside, other=0.0)
+        weight_scale = tl.load(constants_ptr + channel, mask=inside, other=0.0)
+        pixel_shift = tl.load(constants_ptr + channels + channel, mask=inside, other=0.0)
+        bias_shift = tl.load(constants_ptr + 2 * channels + channel, mask=inside, other=0.0)
+        pixel_scale = tl.load(constants_ptr + 3 * channels + channel, mask=inside, other=0.0)
         rounded = (weight * weight_scale[None, :]).to(prepared_ptr.dtype.element_ty)
         correction += tl.sum(rounded.to(tl.float32) * bias_shift[None, :], axis=1)
 
@@ -179,7 +179,7 @@ def image_gradient_constants(std: Sequence[float] | None, channels: int) -> list
 
 
 def constants_on_device(constants: Sequence[ChannelConstants], device: torch.device) -> Tensor:
-    """The constants as a [C, 4] fp32 tensor.
+    """The constants as a [4, C] fp32 tensor.
 
     Made by fills rather than by a copy from the host, which would wait for the device and could not be captured in a
     CUDA graph. Kept from call to call, apart for each stream, as another stream would not wait for the fills; during
@@ -200,8 +200,8 @@ def _filled(constants: tuple[ChannelConstants, ...], device: torch.device, strea
 
 def _fill(constants: tuple[ChannelConstants, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        table = torch.empty(len(constants), 4, dtype=torch.float32, device=device)
-        for row, values in zip(table, constants, strict=True):
+        table = torch.empty(4, len(constants), dtype=torch.float32, device=device)
+        for row, values in zip(table.t(), constants, strict=True):
             for cell, value in zip(row, values, strict=True):
                 cell.fill_(value)
     return table
