@@ -1,25 +1,94 @@
-"""`patch_embed` on a CPU: one GEMM that starts from the finished table of positions and writes the final sequence.
+"""`patch_embed` on a CPU: a few images at a time, from pixels to finished tokens while they are in the cache.
 
-Prefix rows take part as patches of zeros: for a few rows more, the GEMM reads and writes whole contiguous sequences,
-forward and backward, and nothing is cut out, concatenated or added afterwards. Everything is computed in float32 and
-rounded once: without bf16 units that is about three times faster than a bf16 GEMM, and more exact with or without.
+Each chunk of images becomes a patch matrix, one GEMM that starts from bias and positions, and a copy to its place in
+the sequence; the patch matrix of a whole batch never exists. Products are made and summed in float32 and rounded once
+at the end, except where the processor multiplies bfloat16 in hardware and everything around is bfloat16: elsewhere
+float32 is several times faster as well as more exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastvit.cpu import gemm
 from fastvit.cpu.add_position import sum_over_batch
 from fastvit.cpu.prepare_weight import pixel_mean_and_std, prepare_weight
 
-Normalisation = Sequence[float] | None
+Channels = Sequence[float] | None  # a value a channel
 
 # Raw pixels are centred at the middle of their range, as the sums would otherwise spend precision on their offset. As
 # an integer step this costs a pass over bytes rather than over floats; the weights take care of the offset.
 UINT8_CENTRE = 128
+# Of the patch matrix, for each thread: as much as stays in a core's cache beside a part of the weight.
+CHUNK_BYTES = 5 * 2**18
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How pixels and weight meet: in which dtype, and which of them the normalisation is applied to."""
+
+    dtype: torch.dtype
+    is_uint8: bool
+    folded: tuple[Channels, Channels]  # mean and std that the weight takes up
+    applied: tuple[Channels, Channels]  # mean and std that the pixels are normalised with
+
+    @classmethod
+    def choose(cls, images: Tensor, mean: Channels, std: Channels, compute: torch.dtype, out: torch.dtype) -> Operands:
+        """`out` is the dtype of the tokens, or of their gradient."""
+        in_bfloat16 = compute == out == torch.bfloat16 and gemm.has_bfloat16_units()
+        dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+        is_uint8 = images.dtype == torch.uint8
+        # Float pixels that must be rounded are normalised first, as eager PyTorch does: rounding both them and a
+        # scaled weight would be less exact. Raw pixels are integers, which bfloat16 holds exactly.
+        if dtype == torch.float32 or is_uint8 or images.dtype == dtype:
+            return cls(dtype, is_uint8, (mean, std), (None, None))
+        return cls(dtype, is_uint8, (None, None), (mean, std))
+
+    @property
+    def centre(self) -> int:
+        """What is taken off the pixels before they are multiplied."""
+        return UINT8_CENTRE if self.is_uint8 else 0
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """W' [D, K] in the operands' dtype and b' [D] in float32; the weight itself where nothing is folded in."""
+        mean, std = self.folded
+        if not self.is_uint8 and mean is None and weight.dtype == self.dtype:
+            full_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.float()
+            return weight.reshape(weight.shape[0], -1), full_bias
+        return prepare_weight(weight, bias, mean, std, self.is_uint8, self.dtype, self.centre)
+
+    def chunks(self, images: Tensor, weight: Tensor, keep: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """The batch a chunk at a time: which samples, and their (kept) patches, [b·N, K] in the operands' dtype.
+
+        The patches are overwritten by those of the next chunk. uint8 pixels come out centred.
+        """
+        kept = patch_count(images, weight) if keep is None else keep.shape[1]
+        length = weight[0].numel()
+        buffer = None
+        for chunk in chunks(images.shape[0], kept * length * self.dtype.itemsize):
+            view = self._pixels(images[chunk], weight, None if keep is None else keep[chunk])
+            if buffer is None:
+                buffer = torch.empty(view.shape, dtype=self.dtype, device=images.device)
+            patches = buffer[: view.shape[0]].copy_(view)
+            yield chunk, patches.view(-1, length)
+
+    def _pixels(self, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
+        """[B, C, H, W] of any dtype and strides → [B, g_h, g_w, C, P_h, P_w], or [B, N_keep, C, P_h, P_w]."""
+        if self.is_uint8:
+            images = images.bitwise_xor(UINT8_CENTRE).view(torch.int8)  # pixel − 128
+        view = as_patches(images, weight)
+        if keep is not None:
+            sample = torch.arange(images.shape[0], device=images.device)[:, None]
+            view = view[sample, keep // view.shape[2], keep % view.shape[2]]
+        mean, std = self.applied
+        if mean is None or std is None:
+            return view
+        view = view.to(torch.float32)
+        return view.sub(view.new_tensor(mean)[:, None, None]).div_(view.new_tensor(std)[:, None, None])
 
 
 def forward(
@@ -28,30 +97,34 @@ def forward(
     bias: Tensor | None,
     pos_embed: Tensor | None,
     prefix: Tensor | None,
-    mean: Normalisation,
-    std: Normalisation,
+    mean: Channels,
+    std: Channels,
     keep: Tensor | None,
     compute_dtype: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
     """[B, C, H, W] → [B, R+N, D]; arguments as in `fastvit.functional.patch_embed`, already checked."""
-    matrix, full_bias = _matrix(weight, bias, mean, std, images.dtype == torch.uint8)
+    operands = Operands.choose(images, mean, std, compute_dtype, dtype)
+    matrix, full_bias = operands.matrix(weight, bias)
     prefix_rows = 0 if prefix is None else prefix.shape[0]
-    patches = patch_rows(images, weight, prefix_rows, keep)  # [B, T, K]
-    start = _start_table(full_bias, pos_embed, prefix, patch_count(images, weight))  # [R+N, D]
-    if keep is not None:
-        start = _select(start, prefix_rows, keep)  # [B, T, D]
-    tokens = start.expand(images.shape[0], -1, -1).clone(memory_format=torch.contiguous_format)
-    tokens.flatten(0, 1).addmm_(patches.flatten(0, 1), matrix.t())  # flatten is a view of the contiguous result
-    return tokens.to(dtype)
+    patches = patch_count(images, weight)
+    table = _table(full_bias, pos_embed, prefix, patches)  # [R+N, D]
+    kept = patches if keep is None else keep.shape[1]
+    tokens = images.new_empty((images.shape[0], prefix_rows + kept, weight.shape[0]), dtype=dtype)
+    tokens[:, :prefix_rows] = table[:prefix_rows]
+    table = table[prefix_rows:].to(operands.dtype)  # [N, D]
+    for chunk, rows in operands.chunks(images, weight, keep):
+        start = table if keep is None else table[keep[chunk]]
+        gemm.write_product(tokens[chunk, prefix_rows:], start, rows, matrix)
+    return tokens
 
 
 def backward(
     grad: Tensor,
     images: Tensor,
     weight: Tensor,
-    mean: Normalisation,
-    std: Normalisation,
+    mean: Channels,
+    std: Channels,
     keep: Tensor | None,
     compute_dtype: torch.dtype,
     prefix_rows: int,
@@ -59,18 +132,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of images, weight, bias and of every position row; size 0 where not needed."""
     need_images, need_weight, need_bias, need_rows = needs
-    grad = grad.to(torch.float32).contiguous()  # [B, T, D]
-    nothing = grad.new_empty(0)
-
+    operands = Operands.choose(images, mean, std, compute_dtype, grad.dtype)
+    nothing = grad.new_empty(0, dtype=torch.float32)
     rows = d_bias = nothing
     if need_weight or need_bias or need_rows:
         rows = _row_gradients(grad, prefix_rows, patch_count(images, weight), keep)
         d_bias = rows[prefix_rows:].sum(0)
     d_weight = d_images = None
+    patch_grad = grad[:, prefix_rows:]
     if need_weight:
-        d_weight = _weight_gradient(grad, images, weight, mean, std, prefix_rows, keep, d_bias)
+        d_weight = _weight_gradient(patch_grad, images, weight, keep, d_bias, operands)
     if need_images:
-        d_images = _image_gradient(grad[:, prefix_rows:], images, weight, std, keep)
+        d_images = _image_gradient(patch_grad, images, weight, std, keep, operands.dtype)
     return (
         images.new_empty(0) if d_images is None else d_images,
         weight.new_empty(0) if d_weight is None else d_weight,
@@ -84,48 +157,19 @@ def patch_count(images: Tensor, weight: Tensor) -> int:
     return (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
 
 
-def patch_rows(images: Tensor, weight: Tensor, prefix_rows: int, keep: Tensor | None) -> Tensor:
-    """[B, C, H, W] of any dtype and strides → [B, R+N, C·P_h·P_w] float32; R rows of zeros, then the (kept) patches.
-
-    uint8 pixels come out centred: pixel − UINT8_CENTRE.
-    """
-    if images.dtype == torch.uint8:
-        images = images.bitwise_xor(UINT8_CENTRE).view(torch.int8)  # pixel − 128
-    view = _as_patches(images, weight)  # [B, g_h, g_w, C, P_h, P_w]
-    batch, grid_height, grid_width = view.shape[:3]
-    count = grid_height * grid_width if keep is None else keep.shape[1]
-    out = torch.empty(batch, prefix_rows + count, weight[0].numel(), device=images.device)
-    out[:, :prefix_rows] = 0
-    patches = out[:, prefix_rows:]
-    if keep is None:
-        patches.unflatten(2, view.shape[3:]).unflatten(1, (grid_height, grid_width)).copy_(view)
-    else:
-        sample = torch.arange(batch, device=images.device)[:, None]
-        patches.unflatten(2, view.shape[3:]).copy_(view[sample, keep // grid_width, keep % grid_width])
-    return out
+def chunks(batch: int, sample_bytes: int) -> Iterator[slice]:
+    """The batch in slices of as many samples as stay in the caches of all threads."""
+    size = max(1, CHUNK_BYTES * torch.get_num_threads() // max(1, sample_bytes))
+    return (slice(first, min(first + size, batch)) for first in range(0, batch, size))
 
 
-def _as_patches(images: Tensor, weight: Tensor) -> Tensor:
+def as_patches(images: Tensor, weight: Tensor) -> Tensor:
     """A view [B, g_h, g_w, C, P_h, P_w] of the images, whatever their strides."""
     _, _, height, width = weight.shape
     return images.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
 
 
-def _matrix(
-    weight: Tensor, bias: Tensor | None, mean: Normalisation, std: Normalisation, is_uint8: bool
-) -> tuple[Tensor, Tensor]:
-    """W' [D, K] and b' [D] in float32; the weight itself where nothing is to be folded in."""
-    if not is_uint8 and mean is None and weight.dtype == torch.float32:
-        full_bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(torch.float32)
-        return weight.reshape(weight.shape[0], -1), full_bias
-    return prepare_weight(weight, bias, mean, std, is_uint8, torch.float32, _centre(is_uint8))
-
-
-def _centre(is_uint8: bool) -> int:
-    return UINT8_CENTRE if is_uint8 else 0
-
-
-def _start_table(bias: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, patches: int) -> Tensor:
+def _table(bias: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, patches: int) -> Tensor:
     """[R+N, D] float32: all of the result that does not depend on the image."""
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     table = bias.new_zeros(prefix_rows + patches, bias.shape[0])
@@ -137,67 +181,69 @@ def _start_table(bias: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, 
     return table
 
 
-def _select(table: Tensor, prefix_rows: int, keep: Tensor) -> Tensor:
-    """The rows of the table that each sample's kept patches start from: [R+N, D] → [B, R+N_keep, D]."""
-    prefix = torch.arange(prefix_rows, device=keep.device).expand(keep.shape[0], -1)
-    return table[torch.cat([prefix, keep + prefix_rows], dim=1)]
-
-
 def _row_gradients(grad: Tensor, prefix_rows: int, patches: int, keep: Tensor | None) -> Tensor:
     """[R+N, D] float32: the gradient summed over the batch, each token's at the row of its position."""
     if keep is None:
         return sum_over_batch(grad)
-    dim = grad.shape[2]
-    rows = grad.new_zeros(prefix_rows + patches, dim)
-    rows[:prefix_rows] = grad[:, :prefix_rows].sum(0)
-    return _add_in_order(rows, prefix_rows, keep.flatten(), grad[:, prefix_rows:].reshape(-1, dim))
-
-
-def _add_in_order(rows: Tensor, first: int, index: Tensor, values: Tensor) -> Tensor:
-    """rows[first + index[i]] += values[i]. On a CPU index_add_ adds in the order of i: the same bits every time."""
-    rows[first:].index_add_(0, index, values)
+    rows = grad.new_zeros(prefix_rows + patches, grad.shape[2], dtype=torch.float32)
+    rows[:prefix_rows] = sum_over_batch(grad[:, :prefix_rows])
+    _add_in_order(rows[prefix_rows:], keep, grad[:, prefix_rows:])
     return rows
 
 
+def _add_in_order(rows: Tensor, index: Tensor, values: Tensor) -> None:
+    """rows[index[b, i]] += values[b, i]. On a CPU index_add_ adds in the order of i: the same bits every time."""
+    rows.index_add_(0, index.flatten(), values.flatten(0, 1).to(rows.dtype))
+
+
 def _weight_gradient(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    mean: Normalisation,
-    std: Normalisation,
-    prefix_rows: int,
-    keep: Tensor | None,
-    d_bias: Tensor,
+    patch_grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, d_bias: Tensor, operands: Operands
 ) -> Tensor:
-    """dW [D, C, P_h, P_w] in the weight's dtype: from raw pixels, with mean and std applied to the result."""
+    """dW [D, C, P_h, P_w] in the weight's dtype: what the weight takes up of mean and std is applied to the sum."""
     dim, channels = weight.shape[:2]
-    patches = patch_rows(images, weight, prefix_rows, keep)
-    product = grad.flatten(0, 1).t() @ patches.flatten(0, 1)  # [D, K]
-    product = product.view(dim, channels, -1)
-    is_uint8 = images.dtype == torch.uint8
-    means, stds = pixel_mean_and_std(mean, std, is_uint8, channels, _centre(is_uint8))
+    total = None  # [D, K]
+    for chunk, rows in operands.chunks(images, weight, keep):
+        columns = patch_grad[chunk].permute(2, 0, 1).reshape(dim, -1).to(operands.dtype)
+        if operands.dtype == torch.float32:
+            total = gemm.add_product(total, columns, rows.t())
+        else:  # a product in bfloat16 is rounded; the sum of the chunks is not
+            part = gemm.add_product(None, columns, rows.t()).float()
+            total = part if total is None else total.add_(part)
+    if total is None:
+        return weight.new_zeros(weight.shape)
+    total = total.view(dim, channels, -1)
+    means, stds = pixel_mean_and_std(*operands.folded, operands.is_uint8, channels, operands.centre)
     if any(value != 0.0 for value in means):
-        product -= d_bias[:, None, None] * product.new_tensor(means)[:, None]
+        total -= d_bias[:, None, None] * total.new_tensor(means)[:, None]
     if any(value != 1.0 for value in stds):
-        product /= product.new_tensor(stds)[:, None]
-    return product.view(weight.shape).to(weight.dtype)
+        total /= total.new_tensor(stds)[:, None]
+    return total.view(weight.shape).to(weight.dtype)
 
 
 def _image_gradient(
-    patch_grad: Tensor, images: Tensor, weight: Tensor, std: Normalisation, keep: Tensor | None
+    patch_grad: Tensor, images: Tensor, weight: Tensor, std: Channels, keep: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """dX in the images' shape and dtype; patches that were not kept have none."""
-    matrix = weight.to(torch.float32).flatten(1)  # [D, K]
-    if std is not None:
-        matrix = matrix / matrix.new_tensor(std).repeat_interleave(weight[0, 0].numel())
+    matrix = weight.to(dtype).flatten(1).t()  # [K, D]
     d_images = torch.empty_like(images)
-    view = _as_patches(d_images, weight)  # [B, g_h, g_w, C, P_h, P_w]
-    batch, grid_height, grid_width = view.shape[:3]
+    view = as_patches(d_images, weight)  # [B, g_h, g_w, C, P_h, P_w]
+    patches = patch_count(images, weight)
     if keep is not None:
-        dim, patches = weight.shape[0], grid_height * grid_width
-        first = torch.arange(batch, device=keep.device)[:, None] * patches
-        summed = patch_grad.new_zeros(batch * patches, dim)
-        patch_grad = _add_in_order(summed, 0, (first + keep).flatten(), patch_grad.reshape(-1, dim))
-    d_patches = patch_grad.reshape(-1, weight.shape[0]) @ matrix
-    view.copy_(d_patches.view(view.shape))
+        patch_grad = _scatter(patch_grad, keep, patches)
+    for chunk in chunks(images.shape[0], patches * matrix.shape[0] * matrix.element_size()):
+        rows = patch_grad[chunk].reshape(-1, matrix.shape[1]).to(dtype)
+        d_patches = gemm.add_product(None, rows, matrix).view(view[chunk].shape)
+        if std is not None:
+            scale = d_patches.new_tensor(std, dtype=torch.float32)[:, None, None]
+            d_patches = d_patches / scale
+        view[chunk].copy_(d_patches)
     return d_images
+
+
+def _scatter(patch_grad: Tensor, keep: Tensor, patches: int) -> Tensor:
+    """[B, N_keep, D] → [B, N, D] float32: the gradient of every patch, zero where it was not kept."""
+    batch, _, dim = patch_grad.shape
+    summed = patch_grad.new_zeros(batch * patches, dim, dtype=torch.float32)
+    first = torch.arange(batch, device=keep.device)[:, None] * patches
+    _add_in_order(summed, first + keep, patch_grad)
+    return summed.view(batch, patches, dim)

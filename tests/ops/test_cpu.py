@@ -1,0 +1,64 @@
+"""What only the CPU backend has: two libraries for products, a choice of their dtype, and a batch in chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvit import functional
+from fastvit.backend import triton_is_interpreted
+from fastvit.cpu import gemm, patch_embed
+from fastvit.validation.cases import cases_for
+from fastvit.validation.runner import backend_candidate, check_case
+from fastvit.validation.tolerance import relative_error
+
+pytestmark = pytest.mark.skipif(triton_is_interpreted(), reason="the CPU backend has a run of its own")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_both_libraries_make_the_same_product(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, start: bool, threads: int
+) -> None:
+    left, right = torch.randn(70, 33, dtype=dtype), torch.randn(33, 21, dtype=dtype).t()
+    first = torch.randn(70, 21, dtype=dtype) if start else None
+    expected = left.double() @ right.double().t() + (first.double() if first is not None else 0.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for has_onednn in (True, False):
+            monkeypatch.setattr(
+                gemm, "_has_onednn", lambda has=has_onednn: has and torch.backends.mkldnn.is_available()
+            )
+            found = gemm.add_product(first, left, right)
+            assert found.dtype == dtype and relative_error(found, expected) < torch.finfo(dtype).eps
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bfloat16_passes_with_and_without_units_for_it(monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
+    """Every case, as a processor with bfloat16 units computes it and as one without: either may run these tests."""
+    monkeypatch.setattr(gemm, "has_bfloat16_units", lambda: units)
+    for case in cases_for("patch_embed", large=False):
+        rows = check_case(backend_candidate("cpu"), case, "bfloat16")
+        assert all(row.status == "passed" for row in rows), [str(row) for row in rows if row.status != "passed"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_chunks_make_the_batch(monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
+    """One image at a time, in chunks with a rest, and all at once: the same tokens and gradients."""
+    images, weight = torch.randn(5, 2, 8, 8), torch.randn(6, 2, 4, 4, requires_grad=True)
+    kept = torch.randint(0, 4, (5, 3)) if keep else None
+    size = (3 if keep else 4) * 32 * 4  # bytes of the patches of an image
+    results = []
+    for samples in (1, 2, 5):
+        monkeypatch.setattr(patch_embed, "CHUNK_BYTES", samples * size)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        assert len(list(patch_embed.chunks(5, size))) == -(-5 // samples)
+        tokens = functional.patch_embed(images, weight, keep=kept, backend="cpu")
+        results.append((tokens, *torch.autograd.grad(tokens.square().sum(), weight)))
+    for tokens, gradient in results[1:]:
+        torch.testing.assert_close(tokens, results[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-5, atol=1e-4)
