@@ -203,7 +203,7 @@ def _weight_gradient(
     dim, channels = weight.shape[:2]
     total = None  # [D, K]
     for chunk, rows in operands.chunks(images, weight, keep):
-        columns = patch_grad[chunk].permute(2, 0, 1).reshape(dim, -1).to(operands.dtype)
+        columns = patch_grad[chunk].reshape(-1, dim).to(operands.dtype).t()  # [D, b·N]
         if operands.dtype == torch.float32:
             total = gemm.add_product(total, columns, rows.t())
         else:  # a product in bfloat16 is rounded; the sum of the chunks is not

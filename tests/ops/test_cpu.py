@@ -27,10 +27,8 @@ def test_both_libraries_make_the_same_product(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for has_onednn in (True, False):
-            monkeypatch.setattr(
-                gemm, "_has_onednn", lambda has=has_onednn: has and torch.backends.mkldnn.is_available()
-            )
+        for onednn in (True, False):
+            monkeypatch.setattr(gemm, "_prefers_onednn", lambda it=onednn: it and torch.backends.mkldnn.is_available())
             found = gemm.add_product(first, left, right)
             assert found.dtype == dtype and relative_error(found, expected) < torch.finfo(dtype).eps
     finally:
