@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvit import functional
 from fastvit.benchmarks.patch_embed import WIDTHS, check_backend
-from fastvit.benchmarks.problem import BOTH, FORWARD, Contender, Plan, Problem, compiled, our_backends
+from fastvit.benchmarks.problem import BOTH, COMPILED, FORWARD, Contender, Plan, Problem, compiled, our_backends
 from fastvit.benchmarks.rows import OURS
 from fastvit.benchmarks.timing import Call
 from fastvit.validation.cases import AddPositionCase, Inputs, make_inputs
@@ -65,6 +65,7 @@ def _problems_of(
             contenders=list(_contenders(inputs, mode, device, with_compiled)),
             check=check,
             compute=inputs.compute,
+            batch=batch,
             flops=float(inputs.grad.numel()),
             # Backward reads the gradient once; the tokens' own gradient is a view of it.
             moved=moved + (inputs.grad.numel() * inputs.grad.element_size() if mode == BOTH else 0.0),
@@ -101,4 +102,4 @@ def _contenders(inputs: Inputs, mode: str, device: torch.device, with_compiled: 
         yield Contender(f"{OURS}{backend}", functools.partial(build, functools.partial(ours, backend), False))
     yield Contender("cat + add", functools.partial(build, eager, False))
     if with_compiled:
-        yield Contender("cat + add compiled", functools.partial(build, eager, True))
+        yield Contender("cat + add", functools.partial(build, eager, True), COMPILED)

@@ -208,7 +208,7 @@ def bench(out: Path) -> int:
 
     from fastvit.benchmarks.patch_embed import Shape, problems_of
     from fastvit.benchmarks.problem import Plan
-    from fastvit.benchmarks.rows import OURS, format_table
+    from fastvit.benchmarks.rows import format_table
     from fastvit.benchmarks.runner import run_plan
 
     device = torch.device("cuda")
@@ -226,7 +226,7 @@ def bench(out: Path) -> int:
         on_rows=lambda found: lines.write(row.to_json() for row in found),
     )
     _print_table(lambda: format_table(rows))
-    return int(not any(row.median_us for row in rows if row.provider.startswith(OURS)))
+    return int(not any(row.median_us for row in rows if row.is_ours))
 
 
 def _print_table(make: Callable[[], Any]) -> None:

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from fastvit import backend as backends
 from fastvit import peers
-from fastvit.benchmarks.problem import FORWARD, STEP, Contender, Plan, Problem, Unavailable, compiled, our_backends
+from fastvit.benchmarks.problem import (
+    COMPILED,
+    FORWARD,
+    STEP,
+    Contender,
+    Plan,
+    Problem,
+    Unavailable,
+    compiled,
+    our_backends,
+)
 from fastvit.benchmarks.rows import OURS
 from fastvit.benchmarks.timing import Call
 from fastvit.validation.tolerance import FACTOR, FLOOR_EPS, relative_error
@@ -60,10 +70,10 @@ def _problems_of(
             contenders.append(Contender(f"{OURS}{backend}", build))
             if with_compiled:
                 build = functools.partial(_build, model, overrides, images, labels, mode, autocast, backend, True)
-                contenders.append(Contender(f"{OURS}{backend} compiled", build))
+                contenders.append(Contender(f"{OURS}{backend}", build, COMPILED))
         for compile_it in (False, True) if with_compiled else (False,):
             build = functools.partial(_build, model, overrides, images, labels, mode, autocast, "", compile_it)
-            contenders.append(Contender("timm compiled" if compile_it else "timm", build))
+            contenders.append(Contender("timm", build, COMPILED if compile_it else ""))
         yield Problem(
             op="model",
             shape=f"ViT-{model}/16 224, batch {batch}" + (f", {overrides}" if overrides else ""),
@@ -71,7 +81,8 @@ def _problems_of(
             layout="NCHW",
             mode=mode,
             contenders=contenders,
-            check=lambda name: check(name.removesuffix(" compiled")),
+            check=check,
+            batch=batch,
         )
 
 

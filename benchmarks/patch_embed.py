@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit import functional, peers
-from fastvit.benchmarks.problem import BOTH, FORWARD, Contender, Plan, Problem, Unavailable, compiled, our_backends
+from fastvit.benchmarks.problem import (
+    BOTH,
+    CHANNELS_LAST,
+    COMPILED,
+    FORWARD,
+    Contender,
+    Plan,
+    Problem,
+    Unavailable,
+    compiled,
+    our_backends,
+)
 from fastvit.benchmarks.rows import OURS
 from fastvit.benchmarks.timing import Call
 from fastvit.validation import plain
@@ -107,6 +118,7 @@ def problems_of(shape: Shape, precision: str, device: torch.device, with_compile
             contenders=list(_contenders(inputs, mode, device, with_compiled, true_error)),
             check=check,
             compute=compute,
+            batch=shape.batch,
             flops=flops,
             moved=moved,
         )
@@ -144,7 +156,9 @@ def _contenders(
     with_compiled: bool,
     true_error: Callable[[], tuple[Tensor, float]],
 ) -> Iterator[Contender]:
-    def contender(name: str, make: Callable[[Inputs], tuple[Tokens, list[Tensor]]], compile_it: bool) -> Contender:
+    def contender(
+        name: str, make: Callable[[Inputs], tuple[Tokens, list[Tensor]]], compile_it: bool, setting: str = ""
+    ) -> Contender:
         def build() -> Call:
             tokens, parameters = make(inputs)
             if not name.startswith(OURS):
@@ -155,14 +169,14 @@ def _contenders(
             with torch.set_grad_enabled(mode == BOTH):
                 return _timed_call(cast(Tokens, compiled(tokens, device)), parameters, inputs.grad, mode)
 
-        return Contender(f"{name} compiled" if compile_it else name, build)
+        return Contender(name, build, f"{setting} {COMPILED}".strip() if compile_it else setting)
 
     for backend in our_backends(device):
         yield contender(f"{OURS}{backend}", functools.partial(_ours, backend=backend), False)
     for compile_it in (False, True) if with_compiled else (False,):
         yield contender("timm", _timm, compile_it)
         yield contender("conv2d", _conv2d, compile_it)
-        yield contender("conv2d channels_last", functools.partial(_conv2d, channels_last=True), compile_it)
+        yield contender("conv2d", functools.partial(_conv2d, channels_last=True), compile_it, CHANNELS_LAST)
         yield contender("rearrange + linear", _linear, compile_it)
 
 

@@ -11,11 +11,12 @@ import torch
 
 from fastvit.backend import BACKENDS, available_backends
 from fastvit.benchmarks.rows import OURS, Row
-from fastvit.benchmarks.timing import Call, Timing, captured, ceilings, interleave, peak_bytes
+from fastvit.benchmarks.timing import Call, Ceilings, Timing, captured, ceilings, interleave, peak_bytes
 from fastvit.validation.runner import is_interpreted
 
 SIZES = ("tiny", "small", "full")
 FORWARD, BOTH, STEP = "forward", "forward+backward", "training step"
+COMPILED, MAX_AUTOTUNE, CHANNELS_LAST = "compiled", "compiled max-autotune", "channels_last"  # settings of rivals
 GRAPH = ", cuda graph"
 
 
@@ -25,10 +26,24 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Contender:
-    """A provider, and how to make the call that is timed. `build` raises Unavailable with the reason."""
+    """Who takes part, and how to make the call that is timed. `build` raises Unavailable with the reason.
 
-    provider: str
+    A rival may take part in several settings, of which the best one counts. `whole` is False for one that does only
+    a part of the job: a yardstick, never the best rival.
+    """
+
+    name: str  # fastvit:<backend>, or the rival
     build: Callable[[], Call]
+    setting: str = ""
+    whole: bool = True
+
+    @property
+    def provider(self) -> str:
+        return f"{self.name} {self.setting}".strip()
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith(OURS)
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,7 @@ class Problem:
     contenders: Sequence[Contender]
     check: Callable[[str], str]
     compute: torch.dtype = torch.float32
+    batch: int = 0
     flops: float = 0.0
     moved: float = 0.0  # bytes that any solution must read and write
 
@@ -78,67 +94,83 @@ def steady(device: torch.device, threads: int | None = None) -> Iterator[None]:
 
 def measure(problem: Problem, device: torch.device, seconds: float) -> list[Row]:
     """Check, then time all contenders of a problem side by side; a row each, ours with the ratios."""
-    blank = Row(problem.op, problem.shape, problem.dtype, problem.layout, "", problem.mode)
-    ready: list[tuple[str, Call]] = []
-    rows: dict[str, Row] = {}
+    ready: list[tuple[Contender, Call]] = []
+    reasons: dict[str, str] = {}
     torch._dynamo.reset()  # compiled rivals start afresh: many shapes of one function exhaust its cache
     for contender in problem.contenders:
-        rows[contender.provider] = replace(blank, provider=contender.provider)
         try:
-            if contender.provider.startswith(OURS):
-                reason = problem.check(contender.provider.removeprefix(OURS))
+            if contender.is_ours:
+                reason = problem.check(contender.name.removeprefix(OURS))
                 if reason:
                     raise Unavailable(reason)
             call = contender.build()
             call()
-            ready.append((contender.provider, call))
+            ready.append((contender, call))
         except Unavailable as error:
-            rows[contender.provider] = replace(blank, provider=contender.provider, reason=str(error))
+            reasons[contender.provider] = str(error)
         except Exception as error:  # a rival that fails is a finding for its row, not the end of the run
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            rows[contender.provider] = replace(blank, provider=contender.provider, reason=reason)
-    found = _timed(problem, ready, rows, device, seconds)
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            reasons[contender.provider] = f"{type(error).__name__}: {first}"
+    found = _timed(problem, problem.mode, ready, reasons, device, seconds)
     if device.type == "cuda":
-        found += _timed_graphs(problem, ready, blank, device, seconds)
+        found += _timed_graphs(problem, ready, device, seconds)
     return found
 
 
 def _timed(
-    problem: Problem, ready: list[tuple[str, Call]], rows: dict[str, Row], device: torch.device, seconds: float
+    problem: Problem,
+    mode: str,
+    ready: list[tuple[Contender, Call]],
+    reasons: dict[str, str],
+    device: torch.device,
+    seconds: float,
 ) -> list[Row]:
-    timings = dict(
-        zip([name for name, _ in ready], interleave([call for _, call in ready], device, seconds), strict=True)
+    """A row for each contender of the problem: timed, or with the reason why not."""
+    times = interleave([call for _, call in ready], device, seconds)
+    timings = {contender.provider: timing for (contender, _), timing in zip(ready, times, strict=True)}
+    peaks = {contender.provider: peak_bytes(call, device) for contender, call in ready}
+    blank = _blank(problem, mode, device)
+    rows = []
+    for contender in problem.contenders:
+        name, rival = contender.provider, "" if contender.is_ours else contender.name
+        if name not in timings:
+            rows.append(replace(blank, provider=name, rival=rival, reason=reasons.get(name, "")))
+            continue
+        row = _filled(replace(blank, provider=name, rival=rival), timings[name], peaks[name])
+        rows.append(_with_ratios(row, problem.contenders, timings) if contender.is_ours else row)
+    return rows
+
+
+def _blank(problem: Problem, mode: str, device: torch.device) -> Row:
+    """What all rows of a problem share."""
+    row = Row(problem.op, problem.shape, problem.dtype, problem.layout, "", mode, batch=problem.batch)
+    if not problem.flops:
+        return row
+    limits = ceilings(device, problem.compute)
+    return replace(
+        row,
+        flops=problem.flops,
+        moved_bytes=problem.moved,
+        ceilings={"flops_per_us": round(limits.flops_per_us, 1), "bytes_per_us": round(limits.bytes_per_us, 1)},
     )
-    peaks = {name: peak_bytes(call, device) for name, call in ready}
-    floor = ceilings(device, problem.compute).floor_us(problem.flops, problem.moved) if problem.flops else None
-    return [
-        _filled(row, timings[name], peaks[name], floor, timings) if name in timings else row
-        for name, row in rows.items()
-    ]
 
 
 def _timed_graphs(
-    problem: Problem, ready: list[tuple[str, Call]], blank: Row, device: torch.device, seconds: float
+    problem: Problem, ready: list[tuple[Contender, Call]], device: torch.device, seconds: float
 ) -> list[Row]:
-    blank = replace(blank, mode=blank.mode + GRAPH)
-    rows: dict[str, Row] = {}
-    replays: list[tuple[str, Call]] = []
-    for name, call in ready:
-        rows[name] = replace(blank, provider=name)
+    reasons: dict[str, str] = {}
+    replays: list[tuple[Contender, Call]] = []
+    for contender, call in ready:
         try:
-            replays.append((name, captured(call, device)))
+            replays.append((contender, captured(call, device)))
         except Exception as error:
             torch.cuda.synchronize(device)
-            reason = f"can't be captured: {type(error).__name__}"
-            rows[name] = replace(blank, provider=name, reason=reason)
-    return _timed(problem, replays, rows, device, seconds)
+            reasons[contender.provider] = f"can't be captured: {type(error).__name__}"
+    return _timed(problem, problem.mode + GRAPH, replays, reasons, device, seconds)
 
 
-def _filled(row: Row, timing: Timing, peak: int | None, floor: float | None, timings: dict[str, Timing]) -> Row:
-    ratios = {}
-    if row.provider.startswith(OURS):
-        rivals = {name: other for name, other in timings.items() if not name.startswith(OURS)}
-        ratios = {name: round(other.median_us / timing.median_us, 4) for name, other in rivals.items()}
+def _filled(row: Row, timing: Timing, peak: int | None) -> Row:
+    floor = Ceilings(**row.ceilings).floor_us(row.flops, row.moved_bytes) if row.ceilings else None
     return replace(
         row,
         median_us=round(timing.median_us, 3),
@@ -147,8 +179,26 @@ def _filled(row: Row, timing: Timing, peak: int | None, floor: float | None, tim
         repeats=timing.repeats,
         peak_bytes=peak,
         floor_share=None if floor is None else round(floor / timing.median_us, 4),
-        ratios=ratios,
     )
+
+
+def _with_ratios(row: Row, contenders: Sequence[Contender], timings: dict[str, Timing]) -> Row:
+    """Our row with its ratio to every rival's best setting, and the best of those who do the whole job."""
+    ours = timings[row.provider].median_us
+    ratios: dict[str, float] = {}
+    whole: dict[str, float] = {}
+    for contender in contenders:
+        if contender.is_ours or contender.provider not in timings:
+            continue
+        ratio = round(timings[contender.provider].median_us / ours, 4)
+        ratios[contender.name] = min(ratio, ratios.get(contender.name, ratio))
+        if contender.whole:
+            whole[contender.provider] = ratio
+    row = replace(row, ratios=ratios)
+    if not whole:
+        return row
+    best = min(whole, key=whole.__getitem__)
+    return replace(row, best_rival=best, headline=whole[best])
 
 
 def compiled(function: Callable[[], object], device: torch.device, mode: str = "default") -> Call:

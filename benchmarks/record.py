@@ -17,16 +17,17 @@ from pathlib import Path
 import torch
 
 from fastvit.benchmarks.problem import SIZES
-from fastvit.benchmarks.rows import OURS, Row, read_json_lines, write_json_lines
+from fastvit.benchmarks.rows import Row, read_json_lines, rivals_of, write_json_lines
 from fastvit.benchmarks.runner import SUITES, run_suites
 
 FOLDER = Path(__file__).resolve().parent
 HEAD = """# Benchmark results
 
 Written by `python -m fastvit.benchmarks.record` from the rows in `results/`. Ratio: the rival's median over ours, above
-1 we are faster; losses are in **bold**. Each case was checked against float64 in the same process before it was timed;
-rivals were interleaved with ours. Times are medians, with the 20th and 80th percentile. "Of floor" is the time that the
-machine's own GEMM rate and copy bandwidth, measured in the same run, would allow, over our median.
+1 we are faster; losses are in **bold**. Of a rival's settings (eager, channels_last, compiled) the best one counts.
+Each case was checked against float64 in the same process before it was timed; rivals were interleaved with ours. Times
+are medians, with the 20th and 80th percentile. "Of floor" is the time that the machine's own GEMM rate and copy
+bandwidth, measured in the same run, would allow, over our median.
 """
 
 
@@ -47,12 +48,15 @@ def _about(row: Row) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    rivals = list(dict.fromkeys(row.provider for row in rows if not row.provider.startswith(OURS)))
-    headings = ["shape", "dtype", "mode", "provider", *(f"vs {rival}" for rival in rivals), "median", "of floor"]
+    rivals = rivals_of(rows)
+    headings = ["shape", "dtype", "layout", "mode", "provider", "vs best rival", *(f"vs {rival}" for rival in rivals)]
+    headings += ["median", "of floor"]
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     for row in rows:
-        if row.provider.startswith(OURS) and row.median_us is not None:
-            cells = [row.shape, row.dtype, row.mode, row.provider, *(_ratio(row.ratios.get(rival)) for rival in rivals)]
+        if row.is_ours and row.median_us is not None:
+            cells = [row.shape, row.dtype, row.layout, row.mode, row.provider]
+            cells += [f"{_ratio(row.headline)} ({row.best_rival})" if row.best_rival else ""]
+            cells += [_ratio(row.ratios.get(rival)) for rival in rivals]
             cells += [_time(row), "" if row.floor_share is None else f"{row.floor_share:.0%}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n"
@@ -93,7 +97,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
             threads=options.threads,
         )
         write_json_lines(rows, results / f"{kind}-{name}.jsonl")
-        missing += sum(row.provider.startswith(OURS) and row.median_us is None for row in rows)
+        missing += sum(row.is_ours and row.median_us is None for row in rows)
     recorded = [(path.stem, read_json_lines(path)) for path in sorted(results.glob("*.jsonl"))]
     page = folder / "RESULTS.md"
     page.write_text(render(recorded), encoding="utf-8")

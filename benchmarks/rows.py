@@ -26,9 +26,12 @@ OURS = "fastvit:"  # our providers are called fastvit:<backend>
 class Row:
     """One provider in one case. `median_us` is None where it did not run; `reason` then says why.
 
-    `ratios`, on our rows: rival → rival's median over ours; above 1 we are faster. `floor_share`: the time that the
-    machine's own measured GEMM rate and copy bandwidth would allow, over the median. `peak_bytes`: memory
-    allocated during one call, beyond what was there before.
+    `provider` is who ran: fastvit:<backend>, or a rival and its setting ("timm channels_last compiled"); `rival` is
+    the rival alone, "" on our rows. `ratios`, on our rows: rival → the median of its best setting over ours; above 1
+    we are faster. `best_rival`, on our rows: the fastest provider that does the whole job, and `headline` the ratio
+    to it. `floor_share`: the time that `ceilings` (the machine's own GEMM rate and copy bandwidth, measured in the same
+    run) would allow for `flops` and `moved_bytes`, over the median. `peak_bytes`: memory allocated during one call,
+    beyond what was there before.
     """
 
     op: str
@@ -49,6 +52,17 @@ class Row:
     commit: str = ""
     command: str = ""
     reason: str = ""
+    rival: str = ""
+    best_rival: str = ""
+    headline: float | None = None
+    batch: int = 0
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+    ceilings: dict[str, float] = field(default_factory=dict)  # flops_per_us, bytes_per_us
+
+    @property
+    def is_ours(self) -> bool:
+        return self.provider.startswith(OURS)
 
     @property
     def case(self) -> tuple[str, str, str, str, str]:
@@ -162,19 +176,22 @@ def format_table(rows: Sequence[Row]) -> RenderableType:
     return Group(*parts)
 
 
+def rivals_of(rows: Sequence[Row]) -> list[str]:
+    """The rivals in their order, each once whatever its settings."""
+    return list(dict.fromkeys(row.rival for row in rows if row.rival))
+
+
 def _ratio_table(op: str, rows: Sequence[Row]) -> Any:
     from rich.table import Table
 
-    rivals = list(dict.fromkeys(row.provider for row in rows if not row.provider.startswith(OURS)))
+    rivals = rivals_of(rows)
     table = Table(title=f"{op}: how many times faster than ...")
     for heading in ("shape", "dtype", "layout", "mode", "provider"):
         table.add_column(heading)
-    for rival in rivals:
-        table.add_column(rival, justify="right")
-    for heading in ("median", "p20..p80", "of floor"):
+    for heading in ("best rival", *rivals, "median", "p20..p80", "of floor"):
         table.add_column(heading, justify="right")
     for row in rows:
-        if not row.provider.startswith(OURS):
+        if not row.is_ours:
             continue
         table.add_row(
             row.shape,
@@ -182,6 +199,7 @@ def _ratio_table(op: str, rows: Sequence[Row]) -> Any:
             row.layout,
             row.mode,
             row.provider,
+            _ratio_text(row.headline) + (f" {row.best_rival}" if row.best_rival else ""),
             *[_ratio_text(row.ratios.get(rival)) for rival in rivals],
             _time_text(row.median_us),
             "" if row.p20_us is None else f"{_time_text(row.p20_us)}..{_time_text(row.p80_us)}",

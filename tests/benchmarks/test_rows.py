@@ -12,6 +12,7 @@ from rich.console import Console
 from fastvit.benchmarks.rows import Row, commit, device_name, format_table, read_json_lines, versions, write_json_lines
 from fastvit.benchmarks.timing import Ceilings, Timing, interleave, peak_bytes
 
+RATIOS = {"timm": 1.5, "conv2d": 0.8}
 KEYS = {
     "op", "shape", "dtype", "layout", "provider", "mode", "median_us", "p20_us", "p80_us", "repeats", "peak_bytes",
     "floor_share", "ratios", "device", "versions", "commit", "command",
@@ -21,10 +22,12 @@ KEYS = {
 def _rows() -> list[Row]:
     case = ("patch_embed", "ViT-S", "float32", "NCHW")
     return [
-        Row(*case, "fastvit:cpu", "forward", 1500.0, 1400.0, 1600.0, 9, ratios={"timm": 1.5, "conv2d": 0.8}),
-        Row(*case, "timm", "forward", 2250.0, 2200.0, 2300.0, 9),
-        Row(*case, "conv2d", "forward", 1200.0, 1100.0, 1300.0, 9),
-        Row(*case, "linear", "forward", reason="not installed"),
+        Row(
+            *case, "fastvit:cpu", "forward", 1500.0, 1400.0, 1600.0, 9, ratios=RATIOS, best_rival="conv2d", headline=0.8
+        ),
+        Row(*case, "timm", "forward", 2250.0, 2200.0, 2300.0, 9, rival="timm"),
+        Row(*case, "conv2d", "forward", 1200.0, 1100.0, 1300.0, 9, rival="conv2d"),
+        Row(*case, "linear", "forward", reason="not installed", rival="linear"),
     ]
 
 
