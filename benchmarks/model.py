@@ -1,13 +1,15 @@
-"""The whole Vision Transformer, forward and training step, against timm with the same weights.
+"""The whole Vision Transformer, forward and training step, against timm, torchvision and Hugging Face.
 
-A training step is forward, cross-entropy, backward and a fused AdamW step. Both residual streams have the same dtype.
+All have the same weights and the same dtype of the residual stream, which the row names; attention is PyTorch's fused
+one everywhere. A training step is forward, cross-entropy, backward and a fused AdamW step.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import backend as backends
-from fastvit import peers
+from fastvit.benchmarks import models
 from fastvit.benchmarks.problem import (
     COMPILED,
     FORWARD,
@@ -31,108 +33,112 @@ from fastvit.benchmarks.rows import OURS
 from fastvit.benchmarks.timing import Call
 from fastvit.validation.tolerance import FACTOR, FLOOR_EPS, relative_error
 
-NAMES = {"Ti": "vit_tiny_patch16_224", "S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}
 CHECKED = 2  # samples on which outputs and gradients are compared before timing: float64 models are slow
+Outcome = dict[str, Tensor]  # the logits, and the gradients where all parameters have the same names
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One model on one batch, and the precision it runs in."""
+
+    model: str
+    batch: int
+    device: torch.device
+    residual: torch.dtype | None = None  # None: no autocast, all in float32
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        if self.residual is None:
+            return "float32"
+        name = "fp32" if self.residual == torch.float32 else "bf16"
+        return f"bfloat16 autocast, {name} residual"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.residual is not None)
+
+    def make(self, build: Callable[..., nn.Module]) -> nn.Module:
+        """A model of `models`, on the device."""
+        return build(self.model, self.residual, **self.overrides).to(self.device)
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Random images [B, 3, 224, 224] and labels [B]."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(self.batch, 3, 224, 224, generator=generator)
+        return images.to(self.device), torch.randint(1000, (self.batch,), generator=generator).to(self.device)
 
 
 def plan(size: str, device: torch.device) -> Plan:
     """The cases of the suite."""
     on_gpu = device.type == "cuda"
-    cases: list[tuple[str, int, dict[str, Any]]]
+    residuals = (torch.float32, torch.bfloat16) if on_gpu else (None,)
     if size == "tiny":
-        cases = [("Ti", 1, {"depth": 1})]
+        cases = [Setup("Ti", 1, device, overrides={"depth": 1})]
     elif size == "small":
-        cases = [(model, 64 if on_gpu else 8, {}) for model in (("S", "B") if on_gpu else ("Ti", "S"))]
+        sizes = (("S", 256), ("B", 256)) if on_gpu else (("Ti", 8), ("S", 8))
+        cases = [Setup(model, batch, device, residual) for model, batch in sizes for residual in residuals]
     else:
-        batches = (64, 256) if on_gpu else (1, 16)
-        cases = [(model, batch, {}) for model in (NAMES if on_gpu else ("Ti", "S")) for batch in batches]
+        names, batches = (tuple(models.NAMES), (64, 256)) if on_gpu else (("Ti", "S"), (1, 16))
+        cases = [Setup(name, batch, device, dtype) for name in names for batch in batches for dtype in residuals]
+    # Compiling a training step takes half a minute: where minutes count, the two that matter most.
+    what = tuple(models.RIVALS) if size == "full" else ("timm",) if on_gpu and size == "small" else ()
     return [
         (
-            f"model ViT-{model}, batch {batch}",
-            functools.partial(_problems_of, model, batch, overrides, device, on_gpu or size == "full"),
+            f"model ViT-{setup.model}, batch {setup.batch}, {setup.precision}",
+            functools.partial(_problems_of, setup, what),
         )
-        for model, batch, overrides in cases
+        for setup in cases
     ]
 
 
-def _problems_of(
-    model: str, batch: int, overrides: dict[str, Any], device: torch.device, with_compiled: bool
-) -> Iterator[Problem]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, 224, 224, generator=generator).to(device)
-    labels = torch.randint(1000, (batch,), generator=generator).to(device)
-    autocast = torch.bfloat16 if device.type == "cuda" else None
-    check = functools.lru_cache(lambda backend: _check(backend, model, overrides, images, labels))
+def _problems_of(setup: Setup, compile_what: tuple[str, ...]) -> Iterator[Problem]:
+    images, labels = setup.data()
+    truth = functools.lru_cache(lambda: _truth(setup, images[:CHECKED], labels[:CHECKED]))
+    check = functools.lru_cache(lambda backend: _check(backend, setup, images[:CHECKED], labels[:CHECKED], truth))
     for mode in (FORWARD, STEP):
         contenders = []
-        for backend in our_backends(device):
-            build = functools.partial(_build, model, overrides, images, labels, mode, autocast, backend, False)
-            contenders.append(Contender(f"{OURS}{backend}", build))
-            if with_compiled:
-                build = functools.partial(_build, model, overrides, images, labels, mode, autocast, backend, True)
-                contenders.append(Contender(f"{OURS}{backend}", build, COMPILED))
-        for compile_it in (False, True) if with_compiled else (False,):
-            build = functools.partial(_build, model, overrides, images, labels, mode, autocast, "", compile_it)
-            contenders.append(Contender("timm", build, COMPILED if compile_it else ""))
+        for backend in our_backends(setup.device):
+            for how in ("", COMPILED) if compile_what else ("",):
+                build = functools.partial(_build, models.ours, setup, images, labels, mode, backend, how)
+                contenders.append(Contender(f"{OURS}{backend}", build, how))
+        for name, make in models.RIVALS.items():
+            for how in ("", COMPILED) if name in compile_what else ("",):
+                build = functools.partial(_build_rival, make, setup, images, labels, mode, how, truth)
+                contenders.append(Contender(name, build, how))
         yield Problem(
             op="model",
-            shape=f"ViT-{model}/16 224, batch {batch}" + (f", {overrides}" if overrides else ""),
-            dtype="float32" if autocast is None else "bfloat16 autocast, fp32 residual",
+            shape=f"ViT-{setup.model}/16 224, batch {setup.batch}"
+            + "".join(f", {name} {value}" for name, value in setup.overrides.items()),
+            dtype=setup.precision,
             layout="NCHW",
             mode=mode,
             contenders=contenders,
             check=check,
-            batch=batch,
+            batch=setup.batch,
         )
 
 
-def _timm_model(model: str, overrides: dict[str, Any], device: torch.device) -> nn.Module:
-    try:
-        timm = peers.import_timm()
-    except ImportError as error:
-        raise Unavailable(str(error)) from error
-    torch.manual_seed(0)
-    return timm.create_model(NAMES[model], **overrides).to(device)
-
-
-def _our_model(model: str, overrides: dict[str, Any], device: torch.device) -> nn.Module:
-    """Ours, with timm's weights where timm is there."""
-    from fastvit.model import create_model
-
-    torch.manual_seed(0)
-    ours = create_model(NAMES[model], **overrides).to(device)
-    if not peers.timm_missing():
-        ours.load_state_dict(_timm_model(model, overrides, device).state_dict())
-    return ours
-
-
 def _build(
-    model: str,
-    overrides: dict[str, Any],
-    images: Tensor,
-    labels: Tensor,
-    mode: str,
-    autocast: torch.dtype | None,
-    backend: str,
-    compile_it: bool,
+    make: Callable[..., nn.Module], setup: Setup, images: Tensor, labels: Tensor, mode: str, backend: str, how: str
 ) -> Call:
-    make = _our_model if backend else _timm_model
-    module = make(model, overrides, images.device).train(mode == STEP)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True) if mode == STEP else None
+    module = setup.make(make).train(mode == STEP)
 
     def forward() -> Tensor:
-        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+        with setup.autocast():
             return module(images)
 
     with _forced(backend), torch.set_grad_enabled(mode == STEP):
-        run = compiled(forward, images.device) if compile_it else forward
+        run = compiled(forward, setup.device) if how else forward
 
     def infer() -> object:
         with _forced(backend), torch.no_grad():
             return run()
 
+    if mode == FORWARD:
+        return infer
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+
     def step() -> object:
-        assert optimizer is not None
         with _forced(backend):
             out = run()
         assert isinstance(out, Tensor)
@@ -142,37 +148,70 @@ def _build(
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    return infer if mode == FORWARD else step
+    return step
+
+
+def _build_rival(
+    make: Callable[..., nn.Module],
+    setup: Setup,
+    images: Tensor,
+    labels: Tensor,
+    mode: str,
+    how: str,
+    truth: Callable[[], tuple[Outcome, Outcome]],
+) -> Call:
+    """The timed call of a rival that computes the same as timm does."""
+    exact, plain = truth()
+    logits = _outcome(setup.make(make), setup, images[:CHECKED], labels[:CHECKED])["output"]
+    reason = _difference("output", logits, exact, plain)
+    if reason:
+        raise Unavailable(f"does not compute the same: {reason}")
+    return _build(make, setup, images, labels, mode, "", how)
 
 
 def _forced(backend: str) -> Any:
     return backends.use_backend(backend or None)
 
 
-def _check(backend: str, model: str, overrides: dict[str, Any], images: Tensor, labels: Tensor) -> str:
-    """Outputs and gradients against a float64 timm, held to twice the error of timm at float32."""
-    reason = peers.timm_missing()
-    if reason:
-        return f"not timed: its check needs timm: {reason}"
-    device = images.device
-    theirs = _timm_model(model, overrides, device)
-    truth = copy.deepcopy(theirs).double()
-    wide, labels = images[:CHECKED], labels[:CHECKED]
+def _truth(setup: Setup, images: Tensor, labels: Tensor) -> tuple[Outcome, Outcome]:
+    """What timm gives in float64, and at the precision under test: the truth, and how near plain PyTorch comes.
+
+    Raises:
+        Unavailable: timm is not installed.
+    """
+    theirs = setup.make(models.timm)
+    exact = copy.deepcopy(theirs).double()
+    plain = _outcome(theirs, setup, images, labels)
+    wide = Setup(setup.model, setup.batch, setup.device)
+    return _outcome(exact, wide, images.double(), labels), plain
+
+
+def _check(
+    backend: str, setup: Setup, images: Tensor, labels: Tensor, truth: Callable[[], tuple[Outcome, Outcome]]
+) -> str:
+    """Why ours must not be timed: its logits and gradients against float64, held to twice the error of timm."""
+    try:
+        exact, plain = truth()
+    except Unavailable as error:
+        return f"not timed: its check needs timm: {error}"
     with _forced(backend):
-        ours = _outcome(_our_model(model, overrides, device), wide, labels)
-    plain = _outcome(theirs, wide, labels)
-    exact = _outcome(truth, wide.double(), labels)
+        found = _outcome(setup.make(models.ours), setup, images, labels)
+    reasons = [_difference(name, found[name], exact, plain) for name in exact]
+    return next((f"not timed, out of tolerance: {reason}" for reason in reasons if reason), "")
+
+
+def _difference(name: str, found: Tensor, exact: Outcome, plain: Outcome) -> str:
+    """Why a tensor is not the same; "" if it is."""
     floor = FLOOR_EPS * torch.finfo(torch.float32).eps
-    for name, value in exact.items():
-        error, bound = relative_error(ours[name], value), FACTOR * relative_error(plain[name], value) + floor
-        if not error <= bound:
-            return f"not timed, out of tolerance: {name}: error {error:.3g} > {bound:.3g}"
-    return ""
+    error = relative_error(found, exact[name])
+    bound = FACTOR * relative_error(plain[name], exact[name]) + floor
+    return "" if error <= bound else f"{name}: error {error:.3g} > {bound:.3g}"
 
 
-def _outcome(module: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _outcome(module: nn.Module, setup: Setup, images: Tensor, labels: Tensor) -> Outcome:
     module.train()
-    out = module(images)
-    F.cross_entropy(out, labels).backward()
+    with setup.autocast():
+        out = module(images)
+    F.cross_entropy(out if out.dtype == torch.float64 else out.float(), labels).backward()
     gradients = {f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
     return {"output": out.detach(), **gradients}

@@ -1,27 +1,26 @@
-"""Image to finished token sequence, against timm, Conv2d and rearrange + linear.
+"""Image to finished token sequence: ours against timm, torchvision, Hugging Face, Conv2d and rearrange + linear.
 
-Every contender starts from the same images and ends with [B, 1+N, D], class token and positions included. For raw
-uint8 images the rivals normalise as timm's loader does: to float, then subtract and divide in place. Nothing of ours
-is prepared outside the timed call; the rivals' channels_last images and weights are.
+Every contender starts from the same images and ends with [B, 1+N, D], class token and positions included; see
+rivals.py. The linear layer alone, on patches unfolded beforehand, is a yardstick for the product, not a rival.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit import functional, peers
+from fastvit.benchmarks import rivals
 from fastvit.benchmarks.problem import (
     BOTH,
     CHANNELS_LAST,
     COMPILED,
     FORWARD,
+    MAX_AUTOTUNE,
     Contender,
     Plan,
     Problem,
@@ -29,6 +28,7 @@ from fastvit.benchmarks.problem import (
     compiled,
     our_backends,
 )
+from fastvit.benchmarks.rivals import Solution, parameters_of, tensor_of
 from fastvit.benchmarks.rows import OURS
 from fastvit.benchmarks.timing import Call
 from fastvit.validation import plain
@@ -45,8 +45,32 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, "same", "same"),
     "uint8 to bfloat16": (torch.bfloat16, "uint8", "same"),
     "uint8 to bfloat16, autocast": (torch.bfloat16, "uint8", "masters"),
+    "float32 to bfloat16, autocast": (torch.bfloat16, "float32", "masters"),
 }
-Tokens = Callable[[], Tensor]
+ON_CPU = ("float32", "uint8 to float32", "bfloat16")
+ON_GPU = (
+    "uint8 to bfloat16",
+    "uint8 to bfloat16, autocast",
+    "bfloat16",
+    "float32 to bfloat16, autocast",
+    "float32",
+)
+LAYOUTS = {"NCHW": "nchw", "channels_last": "channels_last"}  # the name in a row → in a case
+Make = Callable[[Inputs], Solution]
+TrueError = Callable[[], tuple[Tensor, float]]
+# rival, setting, how it is made
+EAGER: tuple[tuple[str, str, Make], ...] = (
+    ("timm", "", rivals.timm),
+    ("timm", CHANNELS_LAST, functools.partial(rivals.timm, channels_last=True)),
+    ("torchvision", "", rivals.torchvision),
+    ("huggingface", "", rivals.huggingface),
+    ("conv2d", "", rivals.conv2d),
+    ("conv2d", CHANNELS_LAST, functools.partial(rivals.conv2d, channels_last=True)),
+    ("rearrange + linear", "", rivals.linear),
+)
+YARDSTICK = "linear alone"
+# What is compiled: "some" leaves out those whose graph is another's.
+COMPILED_RIVALS = {"none": (), "some": ("timm", "rearrange + linear"), "all": tuple(name for name, _, _ in EAGER)}
 
 
 @dataclass(frozen=True)
@@ -62,33 +86,92 @@ class Shape:
         return f"ViT-{self.model}/{self.patch} {self.image}, batch {self.batch}"
 
 
-def _shapes(size: str, device: torch.device) -> Iterator[tuple[Shape, str]]:
-    on_gpu = device.type == "cuda"
-    if size == "tiny":
-        shapes = [Shape("Ti", 2, image=32)]
-    elif size == "small":
-        shapes = [Shape("S", 256 if on_gpu else 16), Shape("B", 256 if on_gpu else 16)]
-    else:
-        batches = (64, 256, 1024) if on_gpu else (1, 16)
-        shapes = [Shape(model, batch) for model in WIDTHS for batch in batches]
-        shapes += [Shape("B", batches[-2], patch=14), Shape("B", batches[-2], image=384)]
-    gpu_precisions = ("bfloat16", "uint8 to bfloat16", "uint8 to bfloat16, autocast", "float32")
-    for shape in shapes:
-        for precision in gpu_precisions if on_gpu else ("float32", "uint8 to float32", "bfloat16"):
-            yield shape, precision
-
-
 def plan(size: str, device: torch.device) -> Plan:
     """The cases of the suite; the problems of each are made when its turn comes, to keep memory low."""
-    with_compiled = device.type == "cuda" or size == "full"
+    on_gpu = device.type == "cuda"
+    cases: list[tuple[Shape, str, str, str]] = []  # shape, precision, layout, what is compiled
+    if size == "tiny":
+        cases = [(Shape("Ti", 2, image=32), precision, "NCHW", "none") for precision in ON_CPU]
+    elif size == "small":
+        precisions, batch, what = (ON_GPU, 256, "some") if on_gpu else (ON_CPU, 16, "none")
+        shapes = [Shape(model, batch) for model in ("B", "S")]
+        cases = [(shape, precision, "NCHW", what) for precision in precisions for shape in shapes]
+        if on_gpu:  # 14 does not divide the vectors of a load; channels_last is what loaders deliver
+            cases.append((Shape("B", batch, patch=14), "uint8 to bfloat16", "NCHW", what))
+            cases.append((Shape("B", batch), "uint8 to bfloat16", "channels_last", what))
+        else:
+            cases.append((Shape("S", batch), "uint8 to float32", "channels_last", what))
+    else:
+        for shape in _published(on_gpu):
+            for precision in ON_GPU if on_gpu else ON_CPU:
+                for layout in LAYOUTS:
+                    # A C++ compiler takes its time: on a CPU at the usual shape alone.
+                    what = "all" if on_gpu or (shape.image, shape.patch, layout) == (224, 16, "NCHW") else "none"
+                    cases.append((shape, precision, layout, what))
     return [
-        (f"patch_embed {shape} {precision}", functools.partial(problems_of, shape, precision, device, with_compiled))
-        for shape, precision in _shapes(size, device)
+        (
+            f"patch_embed {shape} {precision} {layout}",
+            functools.partial(problems_of, shape, precision, device, layout=layout, compile_what=what),
+        )
+        for shape, precision, layout, what in cases
     ]
 
 
-def problems_of(shape: Shape, precision: str, device: torch.device, with_compiled: bool) -> Iterator[Problem]:
-    """Forward, and forward + backward of all parameters, for one shape and precision."""
+def _published(on_gpu: bool) -> Iterator[Shape]:
+    for model in WIDTHS:
+        for patch, images in ((16, (224, 384)), (14, (224, 378))):  # 14 does not divide 384
+            for image in images:
+                for batch in (64, 256, 1024) if on_gpu else (1, 16):
+                    yield Shape(model, batch, image, patch)
+
+
+def problems_of(
+    shape: Shape,
+    precision: str,
+    device: torch.device,
+    *,
+    layout: str = "NCHW",
+    compile_what: str = "none",
+) -> Iterator[Problem]:
+    """The problems of one case of the suite; `compile_what` is of COMPILED_RIVALS."""
+    inputs = inputs_of(shape, precision, device, layout)
+    contenders = functools.partial(_contenders, compile_what=compile_what)
+    return embedding_problems("patch_embed", str(shape), precision, layout, inputs, device, contenders)
+
+
+class Contend(Protocol):
+    """Makes the contenders of a problem, in one mode."""
+
+    def __call__(
+        self, inputs: Inputs, mode: str, device: torch.device, true_error: TrueError
+    ) -> Iterator[Contender]: ...
+
+
+def embedding_problems(
+    op: str, name: str, precision: str, layout: str, inputs: Inputs, device: torch.device, contenders: Contend
+) -> Iterator[Problem]:
+    """Forward, and forward + backward of all parameters, from images to tokens."""
+    check = functools.lru_cache(lambda backend: check_backend(backend, "patch_embed", inputs, device))
+    true_error = functools.lru_cache(lambda: yardstick(inputs))
+    for mode in (FORWARD, BOTH):
+        flops, moved = _work(inputs, mode)
+        yield Problem(
+            op=op,
+            shape=name,
+            dtype=precision,
+            layout=layout,
+            mode=mode,
+            contenders=list(contenders(inputs, mode, device, true_error)),
+            check=check,
+            compute=inputs.compute,
+            batch=inputs.grad.shape[0],
+            flops=flops,
+            moved=moved,
+        )
+
+
+def inputs_of(shape: Shape, precision: str, device: torch.device, layout: str = "NCHW", kept: float = 1.0) -> Inputs:
+    """Random tensors of a case; the parameters require gradients, the images do not."""
     compute, images, parameters = PRECISIONS[precision]
     grid = shape.image // shape.patch
     case = PatchEmbedCase(
@@ -100,28 +183,13 @@ def problems_of(shape: Shape, precision: str, device: torch.device, with_compile
         images=images,
         normalise=images == "uint8",
         parameters=parameters,
+        layout=LAYOUTS[layout],
+        keep=None if kept == 1.0 else round(kept * grid * grid),
     )
     inputs = make_inputs(case, compute, device)
-    for name in inputs.differentiable():
-        if name != "images":
-            _tensor(inputs, name).requires_grad_()
-    check = functools.lru_cache(lambda backend: check_backend(backend, "patch_embed", inputs, device))
-    true_error = functools.lru_cache(lambda: _yardstick(inputs))
-    for mode in (FORWARD, BOTH):
-        flops, moved = _work(inputs, mode)
-        yield Problem(
-            op="patch_embed",
-            shape=str(shape),
-            dtype=precision,
-            layout="NCHW",
-            mode=mode,
-            contenders=list(_contenders(inputs, mode, device, with_compiled, true_error)),
-            check=check,
-            compute=compute,
-            batch=shape.batch,
-            flops=flops,
-            moved=moved,
-        )
+    for parameter in parameters_of(inputs):
+        parameter.requires_grad_()
+    return inputs
 
 
 def check_backend(backend: str, op: str, inputs: Inputs, device: torch.device) -> str:
@@ -134,13 +202,7 @@ def check_backend(backend: str, op: str, inputs: Inputs, device: torch.device) -
     return "not timed, out of tolerance: " + "; ".join(found)
 
 
-def _tensor(inputs: Inputs, name: str) -> Tensor:
-    tensor = inputs.tensors[name]
-    assert tensor is not None
-    return tensor
-
-
-def _yardstick(inputs: Inputs) -> tuple[Tensor, float]:
+def yardstick(inputs: Inputs) -> tuple[Tensor, float]:
     """The float64 truth and plain PyTorch's error, to see that a rival computes the same thing."""
     with torch.no_grad():
         wide = {name: None if t is None else t if t.dtype is torch.uint8 else t.double()
@@ -150,49 +212,76 @@ def _yardstick(inputs: Inputs) -> tuple[Tensor, float]:
 
 
 def _contenders(
+    inputs: Inputs, mode: str, device: torch.device, true_error: TrueError, compile_what: str
+) -> Iterator[Contender]:
+    """Ours, every rival in every setting, and the yardstick."""
+    yield from our_contenders(inputs, mode, device)
+    for name, setting, make in EAGER:
+        hows = (COMPILED, MAX_AUTOTUNE) if compile_what == "all" else (COMPILED,)
+        yield from contender(
+            name, setting, make, inputs, mode, device, true_error, hows if name in COMPILED_RIVALS[compile_what] else ()
+        )
+    yield Contender(YARDSTICK, functools.partial(_build_yardstick, inputs, mode), whole=False)
+
+
+def our_contenders(inputs: Inputs, mode: str, device: torch.device) -> Iterator[Contender]:
+    """Ours, by every backend that runs at full speed."""
+    for backend in our_backends(device):
+        make = functools.partial(rivals.ours, backend=backend)
+        yield from contender(f"{OURS}{backend}", "", make, inputs, mode, device)
+
+
+def contender(
+    name: str,
+    setting: str,
+    make: Make,
     inputs: Inputs,
     mode: str,
     device: torch.device,
-    with_compiled: bool,
-    true_error: Callable[[], tuple[Tensor, float]],
+    true_error: TrueError | None = None,
+    compile_settings: Sequence[str] = (),
 ) -> Iterator[Contender]:
-    def contender(
-        name: str, make: Callable[[Inputs], tuple[Tokens, list[Tensor]]], compile_it: bool, setting: str = ""
-    ) -> Contender:
-        def build() -> Call:
-            tokens, parameters = make(inputs)
-            if not name.startswith(OURS):
-                _require_same(tokens, true_error)
-            call = _timed_call(tokens, parameters, inputs.grad, mode)
-            if not compile_it:
-                return call
-            with torch.set_grad_enabled(mode == BOTH):
-                return _timed_call(cast(Tokens, compiled(tokens, device)), parameters, inputs.grad, mode)
-
-        return Contender(name, build, f"{setting} {COMPILED}".strip() if compile_it else setting)
-
-    for backend in our_backends(device):
-        yield contender(f"{OURS}{backend}", functools.partial(_ours, backend=backend), False)
-    for compile_it in (False, True) if with_compiled else (False,):
-        yield contender("timm", _timm, compile_it)
-        yield contender("conv2d", _conv2d, compile_it)
-        yield contender("conv2d", functools.partial(_conv2d, channels_last=True), compile_it, CHANNELS_LAST)
-        yield contender("rearrange + linear", _linear, compile_it)
+    """A contender in one setting, eager and compiled as asked for; without `true_error` it is not checked here."""
+    for how in ("", *compile_settings):
+        build = functools.partial(_build, make, inputs, mode, device, true_error, how)
+        yield Contender(name, build, f"{setting} {how}".strip())
 
 
-def _timed_call(tokens: Tokens, parameters: list[Tensor], grad: Tensor, mode: str) -> Call:
+def _build(
+    make: Make, inputs: Inputs, mode: str, device: torch.device, true_error: TrueError | None, how: str = ""
+) -> Call:
+    """The timed call of one contender. A rival must compute the same; ours is checked more strictly elsewhere."""
+    solution = make(inputs)
+    if true_error is not None:
+        _require_same(solution.tokens, true_error)
+    tokens = solution.tokens
+    if how:
+        with torch.set_grad_enabled(mode == BOTH):
+            tokens = cast(Callable[[], Tensor], compiled(tokens, device, how))
+    return timed_call(Solution(tokens, solution.parameters), inputs.grad, mode)
+
+
+def _build_yardstick(inputs: Inputs, mode: str) -> Call:
+    solution = rivals.product_alone(inputs)
+    rows = inputs.grad.shape[1] - tensor_of(inputs, "prefix").shape[0]
+    return timed_call(solution, inputs.grad[:, :rows].contiguous(), mode)
+
+
+def timed_call(solution: Solution, grad: Tensor, mode: str) -> Call:
+    """What is timed: the tokens alone, or the tokens and the gradients of all parameters."""
+
     def forward() -> object:
         with torch.no_grad():
-            return tokens()
+            return solution.tokens()
 
     def forward_and_backward() -> object:
-        out = tokens()
-        return torch.autograd.grad(out, parameters, grad.to(out.dtype))
+        out = solution.tokens()
+        return torch.autograd.grad(out, solution.parameters, grad.to(out.dtype))
 
     return forward if mode == FORWARD else forward_and_backward
 
 
-def _require_same(tokens: Tokens, true_error: Callable[[], tuple[Tensor, float]]) -> None:
+def _require_same(tokens: Callable[[], Tensor], true_error: TrueError) -> None:
     truth, plain_error = true_error()
     with torch.no_grad():
         error = relative_error(tokens(), truth)
@@ -200,109 +289,11 @@ def _require_same(tokens: Tokens, true_error: Callable[[], tuple[Tensor, float]]
         raise Unavailable(f"does not compute the same: error {error:.3g}, plain PyTorch's {plain_error:.3g}")
 
 
-def _parameters(inputs: Inputs) -> list[Tensor]:
-    return [_tensor(inputs, name) for name in ("weight", "bias", "pos_embed", "prefix")]
-
-
-def _ours(inputs: Inputs, backend: str) -> tuple[Tokens, list[Tensor]]:
-    images = _tensor(inputs, "images")
-    weight, bias, pos_embed, prefix = parameters = _parameters(inputs)
-
-    def tokens() -> Tensor:
-        with torch.autocast(images.device.type, inputs.compute, enabled=inputs.autocast):
-            return functional.patch_embed(
-                images,
-                weight,
-                bias,
-                pos_embed=pos_embed,
-                prefix=prefix,
-                mean=inputs.mean,
-                std=inputs.std,
-                backend=backend,
-            )
-
-    return tokens, parameters
-
-
-def _normaliser(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    """What a loader does on the device before the model sees the images."""
-    if inputs.mean is None or inputs.std is None:
-        return lambda images: images
-    device = inputs.grad.device
-    mean, std = (torch.tensor(v, device=device).mul_(255).view(-1, 1, 1) for v in (inputs.mean, inputs.std))
-    compute = torch.float32 if inputs.autocast else inputs.compute
-    return lambda images: images.float().sub_(mean).div_(std).to(compute)
-
-
-def _timm(inputs: Inputs) -> tuple[Tokens, list[Tensor]]:
-    try:
-        peers.import_timm()
-        from timm.models.vision_transformer import VisionTransformer
-    except ImportError as error:
-        raise Unavailable(str(error)) from error
-    images = _tensor(inputs, "images")
-    weight, bias, pos_embed, prefix = _parameters(inputs)
-    model = VisionTransformer(
-        img_size=(images.shape[2], images.shape[3]),
-        patch_size=weight.shape[2],
-        embed_dim=weight.shape[0],
-        depth=1,
-        num_heads=1,
-        num_classes=0,
-    ).to(images.device, weight.dtype)
-    parameters = [model.patch_embed.proj.weight, model.patch_embed.proj.bias, model.pos_embed, model.cls_token]
-    with torch.no_grad():
-        for parameter, value in zip(parameters, (weight, bias, pos_embed, prefix), strict=True):
-            parameter.copy_(value.reshape(parameter.shape))
-    normalise = _normaliser(inputs)
-
-    def tokens() -> Tensor:
-        x = normalise(images)
-        with torch.autocast(images.device.type, inputs.compute, enabled=inputs.autocast):
-            return model._pos_embed(model.patch_embed(x))
-
-    return tokens, parameters
-
-
-def _conv2d(inputs: Inputs, channels_last: bool = False) -> tuple[Tokens, list[Tensor]]:
-    images = _tensor(inputs, "images")
-    weight, bias, pos_embed, prefix = _parameters(inputs)
-    if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-        weight = weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    stride = weight.shape[2:]
-    normalise = _normaliser(inputs)
-
-    def tokens() -> Tensor:
-        x = normalise(images)
-        with torch.autocast(images.device.type, inputs.compute, enabled=inputs.autocast):
-            x = F.conv2d(x, weight, bias, stride=stride).flatten(2).transpose(1, 2)
-            return torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
-
-    return tokens, [weight, bias, pos_embed, prefix]
-
-
-def _linear(inputs: Inputs) -> tuple[Tokens, list[Tensor]]:
-    images = _tensor(inputs, "images")
-    weight, bias, pos_embed, prefix = parameters = _parameters(inputs)
-    width, _, ph, pw = weight.shape
-    normalise = _normaliser(inputs)
-
-    def tokens() -> Tensor:
-        x = normalise(images)
-        batch, channels, height, breadth = x.shape
-        with torch.autocast(images.device.type, inputs.compute, enabled=inputs.autocast):
-            x = x.reshape(batch, channels, height // ph, ph, breadth // pw, pw).permute(0, 2, 4, 1, 3, 5)
-            x = F.linear(x.reshape(batch, -1, channels * ph * pw), weight.view(width, -1), bias)
-            return torch.cat([prefix.expand(batch, -1, -1), x], dim=1) + pos_embed
-
-    return tokens, parameters
-
-
 def _work(inputs: Inputs, mode: str) -> tuple[float, float]:
-    """Arithmetic and unavoidable memory traffic: images in and tokens out; backward reads images and gradient again."""
-    images, weight, grad = _tensor(inputs, "images"), _tensor(inputs, "weight"), inputs.grad
-    patches = images.shape[0] * (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
+    """Arithmetic and unavoidable memory traffic: pixels in and tokens out; backward reads pixels and gradient again."""
+    images, weight, grad = tensor_of(inputs, "images"), tensor_of(inputs, "weight"), inputs.grad
+    patches = images.shape[0] * (grad.shape[1] - tensor_of(inputs, "prefix").shape[0])
+    pixels = patches * weight[0].numel() * images.element_size()
     flops = 2.0 * patches * weight.numel()
-    moved = sum(float(t.numel() * t.element_size()) for t in (images, weight, grad))
+    moved = float(pixels + sum(tensor.numel() * tensor.element_size() for tensor in (weight, grad)))
     return (flops, moved) if mode == FORWARD else (2 * flops, 2 * moved)

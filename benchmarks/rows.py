@@ -116,7 +116,7 @@ def device_name(device: torch.device) -> str:
 def versions(device_type: str) -> dict[str, str]:
     """Versions of everything that shapes a timing; "" for what is not installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("fastvit", "triton", "timm"):
+    for name in ("fastvit", "triton", "timm", "torchvision", "transformers"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

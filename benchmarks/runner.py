@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastvit.benchmarks import add_position, model, patch_embed
+from fastvit.benchmarks import add_position, input, masked, model, patch_embed
 from fastvit.benchmarks.problem import Plan, check_size, measure, steady
 from fastvit.benchmarks.rows import Row, command_line, commit, device_name, format_table, versions, write_json_lines
 
@@ -18,7 +18,9 @@ __all__ = ["SUITES", "format_table", "run_plan", "run_suites", "write_json_lines
 SUITES: dict[str, Callable[[str, torch.device], Plan]] = {
     "patch_embed": patch_embed.plan,
     "add_position": add_position.plan,
+    "masked": masked.plan,
     "model": model.plan,
+    "input": input.plan,
 }
 SECONDS = {"tiny": 0.02, "small": 2.0, "full": 6.0}  # timing of one problem, all contenders together
 Progress = Callable[[int, int, str], None]

@@ -49,8 +49,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_suite(title: str, problems: Problems, mode: str, provider: str, benchmark: Any) -> None:
     problem = next(problem for problem in problems() if problem.mode == mode)
     contender = next(contender for contender in problem.contenders if contender.provider == provider)
-    if provider.startswith(OURS):
-        reason = problem.check(provider.removeprefix(OURS))
+    if contender.is_ours:
+        reason = problem.check(contender.name.removeprefix(OURS))
         assert not reason, reason
     try:
         call = contender.build()

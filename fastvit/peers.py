@@ -8,8 +8,8 @@ from types import ModuleType
 
 import torch
 
-# torchvision's wheel registers its compiled operators only beside the torch build it was made for. timm imports
-# torchvision without using them, so declaring the two names it looks up is enough to import it beside a CPU torch.
+# torchvision's wheel registers its compiled operators only beside the torch build it was made for. Its models, and
+# the libraries that import it, do without them: declaring the two names it looks up is enough beside a CPU torch.
 _TORCHVISION_OPERATORS = ("nms", "qnms")
 _declared: list[torch.library.Library] = []  # a library that is collected takes its operators with it
 
@@ -22,18 +22,26 @@ def _declare_torchvision_operators() -> None:
 
 
 @lru_cache
-def import_timm() -> ModuleType:
-    """timm, also beside a CPU build of torch.
+def import_peer(name: str) -> ModuleType:
+    """A module of timm, torchvision or transformers, also beside a CPU build of torch.
+
+    Args:
+        name: "timm", or a module inside, such as "torchvision.models.vision_transformer".
 
     Raises:
-        ImportError: timm is not installed or can't be imported; the message says why.
+        ImportError: it is not installed or can't be imported; the message says why.
     """
     try:
         if torch.version.cuda is None and not _declared:
             _declare_torchvision_operators()
-        return importlib.import_module("timm")
+        return importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:
-        raise ImportError(f"timm can't be imported: {error}") from error
+        raise ImportError(f"{name.partition('.')[0]} can't be imported: {error}") from error
+
+
+def import_timm() -> ModuleType:
+    """timm; raises as `import_peer`."""
+    return import_peer("timm")
 
 
 def timm_missing() -> str:

@@ -34,8 +34,8 @@ def test_every_suite_runs_and_its_rows_stand_alone() -> None:
     assert {row.op for row in rows} == set(SUITES)
     for row in rows:
         assert row.device and row.versions["torch"] and row.command
-        timm_is_missing = "timm" in row.reason and bool(peers.timm_missing())
-        assert timm_is_missing or (row.median_us and row.repeats >= 7 and row.p20_us and row.p80_us), row.reason
+        is_missing = "can't be imported" in row.reason and _missing(row)
+        assert is_missing or (row.median_us and row.repeats >= 7 and row.p20_us and row.p80_us), row
     for row in rows:
         if row.provider.startswith(OURS) and row.median_us:
             timed = [(r.rival, r.provider, r.median_us) for r in rows if r.case == row.case and r.rival and r.median_us]
@@ -45,10 +45,31 @@ def test_every_suite_runs_and_its_rows_stand_alone() -> None:
                 assert ratio == pytest.approx(best / row.median_us, rel=1e-3)
             assert row.headline and row.best_rival in {provider for _, provider, _ in timed}
     embed = [row for row in rows if row.op == "patch_embed"]
-    assert {"fastvit:cpu", "timm", "conv2d", "conv2d channels_last", "rearrange + linear"} == {
-        r.provider for r in embed
+    assert {row.provider for row in embed} == {
+        "fastvit:cpu",
+        "timm",
+        "timm channels_last",
+        "torchvision",
+        "huggingface",
+        "conv2d",
+        "conv2d channels_last",
+        "rearrange + linear",
+        "linear alone",
     }
-    assert all(row.floor_share for row in embed if row.median_us)
+    assert all(row.floor_share and row.flops and row.ceilings for row in embed if row.median_us)
+    assert "linear alone" not in {row.best_rival for row in rows}, "a yardstick is no rival"
+    assert {row.rival for row in rows if row.op == "model"} == {"", "timm", "torchvision", "huggingface"}
+
+
+def _missing(row: Row) -> bool:
+    """Whether the library of a rival, or the one that checks the models, is not installed here."""
+    if row.op == "model" and peers.timm_missing():
+        return True
+    try:
+        peers.import_peer({"huggingface": "transformers"}.get(row.rival, row.rival))
+    except ImportError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("fault", ["bias dropped", "dPos off by a batch"])
@@ -63,20 +84,20 @@ def test_a_wrong_backend_is_not_timed(fault: str) -> None:
 
 def test_a_rival_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.nn.functional.linear
-    suite = __import__("fastvit.benchmarks.patch_embed", fromlist=["F"])
-    monkeypatch.setattr(suite.F, "linear", lambda x, weight, bias=None: real(x, weight))
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias=None: real(x, weight))
     rows = run_suites(["patch_embed"], "tiny", "cpu", threads=1)
     rival = [row for row in rows if row.provider == "rearrange + linear"]
     assert rival and all("does not compute the same" in row.reason for row in rival)
 
 
 def test_a_missing_rival_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise ImportError("timm can't be imported: not here")
+    def missing(name: str) -> None:
+        raise ImportError(f"{name.partition('.')[0]} can't be imported: not here")
 
-    monkeypatch.setattr(peers, "import_timm", missing)
+    monkeypatch.setattr(peers, "import_peer", missing)
     rows = run_suites(["patch_embed"], "tiny", "cpu", threads=1)
-    assert {row.reason for row in rows if row.provider == "timm"} == {"timm can't be imported: not here"}
+    assert {row.reason for row in rows if row.rival == "timm"} == {"timm can't be imported: not here"}
+    assert {row.reason for row in rows if row.rival == "huggingface"} == {"transformers can't be imported: not here"}
     assert all("timm" not in row.ratios for row in rows)
 
 

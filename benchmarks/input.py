@@ -1,0 +1,114 @@
+"""From raw images in host memory to tokens on the device: ours moves bytes, and normalises where it multiplies.
+
+On a GPU the images lie in pinned memory and every contender copies what it needs without waiting; its time runs from
+the first work on the host to the last token. On a CPU nothing is copied. Copying over the bus is no part of the
+machine's measured ceilings, so these rows have no floor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastvit.benchmarks import rivals
+from fastvit.benchmarks.patch_embed import Make, Shape, TrueError, check_backend, contender, inputs_of, yardstick
+from fastvit.benchmarks.problem import COMPILED, FORWARD, Contender, Plan, Problem, our_backends
+from fastvit.benchmarks.rivals import Solution, tensor_of
+from fastvit.benchmarks.rows import OURS
+from fastvit.validation.cases import Inputs
+
+HOST, ON_DEVICE = "normalise on host", "normalise on device"
+
+
+def plan(size: str, device: torch.device) -> Plan:
+    """The cases of the suite."""
+    on_gpu = device.type == "cuda"
+    precision = "uint8 to bfloat16, autocast" if on_gpu else "uint8 to float32"
+    if size == "tiny":
+        shapes = [Shape("Ti", 2, image=32)]
+    elif size == "small":
+        shapes = [Shape(model, 256 if on_gpu else 16) for model in ("B", "S")]
+    else:
+        shapes = [Shape(model, n) for model in ("Ti", "S", "B", "L") for n in ((64, 256, 1024) if on_gpu else (1, 16))]
+    compile_it = on_gpu or size == "full"
+    return [
+        (f"input {shape} {precision}", functools.partial(_problems_of, shape, precision, device, compile_it))
+        for shape in shapes
+    ]
+
+
+def _problems_of(shape: Shape, precision: str, device: torch.device, compile_it: bool) -> Iterator[Problem]:
+    inputs = inputs_of(shape, precision, device)
+    check = functools.lru_cache(lambda backend: check_backend(backend, "patch_embed", inputs, device))
+    true_error = functools.lru_cache(lambda: yardstick(inputs))
+    yield Problem(
+        op="input",
+        shape=str(shape),
+        dtype=precision,
+        layout="NCHW",
+        mode=FORWARD,
+        contenders=list(_contenders(inputs, device, true_error, compile_it)),
+        check=check,
+        compute=inputs.compute,
+        batch=shape.batch,
+    )
+
+
+def _contenders(inputs: Inputs, device: torch.device, true_error: TrueError, compile_it: bool) -> Iterator[Contender]:
+    host = tensor_of(inputs, "images").cpu()
+    host = host.pin_memory() if device.type == "cuda" else host
+    how = (COMPILED,) if compile_it else ()
+    for backend in our_backends(device):
+        ours = functools.partial(_after_copy, functools.partial(rivals.ours, backend=backend), host)
+        yield from contender(f"{OURS}{backend}", "", ours, inputs, FORWARD, device)
+    embeddings: tuple[tuple[str, Make], ...] = (("conv2d", rivals.conv2d), ("linear", rivals.linear))
+    for setting, make in embeddings:
+        on_device = functools.partial(_after_copy, make, host)
+        yield from contender(ON_DEVICE, setting, on_device, inputs, FORWARD, device, true_error, how)
+    for setting, make in embeddings:
+        on_host = functools.partial(_normalised_on_host, make, host)
+        yield from contender(HOST, setting, on_host, inputs, FORWARD, device, true_error, how)
+
+
+def _after_copy(make: Make, host: Tensor, inputs: Inputs) -> Solution:
+    """Copy the raw images, then all that `make` does with them."""
+    images = torch.empty_like(tensor_of(inputs, "images"))  # [B, C, H, W] on the device
+    solution = make(replace(inputs, tensors={**inputs.tensors, "images": images}))
+    copy = _copier(host, images)
+    return _in_turn(copy, solution)
+
+
+def _normalised_on_host(make: Make, host: Tensor, inputs: Inputs) -> Solution:
+    """To float, subtract and divide on the host, into pinned memory where there is a bus to cross; then embed."""
+    assert inputs.mean is not None and inputs.std is not None
+    images = torch.empty_like(tensor_of(inputs, "images"), dtype=torch.float32)
+    raw = replace(inputs, tensors={**inputs.tensors, "images": images}, mean=None, std=None)
+    buffer = torch.empty_like(host, dtype=torch.float32, pin_memory=host.is_pinned()) if images.is_cuda else images
+    mean, std = (torch.tensor(values).mul_(255).view(-1, 1, 1) for values in (inputs.mean, inputs.std))
+    copy = _copier(buffer, images)
+
+    def normalise() -> None:
+        buffer.copy_(host).sub_(mean).div_(std)
+        copy()
+
+    return _in_turn(normalise, make(raw))
+
+
+def _copier(source: Tensor, target: Tensor) -> Callable[[], object]:
+    """On a CPU the images are where they are needed already."""
+    if target.is_cuda:
+        return lambda: target.copy_(source, non_blocking=True)
+    target.copy_(source)
+    return lambda: None
+
+
+def _in_turn(first: Callable[[], object], solution: Solution) -> Solution:
+    def tokens() -> Tensor:
+        first()
+        return solution.tokens()
+
+    return Solution(tokens, solution.parameters)

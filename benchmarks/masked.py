@@ -1,0 +1,66 @@
+"""75% masked patch embedding: ours projects the kept patches alone; masked autoencoders embed all, then gather."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from fastvit.benchmarks import rivals
+from fastvit.benchmarks.patch_embed import (
+    ON_CPU,
+    ON_GPU,
+    WIDTHS,
+    Make,
+    Shape,
+    TrueError,
+    contender,
+    embedding_problems,
+    inputs_of,
+    our_contenders,
+)
+from fastvit.benchmarks.problem import CHANNELS_LAST, COMPILED, Contender, Plan, Problem
+from fastvit.validation.cases import Inputs
+
+MASKED = 0.75
+RIVAL = "embed all, gather"
+SETTINGS: tuple[tuple[str, Make], ...] = (
+    ("conv2d", rivals.conv2d),
+    (f"conv2d {CHANNELS_LAST}", functools.partial(rivals.conv2d, channels_last=True)),
+    ("linear", rivals.linear),
+)
+
+
+def plan(size: str, device: torch.device) -> Plan:
+    """The cases of the suite."""
+    on_gpu = device.type == "cuda"
+    precisions: tuple[str, ...] = ("uint8 to bfloat16, autocast", "bfloat16") if on_gpu else ON_CPU[:2]
+    if size == "tiny":
+        shapes = [Shape("Ti", 2, image=32)]
+    elif size == "small":
+        shapes = [Shape(model, 256 if on_gpu else 16) for model in ("B", "S")]
+    else:
+        precisions = ON_GPU if on_gpu else ON_CPU
+        shapes = [Shape(model, batch) for model in WIDTHS for batch in ((64, 256, 1024) if on_gpu else (1, 16))]
+    compile_it = on_gpu or size == "full"
+    return [
+        (f"masked {shape} {precision}", functools.partial(_problems_of, shape, precision, device, compile_it))
+        for precision in precisions
+        for shape in shapes
+    ]
+
+
+def _problems_of(shape: Shape, precision: str, device: torch.device, compile_it: bool) -> Iterator[Problem]:
+    inputs = inputs_of(shape, precision, device, kept=1 - MASKED)
+    contenders = functools.partial(_contenders, compile_it=compile_it)
+    name = f"{shape}, {MASKED:.0%} masked"
+    return embedding_problems("masked", name, precision, "NCHW", inputs, device, contenders)
+
+
+def _contenders(
+    inputs: Inputs, mode: str, device: torch.device, true_error: TrueError, compile_it: bool
+) -> Iterator[Contender]:
+    yield from our_contenders(inputs, mode, device)
+    for setting, make in SETTINGS:
+        yield from contender(RIVAL, setting, make, inputs, mode, device, true_error, (COMPILED,) if compile_it else ())

@@ -1,0 +1,163 @@
+"""Whole Vision Transformers with the same weights: ours, timm's, torchvision's and Hugging Face's.
+
+Weights come from ours, whose parameters have timm's names. `residual` is the dtype of the residual stream under
+bfloat16 autocast: with float32 class token and positions, as all libraries keep them, it is float32; where a rival is
+to have bfloat16, as ours has with `residual_dtype`, these two parameters of it are bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvit import peers
+from fastvit.benchmarks.problem import Unavailable
+
+NAMES = {
+    "Ti": "vit_tiny_patch16_224",
+    "S": "vit_small_patch16_224",
+    "B": "vit_base_patch16_224",
+    "L": "vit_large_patch16_224",
+}
+State = dict[str, Tensor]
+
+
+def ours(model: str, residual: torch.dtype | None = None, **overrides: Any) -> nn.Module:
+    """Ours, from seed 0."""
+    from fastvit.model import create_model
+
+    torch.manual_seed(0)
+    half = residual if residual is not None and residual != torch.float32 else None
+    return create_model(NAMES[model], residual_dtype=half, **overrides)
+
+
+def timm(model: str, residual: torch.dtype | None = None, **overrides: Any) -> nn.Module:
+    """timm's, with our weights."""
+    module = _imported("timm").create_model(NAMES[model], **overrides)
+    module.load_state_dict(ours(model, **overrides).state_dict())
+    return _with_residual(module, residual, ["cls_token", "pos_embed"])
+
+
+def torchvision(model: str, residual: torch.dtype | None = None, **overrides: Any) -> nn.Module:
+    """torchvision's, with our weights."""
+    vit = _imported("torchvision.models.vision_transformer")
+    source = ours(model, **overrides)
+    blocks, width, heads, hidden = _sizes(source)
+    classes = source.head.out_features  # type: ignore[union-attr]
+    module = vit.VisionTransformer(224, 16, blocks, heads, width, hidden, num_classes=classes)
+    module.load_state_dict(_to_torchvision(source.state_dict(), blocks))
+    return _with_residual(module, residual, ["class_token", "encoder.pos_embedding"])
+
+
+def huggingface(model: str, residual: torch.dtype | None = None, **overrides: Any) -> nn.Module:
+    """transformers' ViTForImageClassification, with our weights; returns logits."""
+    vit = _imported("transformers.models.vit.modeling_vit")
+    source = ours(model, **overrides)
+    blocks, width, heads, hidden = _sizes(source)
+    config = vit.ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        intermediate_size=hidden,
+        layer_norm_eps=1e-6,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=source.head.out_features,  # type: ignore[union-attr]
+        attn_implementation="sdpa",
+    )
+    module = vit.ViTForImageClassification(config)
+    is_new = any(name.startswith("vit.layers.") for name in module.state_dict())
+    module.load_state_dict(_to_huggingface(source.state_dict(), blocks, is_new))
+    names = ["vit.embeddings.cls_token", "vit.embeddings.position_embeddings"]
+    return _Logits(_with_residual(module, residual, names))
+
+
+RIVALS: dict[str, Callable[..., nn.Module]] = {"timm": timm, "torchvision": torchvision, "huggingface": huggingface}
+
+
+class _Logits(nn.Module):
+    """A transformers model, called with images alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images).logits
+
+
+def _imported(module: str) -> Any:
+    try:
+        return peers.import_peer(module)
+    except ImportError as error:
+        raise Unavailable(str(error)) from error
+
+
+def _sizes(model: Any) -> tuple[int, int, int, int]:
+    """Depth, width, heads and the width inside the MLP."""
+    block = model.blocks[0]
+    return len(model.blocks), model.embed_dim, block.attn.num_heads, block.mlp.fc1.out_features
+
+
+def _with_residual(module: nn.Module, residual: torch.dtype | None, names: list[str]) -> nn.Module:
+    for name in names if residual is not None else ():
+        parameter = module.get_parameter(name)
+        parameter.data = parameter.data.to(residual)
+    return module
+
+
+def _to_torchvision(state: State, blocks: int) -> State:
+    out = {
+        "class_token": state["cls_token"],
+        "conv_proj.weight": state["patch_embed.proj.weight"],
+        "conv_proj.bias": state["patch_embed.proj.bias"],
+        "encoder.pos_embedding": state["pos_embed"],
+    }
+    names = {
+        "norm1.{}": "ln_1.{}",
+        "attn.qkv.{}": "self_attention.in_proj_{}",
+        "attn.proj.{}": "self_attention.out_proj.{}",
+        "norm2.{}": "ln_2.{}",
+        "mlp.fc1.{}": "mlp.0.{}",
+        "mlp.fc2.{}": "mlp.3.{}",
+    }
+    for kind in ("weight", "bias"):
+        out[f"encoder.ln.{kind}"] = state[f"norm.{kind}"]
+        out[f"heads.head.{kind}"] = state[f"head.{kind}"]
+        for index in range(blocks):
+            for source, target in names.items():
+                value = state[f"blocks.{index}.{source.format(kind)}"]
+                out[f"encoder.layers.encoder_layer_{index}.{target.format(kind)}"] = value
+    return out
+
+
+def _to_huggingface(state: State, blocks: int, is_new: bool) -> State:
+    """transformers renamed the parameters in its version 5: `is_new`."""
+    out = {
+        "vit.embeddings.cls_token": state["cls_token"],
+        "vit.embeddings.position_embeddings": state["pos_embed"],
+        "vit.embeddings.patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
+        "vit.embeddings.patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
+    }
+    prefix = "vit.layers" if is_new else "vit.encoder.layer"
+    names = {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.proj": "attention.o_proj" if is_new else "attention.output.dense",
+        "mlp.fc1": "mlp.fc1" if is_new else "intermediate.dense",
+        "mlp.fc2": "mlp.fc2" if is_new else "output.dense",
+    }
+    qkv = [f"attention.{part}_proj" if is_new else f"attention.attention.{part}" for part in
+           (("q", "k", "v") if is_new else ("query", "key", "value"))]  # fmt: skip
+    for kind in ("weight", "bias"):
+        out[f"vit.layernorm.{kind}"] = state[f"norm.{kind}"]
+        out[f"classifier.{kind}"] = state[f"head.{kind}"]
+        for index in range(blocks):
+            for source, target in names.items():
+                out[f"{prefix}.{index}.{target}.{kind}"] = state[f"blocks.{index}.{source}.{kind}"]
+            parts = state[f"blocks.{index}.attn.qkv.{kind}"].chunk(3)
+            out.update({f"{prefix}.{index}.{target}.{kind}": part for target, part in zip(qkv, parts, strict=True)})
+    return out

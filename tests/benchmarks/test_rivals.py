@@ -1,0 +1,99 @@
+"""The rivals: they get our weights and our data, and the best of their settings is what counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from fastvit import peers
+from fastvit.benchmarks import models, rivals
+from fastvit.benchmarks.model import Setup, _build_rival, _truth
+from fastvit.benchmarks.patch_embed import Shape, inputs_of, yardstick
+from fastvit.benchmarks.problem import BOTH, FORWARD, Contender, Problem, Unavailable, measure
+from fastvit.validation.tolerance import relative_error
+
+CPU = torch.device("cpu")
+LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "huggingface": "transformers"}
+
+
+def _need(name: str) -> None:
+    try:
+        peers.import_peer(LIBRARIES.get(name, "torch"))
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.25])
+@pytest.mark.parametrize("precision", ["float32", "uint8 to float32", "uint8 to bfloat16, autocast"])
+@pytest.mark.parametrize("name", ["ours", "timm", "torchvision", "huggingface", "conv2d", "linear"])
+def test_all_make_the_same_tokens(name: str, precision: str, kept: float) -> None:
+    _need(name)
+    if kept < 1 and name in LIBRARIES:
+        pytest.skip("the libraries' embeddings know no mask")
+    inputs = inputs_of(Shape("Ti", 2, image=32), precision, CPU, kept=kept)
+    make: Callable[..., rivals.Solution] = getattr(rivals, name)
+    solution = make(inputs, backend="cpu") if name == "ours" else make(inputs)
+    truth, plain_error = yardstick(inputs)
+    tokens = solution.tokens()
+    assert relative_error(tokens, truth) <= 2 * plain_error + 4 * torch.finfo(torch.float32).eps
+    gradients = torch.autograd.grad(tokens, solution.parameters, inputs.grad.to(tokens.dtype))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16], ids=str)
+def test_models_have_our_weights_and_the_residual_dtype_asked_for(name: str, residual: torch.dtype) -> None:
+    _need(name)
+    setup = Setup("Ti", 2, CPU, residual, {"depth": 1, "num_classes": 10})
+    images, _ = setup.data()
+    ours, theirs = setup.make(models.ours).eval(), setup.make(models.RIVALS[name]).eval()
+    seen: list[torch.dtype] = []
+    for module in (ours, theirs):
+        norm = [child for child in module.modules() if isinstance(child, nn.LayerNorm)][0]
+        norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.no_grad(), setup.autocast():
+        expected, found = ours(images), theirs(images)
+    assert seen == [residual, residual]
+    assert relative_error(found, expected) < 0.02
+
+
+def test_a_model_with_other_weights_is_not_timed() -> None:
+    """What a mistake in the translation of weights would be: one parameter that is another's."""
+    _need("timm")
+    setup = Setup("Ti", 2, CPU, overrides={"depth": 1, "num_classes": 10})
+    images, labels = setup.data()
+    labels %= 10
+
+    def swapped(*arguments: object, **keywords: object) -> nn.Module:
+        model = models.timm(*arguments, **keywords)  # type: ignore[arg-type]
+        block = model.blocks[0]  # type: ignore[union-attr, index]
+        block.norm1.weight.data.mul_(1.01)
+        return model
+
+    with pytest.raises(Unavailable, match="does not compute the same: output"):
+        _build_rival(swapped, setup, images, labels, FORWARD, "", lambda: _truth(setup, images, labels))
+
+
+def test_the_best_setting_counts_and_a_yardstick_is_no_rival() -> None:
+    def call(size: int) -> Callable[[], object]:
+        tensor = torch.ones(size, size)
+        return lambda: tensor @ tensor
+
+    contenders = [
+        Contender("fastvit:cpu", lambda: call(64)),
+        Contender("slow", lambda: call(700)),
+        Contender("slow", lambda: call(400), "compiled"),
+        Contender("quick", lambda: call(300)),
+        Contender("part", lambda: call(2), whole=False),
+    ]
+    rows = measure(Problem("op", "shape", "float32", "NCHW", BOTH, contenders, lambda backend: ""), CPU, 0.2)
+    ours = rows[0]
+    median = {row.provider: row.median_us for row in rows}
+    assert set(ours.ratios) == {"slow", "quick", "part"} and ours.best_rival == "quick"
+    assert ours.median_us and median["slow compiled"] and median["slow compiled"] < (median["slow"] or 0)
+    assert ours.ratios["slow"] == pytest.approx(median["slow compiled"] / ours.median_us, rel=1e-3)
+    assert ours.headline == ours.ratios["quick"]
+    assert [row.rival for row in rows] == ["", "slow", "slow", "quick", "part"]
