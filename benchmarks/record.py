@@ -3,13 +3,14 @@
     python -m fastvit.benchmarks.record [--size small|full] [--threads N] [SUITE ...]
     python -m fastvit.benchmarks.record --render
 
-Writes benchmarks/results/<device kind>-<suite>.jsonl, one file a suite, then benchmarks/RESULTS.md from all files
-there. With --render only the page is written. Run it on a machine that does nothing else.
+Writes benchmarks/results/<machine>/<suite>.jsonl, one file a suite, then benchmarks/RESULTS.md from all files there,
+those of other machines included. With --render only the page is written. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,15 +32,32 @@ bandwidth, measured in the same run, would allow, over our median.
 """
 
 
-def render(files: Sequence[tuple[str, Sequence[Row]]]) -> str:
-    """RESULTS.md for recorded files, each a name and its rows."""
+def machine(row: Row) -> str:
+    """A folder's name for the machine that a row was measured on: "nvidia-h200", "amd-epyc-2-threads-avx2"."""
+    words = f"{row.device} {row.versions.get('capability', '')}".lower()
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
+def render(files: Sequence[tuple[str, str, Sequence[Row]]]) -> str:
+    """RESULTS.md for recorded files, each a machine, a suite and its rows."""
     parts = [HEAD]
-    for name, rows in files:
-        parts.append(f"\n## {name}\n\n{_about(rows[0])}\n\n" if rows else f"\n## {name}\n\nNo rows.\n")
-        parts.append(_table(rows))
+    above = ""
+    for name, suite, rows in files:
+        if name != above:
+            parts.append(f"\n## {rows[0].device if rows else name}{_capability(rows)}\n")
+            above = name
+        if not rows:
+            parts.append(f"\n### {suite}\n\nNo rows.\n")
+            continue
+        parts.append(f"\n### {suite}\n\n{_about(rows[0])}\n\n{_table(rows)}")
         reasons = dict.fromkeys((row.provider, row.shape, row.mode, row.reason) for row in rows if row.reason)
         parts += [f"- {provider}, {shape}, {mode}: {reason}\n" for provider, shape, mode, reason in reasons]
     return "".join(parts)
+
+
+def _capability(rows: Sequence[Row]) -> str:
+    capability = rows[0].versions.get("capability") if rows else ""
+    return f", {capability}" if capability else ""
 
 
 def _about(row: Row) -> str:
@@ -96,9 +114,9 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
             seconds=options.seconds,
             threads=options.threads,
         )
-        write_json_lines(rows, results / f"{kind}-{name}.jsonl")
+        write_json_lines(rows, results / machine(rows[0]) / f"{name}.jsonl")
         missing += sum(row.is_ours and row.median_us is None for row in rows)
-    recorded = [(path.stem, read_json_lines(path)) for path in sorted(results.glob("*.jsonl"))]
+    recorded = [(path.parent.name, path.stem, read_json_lines(path)) for path in sorted(results.glob("*/*.jsonl"))]
     page = folder / "RESULTS.md"
     page.write_text(render(recorded), encoding="utf-8")
     print(f"Wrote {page.name} from {len(recorded)} files")
