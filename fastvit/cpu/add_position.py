@@ -40,6 +40,8 @@ def _add(tokens: Tensor, positions: Tensor, out: Tensor) -> None:
         torch.add(tokens, positions, out=out)  # half precision too is added in float32 and rounded once
         return
     positions = positions.float()
-    # A sample at a time, so that the float32 sum stays in the cache on its way to the final dtype.
+    # A sample at a time and a step at a time: the float32 sum stays in the cache on its way to the final dtype, and
+    # PyTorch's kernels for one dtype, or for a plain conversion, are far faster than those that mix dtypes.
+    total = torch.empty_like(positions)
     for sample, result in zip(tokens, out, strict=True):
-        result.copy_(positions + sample)
+        result.copy_(total.copy_(sample).add_(positions))

@@ -1,0 +1,60 @@
+// Element types, and eight values at a time between memory and float32 registers.
+#pragma once
+
+#include "parameters.h"
+#include "simt/simt.h"
+
+namespace fastvit {
+
+using simt::bfloat16;
+using simt::half;
+
+constexpr int EIGHT = 8;  // values a thread moves at once: 16 bytes of a 16-bit type
+
+// COUNT values from memory, eight of them by 16-byte loads.
+template <int COUNT, class T>
+SIMT_DEVICE void load(const T* from, float (&values)[COUNT]) {
+  if constexpr (COUNT == 1) {
+    values[0] = simt::to_float(simt::load_element(from));
+  } else if constexpr (sizeof(T) == 2) {
+    const auto words = simt::load_global<4>(from);
+    SIMT_UNROLL for (int i = 0; i < EIGHT; i++) values[i] = simt::half_of<T>(words.word[i / 2], i % 2);
+  } else {
+    SIMT_UNROLL for (int half = 0; half < 2; half++) {
+      const auto words = simt::load_global<4>(from + 4 * half);
+      SIMT_UNROLL for (int i = 0; i < 4; i++) values[4 * half + i] = simt::from_bits(words.word[i]);
+    }
+  }
+}
+
+// Rounds and stores COUNT values, eight of them by 16-byte stores.
+template <int COUNT, class T>
+SIMT_DEVICE void store(T* to, const float (&values)[COUNT]) {
+  if constexpr (COUNT == 1) {
+    simt::store_element(to, simt::round_to<T>(values[0]));
+  } else if constexpr (sizeof(T) == 2) {
+    simt::Vector<4> words;
+    SIMT_UNROLL for (int i = 0; i < 4; i++) words.word[i] = simt::pack<T>(values[2 * i], values[2 * i + 1]);
+    simt::store_global<4>(to, words);
+  } else {
+    SIMT_UNROLL for (int half = 0; half < 2; half++) {
+      simt::Vector<4> words;
+      SIMT_UNROLL for (int i = 0; i < 4; i++) words.word[i] = simt::bits(values[4 * half + i]);
+      simt::store_global<4>(to + 4 * half, words);
+    }
+  }
+}
+
+// COUNT values of a type known at run time: for the small tables, which stay in the cache.
+template <int COUNT>
+SIMT_DEVICE void load(Type type, const void* from, int64_t offset, float (&values)[COUNT]) {
+  if (type == Type::FLOAT32) {
+    load<COUNT>(static_cast<const float*>(from) + offset, values);
+  } else if (type == Type::FLOAT16) {
+    load<COUNT>(static_cast<const half*>(from) + offset, values);
+  } else {
+    load<COUNT>(static_cast<const bfloat16*>(from) + offset, values);
+  }
+}
+
+}  // namespace fastvit

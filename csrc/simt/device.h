@@ -1,0 +1,195 @@
+// The primitives as PTX.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define SIMT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define SIMT_DEVICE __device__ __forceinline__
+#define SIMT_UNROLL _Pragma("unroll")
+
+namespace simt {
+
+using half = __half;
+using bfloat16 = __nv_bfloat16;
+
+extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+
+SIMT_DEVICE int thread_index() { return threadIdx.x; }
+SIMT_DEVICE int block_x() { return blockIdx.x; }
+SIMT_DEVICE int block_y() { return blockIdx.y; }
+SIMT_DEVICE shared_address shared_base() { return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)); }
+
+SIMT_DEVICE void sync_threads() { __syncthreads(); }
+SIMT_DEVICE void sync_warp() { __syncwarp(); }
+SIMT_DEVICE uint32_t shuffle_xor(uint32_t value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+
+SIMT_DEVICE uint32_t bits(float value) { return __float_as_uint(value); }
+SIMT_DEVICE float from_bits(uint32_t value) { return __uint_as_float(value); }
+SIMT_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
+// 16-bit numbers, rounded to nearest, ties to even
+
+SIMT_DEVICE float to_float(float value) { return value; }
+SIMT_DEVICE float to_float(half value) { return __half2float(value); }
+SIMT_DEVICE float to_float(bfloat16 value) { return __bfloat162float(value); }
+
+template <class T>
+SIMT_DEVICE T round_to(float value) {
+  if constexpr (std::is_same_v<T, half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
+// Two rounded values in one register, the first in its low half.
+template <class T>
+SIMT_DEVICE uint32_t pack(float first, float second) {
+  if constexpr (std::is_same_v<T, half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// The value in the low (0) or high (1) half of a register.
+template <class T>
+SIMT_DEVICE float half_of(uint32_t word, int which) {
+  if constexpr (std::is_same_v<T, half>) {
+    const __half2 pair = *reinterpret_cast<const __half2*>(&word);
+    return which ? __high2float(pair) : __low2float(pair);
+  } else {
+    return from_bits(which ? word & 0xffff0000u : word << 16);
+  }
+}
+
+// Global memory
+
+template <int WORDS>
+SIMT_DEVICE Vector<WORDS> load_global(const void* address) {
+  Vector<WORDS> value;
+  if constexpr (WORDS == 1) {
+    value.word[0] = __ldg(static_cast<const unsigned int*>(address));
+  } else if constexpr (WORDS == 2) {
+    const uint2 pair = __ldg(static_cast<const uint2*>(address));
+    value.word[0] = pair.x, value.word[1] = pair.y;
+  } else {
+    const uint4 quad = __ldg(static_cast<const uint4*>(address));
+    value.word[0] = quad.x, value.word[1] = quad.y, value.word[2] = quad.z, value.word[3] = quad.w;
+  }
+  return value;
+}
+
+template <int WORDS>
+SIMT_DEVICE void store_global(void* address, Vector<WORDS> value) {
+  *static_cast<Vector<WORDS>*>(address) = value;
+}
+
+template <class T>
+SIMT_DEVICE T load_element(const T* address) {
+  return __ldg(address);
+}
+
+template <class T>
+SIMT_DEVICE void store_element(T* address, T value) {
+  *address = value;
+}
+
+// Shared memory
+
+template <int WORDS>
+SIMT_DEVICE Vector<WORDS> load_shared(shared_address address) {
+  Vector<WORDS> value;
+  if constexpr (WORDS == 1) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value.word[0]) : "r"(address) : "memory");
+  } else if constexpr (WORDS == 2) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(value.word[0]), "=r"(value.word[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+                 : "r"(address)
+                 : "memory");
+  }
+  return value;
+}
+
+template <int WORDS>
+SIMT_DEVICE void store_shared(shared_address address, Vector<WORDS> value) {
+  if constexpr (WORDS == 1) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value.word[0]) : "memory");
+  } else if constexpr (WORDS == 2) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(value.word[0]), "r"(value.word[1]) : "memory");
+  } else {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.word[0]), "r"(value.word[1]),
+                 "r"(value.word[2]), "r"(value.word[3])
+                 : "memory");
+  }
+}
+
+// Asynchronous copies from global to shared memory. Where `valid` is false nothing is read and zeros arrive.
+
+template <int BYTES>
+SIMT_DEVICE void copy_async(shared_address target, const void* source, bool valid) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+  const int size = valid ? BYTES : 0;
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(size) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(source), "n"(BYTES), "r"(size)
+                 : "memory");
+  }
+}
+
+SIMT_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of this thread's committed groups are in flight.
+template <int PENDING>
+SIMT_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Tensor cores
+
+// Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
+SIMT_DEVICE void load_matrices(uint32_t (&out)[4], shared_address row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(row)
+               : "memory");
+}
+
+SIMT_DEVICE void load_matrices_transposed(uint32_t (&out)[4], shared_address row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(row)
+               : "memory");
+}
+
+// sum += a [16, 16] x b [16, 8] in float32; fragments as PTX lays them out for mma.m16n8k16.
+template <class T>
+SIMT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define SIMT_MMA(types)                                                                                               \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." types ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "   \
+               "{%0, %1, %2, %3};"                                                                                    \
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                               \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<T, half>) {
+    SIMT_MMA("f16.f16");
+  } else {
+    static_assert(std::is_same_v<T, bfloat16>, "products of float16 and bfloat16");
+    SIMT_MMA("bf16.bf16");
+  }
+#undef SIMT_MMA
+}
+
+}  // namespace simt

@@ -1,0 +1,27 @@
+// The primitives that kernels are written with: PTX under nvcc, an emulation of it under a host compiler.
+//
+// Kernels reach threads, barriers and shared memory through namespace simt alone, so that one source is compiled for a
+// GPU and run, checked access by access, on a machine that has none. See host/block.h for what the emulation checks.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace simt {
+
+using shared_address = uint32_t;  // bytes from the start of a block's shared memory window
+
+// WORDS 32-bit registers that are loaded and stored as one, at an address that their size divides.
+template <int WORDS>
+struct alignas(4 * WORDS) Vector {
+  static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4, "loads are 4, 8 or 16 bytes wide");
+  uint32_t word[WORDS];
+};
+
+}  // namespace simt
+
+#if defined(__CUDACC__)
+#include "device.h"
+#else
+#include "host/primitives.h"
+#endif

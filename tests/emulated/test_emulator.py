@@ -1,0 +1,94 @@
+"""The emulation itself: right kernels run and wrong ones are caught, each for the right reason."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvit.emulated import build
+
+PROGRAM = Path(__file__).with_name("emulator_test.cpp")
+RIGHT = (
+    "neighbours",
+    "neighbours of a warp",
+    "reuse",
+    "copies",
+    "first group",
+    "shuffled",
+    "product float16",
+    "product bfloat16",
+    "product transposed",
+)
+WRONG = {
+    "neighbours without barrier": ("without a barrier", "never written"),
+    "neighbours of another warp": ("without a barrier", "never written"),
+    "reuse without barrier": ("without a barrier",),
+    "copies without wait": ("copy to it is in flight",),
+    "copies without barrier": ("without a barrier", "never written", "in flight"),
+    "copies without commit": ("copy to it is in flight",),
+    "second group": ("copy to it is in flight",),
+    "unfinished copy": ("ends with copies in flight",),
+    "half a warp": ("a lane has ended", "a lane ends while others wait"),
+    "different operations": ("different warp operations",),
+    "barrier for some": ("after a thread has ended", "others wait at __syncthreads"),
+    "written twice": ("second write to byte",),
+    "written outside": ("outside every global buffer",),
+    "input written": ("write to the input source",),
+    "misaligned": ("misaligned read of 16 bytes",),
+    "shared outside": ("out of range",),
+    "never written": ("never written",),
+    "incomplete": ("byte 28 of output was never written",),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the program prints: name → the rest of the line."""
+    program = tmp_path_factory.mktemp("emulator") / "emulator_test"
+    command = [str(build.compiler()), *build.FLAGS, f"-I{build.SOURCES}", str(PROGRAM), "-o", str(program)]
+    subprocess.run(command, check=True, timeout=300)
+    output = subprocess.run([program], check=True, capture_output=True, text=True, timeout=300).stdout
+    lines = (line.partition("\t") for line in output.splitlines())
+    return {name: rest for name, _, rest in lines}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_kernel_runs_under_every_schedule(results: dict[str, str], name: str) -> None:
+    assert results[name] == ""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_kernel_is_caught(results: dict[str, str], name: str) -> None:
+    assert any(reason in results[name] for reason in WRONG[name]), results[name] or "not caught"
+
+
+def test_no_case_is_left_out(results: dict[str, str]) -> None:
+    numbers = ("float16 ", "bfloat16 ", "round ")
+    assert {name for name in results if not name.startswith(numbers)} == {*RIGHT, *WRONG}
+
+
+def test_16_bit_numbers_are_pytorchs(results: dict[str, str]) -> None:
+    checked = 0
+    for name, rest in results.items():
+        kind, _, raw = name.partition(" ")
+        if kind in ("float16", "bfloat16"):
+            dtype = torch.float16 if kind == "float16" else torch.bfloat16
+            value = torch.tensor([int(raw)], dtype=torch.uint16).view(dtype).float()
+            assert value.isnan().item() or _bits(value.item()) == int(rest, 16), name
+        elif kind == "round":
+            value = torch.tensor([int(raw)], dtype=torch.int32).view(torch.float32)
+            half, bfloat16 = (int(word, 16) for word in rest.split())
+            assert value.half().view(torch.uint16).item() == half, name
+            assert value.bfloat16().view(torch.uint16).item() == bfloat16, name
+        else:
+            continue
+        checked += 1
+    assert checked > 30_000
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])
