@@ -38,7 +38,7 @@ FAULTS = (
     Fault("last row of a split dropped", ADD, "row < last; row++", "row < last - 1; row++", "value"),
     Fault("splits overlap", ADD, "p.sums + simt::block_y() * p.columns", "p.sums", "second write"),
     Fault("half of a store", NUMERIC, "to + 4 * half, words", "to + 0 * half, words", "second write"),
-    Fault("halves swapped", NUMERIC, "(values[2 * i], values[2 * i + 1])", "(values[2 * i + 1], values[2 * i])", "value"),
+    Fault("values repeated", NUMERIC, "(values[2 * i], values[2 * i + 1])", "(values[2 * i], values[2 * i])", "value"),
 )  # fmt: skip
 
 
