@@ -63,9 +63,6 @@ sum_rows(SumRows p) {
 
 // Launchers: they choose an instantiation and the grid.
 
-inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
-inline int blocks_for(int64_t items, int block) { return static_cast<int>((items + block - 1) / block); }
-
 template <class In, class Out>
 void launch_add_position(const AddPosition& p, simt::Stream& stream) {
   const bool is_wide = p.width % EIGHT == 0 && p.width_stride == 1 && p.batch_stride % EIGHT == 0 &&
@@ -73,7 +70,7 @@ void launch_add_position(const AddPosition& p, simt::Stream& stream) {
                        is_aligned(p.prefix) && is_aligned(p.out);
   const int64_t pieces = static_cast<int64_t>(p.prefix_rows + p.patches) * (is_wide ? p.width / EIGHT : p.width);
   const auto kernel = is_wide ? add_position_forward<In, Out, EIGHT> : add_position_forward<In, Out, 1>;
-  stream.launch(kernel, blocks_for(pieces, ADD_THREADS), blocks_for(p.batch, ADD_IMAGES), ADD_THREADS, 0, p);
+  stream.launch(kernel, simt::blocks_for(pieces, ADD_THREADS), simt::blocks_for(p.batch, ADD_IMAGES), ADD_THREADS, 0, p);
 }
 
 template <class T>
@@ -81,7 +78,7 @@ void launch_sum_rows(const SumRows& p, simt::Stream& stream) {
   const bool is_wide = p.columns % EIGHT == 0 && is_aligned(p.matrix) && is_aligned(p.sums);
   const int64_t pieces = is_wide ? p.columns / EIGHT : p.columns;
   const auto kernel = is_wide ? sum_rows<T, EIGHT> : sum_rows<T, 1>;
-  stream.launch(kernel, blocks_for(pieces, SUM_THREADS), blocks_for(p.rows, p.rows_per_split), SUM_THREADS, 0, p);
+  stream.launch(kernel, simt::blocks_for(pieces, SUM_THREADS), simt::blocks_for(p.rows, p.rows_per_split), SUM_THREADS, 0, p);
 }
 
 }  // namespace fastvit

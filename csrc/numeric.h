@@ -11,6 +11,8 @@ using simt::half;
 
 constexpr int EIGHT = 8;  // values a thread moves at once: 16 bytes of a 16-bit type
 
+SIMT_BOTH bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
 // COUNT values from memory, eight of them by 16-byte loads.
 template <int COUNT, class T>
 SIMT_DEVICE void load(const T* from, float (&values)[COUNT]) {

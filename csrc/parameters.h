@@ -25,4 +25,19 @@ struct SumRows {
   int rows, rows_per_split;
 };
 
+// A patch is planes of rows of contiguous values: C planes of P_h rows of P_w values in an NCHW image, one plane of P_h
+// rows of P_w·C values in an NHWC one. The reduction index is k = (plane * patch_height + row) * stretch + value.
+struct PatchEmbed {
+  const void* images;       // [B, ...], strides below
+  const void* weight;       // W' [D, k_padded], contiguous, zero behind k_length
+  const float* table;       // [R+N, D]: what every row of the sequence starts from
+  const float* normaliser;  // [2, k_padded]: shift and scale of the pixel at every k; null: pixels as they are
+  const int64_t* keep;      // [B, kept]: which patches; null: all
+  void* tokens;             // [B, R+kept, D], contiguous
+  int64_t batch_stride, plane_stride, row_stride;  // of the images, in elements
+  int batch, grid_width, patches, kept, prefix_rows, width;
+  int stretch, patch_height, k_length, k_padded;
+  float scale;  // of the sums
+};
+
 }  // namespace fastvit

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -36,6 +37,7 @@ void checked(const std::vector<Buffer>& buffers, uint64_t seed, Launch launch) {
       memory.add_input(name.c_str(), at(address), bytes);
     }
   }
+  simt::host::bank_conflicts() = 0;
   simt::Stream stream{seed};
   launch(stream);
   memory.check_all_written();
@@ -60,6 +62,23 @@ void run_sum_rows(const std::vector<Buffer>& buffers, uint64_t seed, Type type, 
   checked(buffers, seed, [&](simt::Stream& stream) { launch(p, type, stream); });
 }
 
+void run_patch_embed(const std::vector<Buffer>& buffers, uint64_t seed, Type image, Type compute, Type out,
+                     const std::map<std::string, Address>& addresses, const std::map<std::string, int64_t>& sizes,
+                     float scale) {
+  const auto size = [&](const char* name) { return static_cast<int>(sizes.at(name)); };
+  PatchEmbed p{};
+  p.images = at(addresses.at("images")), p.weight = at(addresses.at("weight"));
+  p.table = at<float>(addresses.at("table")), p.normaliser = at<float>(addresses.at("normaliser"));
+  p.keep = at<int64_t>(addresses.at("keep")), p.tokens = at(addresses.at("tokens"));
+  p.batch_stride = sizes.at("batch_stride"), p.plane_stride = sizes.at("plane_stride");
+  p.row_stride = sizes.at("row_stride");
+  p.batch = size("batch"), p.grid_width = size("grid_width"), p.patches = size("patches"), p.kept = size("kept");
+  p.prefix_rows = size("prefix_rows"), p.width = size("width"), p.stretch = size("stretch");
+  p.patch_height = size("patch_height"), p.k_length = size("k_length"), p.k_padded = size("k_padded");
+  p.scale = scale;
+  checked(buffers, seed, [&](simt::Stream& stream) { launch(p, image, compute, out, stream); });
+}
+
 }  // namespace
 }  // namespace fastvit
 
@@ -74,4 +93,6 @@ PYBIND11_MODULE(fastvit_emulated, m) {
   py::register_local_exception<simt::host::Fault>(m, "Fault", PyExc_RuntimeError);
   m.def("add_position", &run_add_position);
   m.def("sum_rows", &run_sum_rows);
+  m.def("patch_embed", &run_patch_embed);
+  m.def("bank_conflicts", [] { return simt::host::bank_conflicts(); });
 }

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "../add_position.h"
+#include "../patch_embed_forward.h"
 
 namespace fastvit {
 namespace {
@@ -18,6 +19,22 @@ void with_type(Type type, Use use) {
   }
 }
 
+#if !defined(FASTVIT_FEW_TYPES)
+
+template <class Image, class Compute>
+void launch_for(const PatchEmbed& parameters, Type out, simt::Stream& stream) {
+  if (out == Type::FLOAT32) return launch_patch_embed<Image, Compute, float>(parameters, stream);
+  launch_patch_embed<Image, Compute, Compute>(parameters, stream);
+}
+
+template <class Compute>
+void launch_for(const PatchEmbed& parameters, Type image, Type out, simt::Stream& stream) {
+  if (image == Type::UINT8) return launch_for<uint8_t, Compute>(parameters, out, stream);
+  with_type(image, [&](auto i) { launch_for<decltype(i), Compute>(parameters, out, stream); });
+}
+
+#endif
+
 }  // namespace
 
 void launch(const AddPosition& parameters, Type in, Type out, simt::Stream& stream) {
@@ -28,6 +45,19 @@ void launch(const AddPosition& parameters, Type in, Type out, simt::Stream& stre
 
 void launch(const SumRows& parameters, Type type, simt::Stream& stream) {
   with_type(type, [&](auto t) { launch_sum_rows<decltype(t)>(parameters, stream); });
+}
+
+void launch(const PatchEmbed& parameters, Type image, Type compute, Type out, simt::Stream& stream) {
+#if defined(FASTVIT_FEW_TYPES)
+  if (compute != Type::BFLOAT16 || out != compute) throw std::invalid_argument("built for bfloat16 alone");
+  if (image == Type::UINT8) return launch_patch_embed<uint8_t, bfloat16, bfloat16>(parameters, stream);
+  launch_patch_embed<bfloat16, bfloat16, bfloat16>(parameters, stream);
+#else
+  if (out != compute && out != Type::FLOAT32) throw std::invalid_argument("out: the compute type or float32");
+  if (compute == Type::FLOAT16) return launch_for<half>(parameters, image, out, stream);
+  if (compute == Type::BFLOAT16) return launch_for<bfloat16>(parameters, image, out, stream);
+  throw std::invalid_argument("compute: float16 or bfloat16");
+#endif
 }
 
 }  // namespace fastvit

@@ -6,6 +6,7 @@
 
 #define SIMT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SIMT_DEVICE __device__ __forceinline__
+#define SIMT_BOTH __host__ __device__ __forceinline__  // also called by launchers
 #define SIMT_UNROLL _Pragma("unroll")
 
 namespace simt {

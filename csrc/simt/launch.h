@@ -3,6 +3,12 @@
 
 #include "simt.h"
 
+namespace simt {
+
+inline int blocks_for(int64_t items, int block) { return static_cast<int>((items + block - 1) / block); }
+
+}  // namespace simt
+
 #if defined(__CUDACC__)
 
 namespace simt {

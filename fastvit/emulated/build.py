@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas")
 # What each of the two sources is compiled from. The binding takes longer than all kernels; it sees none of them.
 SEEN = {
     "kernels": ("emulated/kernels.*", "**/*.h"),
@@ -58,9 +58,13 @@ def library() -> ModuleType:
     return build(SOURCES, cache_folder())
 
 
-def build(sources: Path, folder: Path) -> ModuleType:
-    """Compile csrc/ or a changed copy of it into `folder`, or load what was compiled from the same text before."""
-    objects = [_compiled(sources, name, folder) for name in SEEN]
+def build(sources: Path, folder: Path, *, few_types: bool = False) -> ModuleType:
+    """Compile csrc/ or a changed copy of it into `folder`, or load what was compiled from the same text before.
+
+    With `few_types` the tensor-core kernels are there for bfloat16 alone, which compiles several times faster.
+    """
+    defines = ["-DFASTVIT_FEW_TYPES"] if few_types else []
+    objects = [_compiled(sources, name, folder, defines if name == "kernels" else []) for name in SEEN]
     name = f"fastvit_emulated_{_digest(*(path.name.encode() for path in objects))}"
     target = folder / (name + importlib.machinery.EXTENSION_SUFFIXES[0])
     if not target.exists():
@@ -74,15 +78,15 @@ def build(sources: Path, folder: Path) -> ModuleType:
     return module
 
 
-def _compiled(sources: Path, name: str, folder: Path) -> Path:
+def _compiled(sources: Path, name: str, folder: Path, defines: list[str]) -> Path:
     """The object file of a source in csrc/emulated/."""
     import pybind11
 
     paths = sorted(path for pattern in SEEN[name] for path in sources.glob(pattern))
-    target = folder / f"{name}_{_digest(*(path.read_bytes() for path in paths))}.o"
+    target = folder / f"{name}_{_digest(*(path.read_bytes() for path in paths), *map(str.encode, defines))}.o"
     if not target.exists():
         includes = [pybind11.get_include(), sysconfig.get_path("include")] if name == "binding" else []
-        _run(["-c", str(sources / f"emulated/{name}.cpp"), *(f"-isystem{path}" for path in includes)], target)
+        _run([*defines, "-c", str(sources / f"emulated/{name}.cpp"), *(f"-isystem{path}" for path in includes)], target)
     return target
 
 

@@ -40,6 +40,11 @@ def call(name: str, inputs: Mapping[str, Tensor | None], outputs: Mapping[str, T
     getattr(library, name)(buffers, _seed, *arguments)
 
 
+def bank_conflicts() -> int:
+    """How many reads of matrices from shared memory the last call would have had to repeat."""
+    return int((_library or build.library()).bank_conflicts())
+
+
 def type_of(dtype: torch.dtype) -> Any:
     """The library's name of a dtype."""
     return getattr((_library or build.library()).Type, str(dtype).removeprefix("torch."))

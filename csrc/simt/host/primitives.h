@@ -9,6 +9,7 @@
 
 #define SIMT_KERNEL(threads, blocks) inline void
 #define SIMT_DEVICE inline
+#define SIMT_BOTH inline
 #define SIMT_UNROLL
 
 namespace simt {
@@ -144,14 +145,24 @@ struct MatrixRow {
   uint32_t* out;
 };
 
+// Reads of a row that had to wait for another: shared memory gives 128 bytes at a time, each bank once.
+inline int64_t& bank_conflicts() {
+  static int64_t count = 0;
+  return count;
+}
+
 template <bool TRANSPOSED>
 void load_matrices(void* const (&lanes)[WARP]) {
   const int warp = block().current().warp();
   for (int matrix = 0; matrix < 4; matrix++) {
     uint16_t value[8][8];
+    uint32_t busy = 0;  // a bit for each 16 bytes of the 128
     for (int row = 0; row < 8; row++) {
       const int lane = matrix * 8 + row;
       const shared_address address = static_cast<const MatrixRow*>(lanes[lane])->row;
+      const uint32_t banks = 1u << (address / 16 % 8);
+      if (busy & banks) bank_conflicts()++;
+      busy |= banks;
       block().shared().read(address, value[row], 16, block().lane_of(warp, lane).actor());
     }
     for (int lane = 0; lane < WARP; lane++) {

@@ -1,0 +1,116 @@
+"""`patch_embed` by the emulated kernels; the same arguments as every backend's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastvit.emulated.call import address, call, type_of
+from fastvit.kernels.layout import PatchLayout, cdiv, read_layout
+from fastvit.kernels.normalisation import UINT8_SCALE, ChannelConstants, channel_constants
+
+Normalisation = Sequence[float] | None
+WEIGHT_ALIGN = 8  # values a row of the prepared weight is a multiple of: 16 bytes
+
+
+def forward(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: Normalisation,
+    std: Normalisation,
+    keep: Tensor | None,
+    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, C, H, W] → [B, R+N, D]; arguments as in `fastvit.functional.patch_embed`, already checked.
+
+    An index in `keep` that is out of range gives a row of NaN, as it does on a GPU.
+    """
+    images, layout = read_layout(images, (weight.shape[2], weight.shape[3]))
+    constants = channel_constants(mean, std, layout.channels, images.dtype, compute_dtype)
+    matrix, full_bias = prepare_weight(weight, bias, constants, images.dtype == torch.uint8, compute_dtype, layout)
+    prefix_rows = 0 if prefix is None else prefix.shape[0]
+    table = make_table(prefix_rows + layout.patches, full_bias, pos_embed, prefix)
+    kept = layout.patches if keep is None else keep.shape[1]
+    tokens = images.new_empty((layout.batch, prefix_rows + kept, weight.shape[0]), dtype=dtype)
+    if tokens.numel() == 0:
+        return tokens
+    is_converted = images.dtype != compute_dtype
+    normaliser = _normaliser(constants, layout, matrix.shape[1]) if is_converted else None
+    keep = None if keep is None else keep.contiguous()
+    call(
+        "patch_embed",
+        {"images": images, "weight": matrix, "table": table, "normaliser": normaliser, "keep": keep},
+        {"tokens": tokens},
+        type_of(images.dtype),
+        type_of(compute_dtype),
+        type_of(dtype),
+        {name: address(tensor) for name, tensor in
+         {"images": images, "weight": matrix, "table": table, "normaliser": normaliser, "keep": keep,
+          "tokens": tokens}.items()},
+        {
+            "batch_stride": layout.batch_stride,
+            "plane_stride": layout.channel_stride,
+            "row_stride": layout.row_stride,
+            "batch": layout.batch,
+            "grid_width": layout.grid_width,
+            "patches": layout.patches,
+            "kept": kept,
+            "prefix_rows": prefix_rows,
+            "width": weight.shape[0],
+            "stretch": layout.stretch,
+            "patch_height": layout.patch_height,
+            "k_length": weight[0].numel(),
+            "k_padded": matrix.shape[1],
+        },
+        1.0 / UINT8_SCALE if images.dtype == torch.uint8 else 1.0,
+    )  # fmt: skip
+    return tokens
+
+
+def prepare_weight(
+    weight: Tensor,
+    bias: Tensor | None,
+    constants: Sequence[ChannelConstants],
+    is_uint8: bool,
+    compute_dtype: torch.dtype,
+    layout: PatchLayout,
+) -> tuple[Tensor, Tensor]:
+    """W' [D, k_padded] in the compute dtype and in the images' order, zero behind its length; b' [D] float32."""
+    scale, shift = (weight.new_tensor([c[field] for c in constants], dtype=torch.float32) for field in (0, 2))
+    rounded = (weight.float() * scale[:, None, None]).to(compute_dtype)  # [D, C, P_h, P_w]
+    correction = (rounded.float() * shift[:, None, None]).sum((1, 2, 3))
+    full_bias = correction / UINT8_SCALE if is_uint8 else correction
+    if bias is not None:
+        full_bias = full_bias + bias.float()
+    ordered = rounded.permute(0, 2, 3, 1) if layout.channels_last else rounded
+    matrix = ordered.reshape(weight.shape[0], -1)
+    padding = cdiv(matrix.shape[1], WEIGHT_ALIGN) * WEIGHT_ALIGN - matrix.shape[1]
+    return torch.nn.functional.pad(matrix, (0, padding)).contiguous(), full_bias
+
+
+def make_table(rows: int, bias: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
+    """[R+N, D] float32: what every row of the sequence starts from."""
+    prefix_rows = 0 if prefix is None else prefix.shape[0]
+    table = bias.new_empty(rows, bias.shape[0])
+    table[prefix_rows:] = bias
+    if prefix is not None:
+        table[:prefix_rows] = prefix
+    if pos_embed is not None:
+        table[rows - pos_embed.shape[0] :] += pos_embed
+    return table
+
+
+def _normaliser(constants: Sequence[ChannelConstants], layout: PatchLayout, length: int) -> Tensor:
+    """[2, length] float32: shift and scale of the pixel at every k, in the images' order."""
+    values = torch.tensor([(c.pixel_shift, c.pixel_scale) for c in constants]).t()  # [2, C]
+    if layout.channels_last:
+        every = values.repeat(1, layout.patch_height * layout.patch_width)
+    else:
+        every = values.repeat_interleave(layout.patch_height * layout.patch_width, dim=1)
+    return torch.nn.functional.pad(every, (0, length - every.shape[1])).contiguous()
