@@ -132,11 +132,12 @@ def _timed(
     blank = _blank(problem, mode, device)
     rows = []
     for contender in problem.contenders:
-        name, rival = contender.provider, "" if contender.is_ours else contender.name
+        name = contender.provider
+        row = replace(blank, provider=name, rival="" if contender.is_ours else contender.name, whole=contender.whole)
         if name not in timings:
-            rows.append(replace(blank, provider=name, rival=rival, reason=reasons.get(name, "")))
+            rows.append(replace(row, reason=reasons.get(name, "")))
             continue
-        row = _filled(replace(blank, provider=name, rival=rival), timings[name], peaks[name])
+        row = _filled(row, timings[name], peaks[name])
         rows.append(_with_ratios(row, problem.contenders, timings) if contender.is_ours else row)
     return rows
 

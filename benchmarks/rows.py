@@ -27,11 +27,11 @@ class Row:
     """One provider in one case. `median_us` is None where it did not run; `reason` then says why.
 
     `provider` is who ran: fastvit:<backend>, or a rival and its setting ("timm channels_last compiled"); `rival` is
-    the rival alone, "" on our rows. `ratios`, on our rows: rival → the median of its best setting over ours; above 1
-    we are faster. `best_rival`, on our rows: the fastest provider that does the whole job, and `headline` the ratio
-    to it. `floor_share`: the time that `ceilings` (the machine's own GEMM rate and copy bandwidth, measured in the same
-    run) would allow for `flops` and `moved_bytes`, over the median. `peak_bytes`: memory allocated during one call,
-    beyond what was there before.
+    the rival alone, "" on our rows; `whole` is False for a yardstick, which does only a part of the job. `ratios`, on
+    our rows: rival → the median of its best setting over ours; above 1 we are faster. `best_rival`, on our rows: the
+    fastest provider that does the whole job, and `headline` the ratio to it. `floor_share`: the time that `ceilings`
+    (the machine's own GEMM rate and copy bandwidth, measured in the same run) would allow for `flops` and
+    `moved_bytes`, over the median. `peak_bytes`: memory allocated during one call, beyond what was there before.
     """
 
     op: str
@@ -53,6 +53,7 @@ class Row:
     command: str = ""
     reason: str = ""
     rival: str = ""
+    whole: bool = True
     best_rival: str = ""
     headline: float | None = None
     batch: int = 0
@@ -201,8 +202,8 @@ def _ratio_table(op: str, rows: Sequence[Row]) -> Any:
             row.provider,
             _ratio_text(row.headline) + (f" {row.best_rival}" if row.best_rival else ""),
             *[_ratio_text(row.ratios.get(rival)) for rival in rivals],
-            _time_text(row.median_us),
-            "" if row.p20_us is None else f"{_time_text(row.p20_us)}..{_time_text(row.p80_us)}",
+            time_text(row.median_us),
+            "" if row.p20_us is None else f"{time_text(row.p20_us)}..{time_text(row.p80_us)}",
             "" if row.floor_share is None else f"{row.floor_share:.0%}",
         )
     return table
@@ -219,7 +220,7 @@ def _time_table(rows: Sequence[Row]) -> Any:
         table.add_column(provider, justify="right")
     for case in dict.fromkeys(row.case for row in rows):
         times = {row.provider: row.median_us for row in rows if row.case == case}
-        table.add_row(*case[1:], *[_time_text(times.get(provider)) for provider in providers])
+        table.add_row(*case[1:], *[time_text(times.get(provider)) for provider in providers])
     return table
 
 
@@ -229,7 +230,8 @@ def _ratio_text(ratio: float | None) -> str:
     return f"[red]{ratio:.2f}x[/red]" if ratio < 1 else f"{ratio:.2f}x"
 
 
-def _time_text(microseconds: float | None) -> str:
+def time_text(microseconds: float | None) -> str:
+    """A time for people: "-", "12.3 µs" or "4.56 ms"."""
     if microseconds is None:
         return "-"
     return f"{microseconds / 1000:.2f} ms" if microseconds >= 1000 else f"{microseconds:.1f} µs"

@@ -2,50 +2,142 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from .common import check_choices, console, fail, progress_bar
 from .validate import check_device
 
+if TYPE_CHECKING:
+    from fastvit.benchmarks.rows import Row
+
 SIZES = ("tiny", "small", "full")
 
 
 def bench(
-    suites: list[str] | None = typer.Argument(None, help="patch_embed, add_position, model. Default: all."),
-    size: str = typer.Option("small", help="small: minutes; full: every shape; tiny: only shows that all runs."),
+    suites: list[str] | None = typer.Argument(
+        None, help="patch_embed, add_position, masked, model, input. Default: all."
+    ),
+    size: str | None = typer.Option(
+        None, help="small (the default): minutes; full: every shape; tiny: only shows that all runs."
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N. Default: a GPU where there is one."),
     threads: int | None = typer.Option(None, help="Threads on a CPU. Default: as torch chooses.", min=1),
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON for each row."),
     output: Path | None = typer.Option(None, help="Also write the rows to this file, as JSON lines."),
+    report: Path | None = typer.Option(None, help="Also write report.html with pictures into this folder."),
+    recorded: list[Path] | None = typer.Option(
+        None, "--rows", help="Measure nothing: report the rows of this file (may be repeated)."
+    ),
+    compare: tuple[Path, Path] | None = typer.Option(
+        None, help="Measure nothing: compare two files of rows, before and after.", metavar="BEFORE AFTER"
+    ),
 ) -> None:
     """Measure beside the rivals in one process; the table has the ratio to each rival first, losses in red.
 
     A ratio is the rival's median over ours: above 1, we are faster. A case is timed only after it was checked in
     this process. Our rows are called fastvit:<backend>.
 
+    With --compare, the exit code is 1 if a row of ours became slower or no longer runs.
+
     Examples:
 
       fastvit bench patch_embed
 
-      fastvit bench --size full --json > rows.jsonl
+      fastvit bench --size full --report out/bench
+
+      fastvit bench --rows out/bench/rows.jsonl --report out/page
+
+      fastvit bench --compare before.jsonl after.jsonl
     """
-    from fastvit.benchmarks.runner import SUITES, format_table, run_suites, write_json_lines
+    measuring = {"SUITES": suites, "--size": size, "--device": device, "--threads": threads, "--output": output}
+    if compare is not None:
+        _refuse("--compare", {**measuring, "--report": report, "--rows": recorded})
+        _compare(*compare, as_json=as_json)
+        return
+    if recorded:
+        _refuse("--rows", measuring)
+        if report is None:
+            fail("--rows: accepted only together with --report FOLDER")
+    if report is not None and report.exists() and not report.is_dir():
+        fail(f"--report {report}: accepted is a folder, new or old")
+    rows = _read(recorded) if recorded else _measure(suites, size or "small", device, threads)
+    _print_rows(rows, as_json)
+    _write(rows, output, report, sys.stderr if as_json else sys.stdout)
+    if not any(row.is_ours and row.median_us is not None for row in rows):
+        fail("none of our rows could be measured: see the reasons in the table", 1)
+
+
+def _refuse(option: str, others: dict[str, Any]) -> None:
+    """An option with which nothing is measured goes with none of these."""
+    written = [name for name, value in others.items() if value not in (None, [])]
+    if written:
+        fail(f"{option}: not accepted together with {', '.join(written)}, since nothing is measured")
+
+
+def _measure(suites: list[str] | None, size: str, device: str | None, threads: int | None) -> list[Row]:
+    from fastvit.benchmarks.runner import SUITES, run_suites
 
     names = list(suites or SUITES)
     check_choices("suite", names, list(SUITES))
     check_choices("--size", [size], SIZES)
     check_device(device)
     with progress_bar() as progress:
-        rows = run_suites(names, size, device, progress, threads=threads)
+        return run_suites(names, size, device, progress, threads=threads)
+
+
+def _read(paths: Sequence[Path]) -> list[Row]:
+    from fastvit.benchmarks.rows import read_json_lines
+
+    rows: list[Row] = []
+    for path in paths:
+        try:
+            found = read_json_lines(path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a file of benchmark rows: {error}") from error
+        if not found:
+            raise ValueError(f"{path}: there are no benchmark rows in it")
+        rows += found
+    return rows
+
+
+def _print_rows(rows: Sequence[Row], as_json: bool) -> None:
+    from fastvit.benchmarks.rows import format_table
+
     if as_json:
         for row in rows:
             print(row.to_json())
     else:
         console().print(format_table(rows))
+
+
+def _write(rows: Sequence[Row], output: Path | None, report: Path | None, said: TextIO) -> None:
+    """Write what was asked for, and say where the page is."""
+    from fastvit.benchmarks.rows import write_json_lines
+
     if output is not None:
         write_json_lines(rows, output)
-    ours = [row for row in rows if row.provider.startswith("fastvit:")]
-    if not any(row.median_us is not None for row in ours):
-        fail("none of our rows could be measured: see the reasons in the table", 1)
+    if report is not None:
+        from fastvit.benchmarks.report import write_report
+
+        page = write_report(rows, report)
+        print(f"Open {page} (rows: {page.with_name('rows.jsonl')})", file=said)
+
+
+def _compare(before: Path, after: Path, *, as_json: bool) -> None:
+    from fastvit.benchmarks.compare import compare, format_comparison
+
+    found = compare(_read([before]), _read([after]))
+    if as_json:
+        for change in found.changes:
+            print(change.to_json())
+        for line in found.differences:
+            print(f"differs: {line}", file=sys.stderr)
+    else:
+        console().print(format_comparison(found))
+    if found.regressions:
+        raise typer.Exit(1)

@@ -2,67 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8f98"
-COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7")
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e8eb",
-    "axes.edgecolor": "#b9bec6",
-    "axes.axisbelow": True,
-    "axes.titleweight": "bold",
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "figure.facecolor": "white",
-}
+from fastvit.plots import BLUE, COLOURS, GREY, ORANGE, Bar, draw_ratios, new_figure, save, styled
 
 
-Draw = TypeVar("Draw", bound=Callable[..., Path])
-
-
-def _styled(draw: Draw) -> Draw:
-    """Draw in our style and leave the caller's matplotlib as it was."""
-
-    @wraps(draw)
-    def styled(*arguments: Any, **keywords: Any) -> Path:
-        from matplotlib import rc_context
-
-        with rc_context(STYLE):
-            return draw(*arguments, **keywords)
-
-    return styled  # type: ignore[return-value]
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float], **keywords: Any) -> tuple[Any, Any]:
-    """A figure that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **keywords)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
-    return path
-
-
-@_styled
+@styled
 def draw_curves(path: Path, histories: dict[str, Sequence[dict[str, float]]], goal: float) -> Path:
     """Loss and test accuracy over the epochs; `histories` by the name of the run."""
-    figure, axes = _figure(1, 2, (11, 3.8))
+    figure, axes = new_figure(1, 2, (11, 3.8))
     loss, accuracy = axes[0]
     for (name, history), colour in zip(histories.items(), COLOURS, strict=False):
         epochs = [row["epoch"] for row in history]
@@ -77,13 +31,13 @@ def draw_curves(path: Path, histories: dict[str, Sequence[dict[str, float]]], go
     for axis in (loss, accuracy):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False, fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-@_styled
+@styled
 def draw_first_losses(path: Path, ours: Sequence[float], theirs: Sequence[float]) -> Path:
     """The first losses of both implementations, and their difference."""
-    figure, axes = _figure(1, 2, (11, 3.4))
+    figure, axes = new_figure(1, 2, (11, 3.4))
     losses, difference = axes[0]
     steps = range(1, len(ours) + 1)
     losses.plot(steps, theirs, color=ORANGE, lw=5, alpha=0.45, label="timm")
@@ -96,7 +50,7 @@ def draw_first_losses(path: Path, ours: Sequence[float], theirs: Sequence[float]
     difference.axhline(1.2e-7, color=GREY, ls=":", lw=1, label="fp32 rounding (1.2e-7)")
     difference.set(title="|FastViT − timm|", xlabel="step", ylim=(5e-10, 1e-3))
     difference.legend(frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def position_similarity(positions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -119,11 +73,11 @@ def mean_similarity(positions: Tensor, grid: tuple[int, int]) -> dict[str, float
     }
 
 
-@_styled
+@styled
 def draw_positions(path: Path, positions: Tensor, grid: tuple[int, int]) -> Path:
     """The position-embedding similarity map of Dosovitskiy et al. (2021), figure 7, middle."""
     similarity = position_similarity(positions, grid)
-    figure, axes = _figure(grid[0], grid[1], (6.4, 5.6))
+    figure, axes = new_figure(grid[0], grid[1], (6.4, 5.6))
     image = None
     for row in range(grid[0]):
         for column in range(grid[1]):
@@ -140,7 +94,7 @@ def draw_positions(path: Path, positions: Tensor, grid: tuple[int, int]) -> Path
     figure.supxlabel("input patch column", fontsize=11)
     figure.supylabel("input patch row", fontsize=11)
     figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.85)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @torch.no_grad()
@@ -153,7 +107,7 @@ def class_attention(model: nn.Module, images: Tensor, grid: tuple[int, int]) -> 
     return looked / looked.amax((1, 2), keepdim=True)
 
 
-@_styled
+@styled
 def draw_attention(path: Path, model: nn.Module, images: Tensor, labels: Sequence[str], classes: Sequence[str]) -> Path:
     """Digits, the attention of the class token with the digit's outline over it, and the prediction."""
     grid = tuple(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
@@ -162,7 +116,7 @@ def draw_attention(path: Path, model: nn.Module, images: Tensor, labels: Sequenc
         predicted = model(images).argmax(-1).tolist()
     pixels = images[:, 0].float().cpu()
     height, width = pixels.shape[-2:]
-    figure, axes = _figure(2, len(images), (1.1 * len(images), 2.9))
+    figure, axes = new_figure(2, len(images), (1.1 * len(images), 2.9))
     for index in range(len(images)):
         above, below = axes[0][index], axes[1][index]
         right = classes[predicted[index]] == labels[index]
@@ -178,42 +132,16 @@ def draw_attention(path: Path, model: nn.Module, images: Tensor, labels: Sequenc
             axis.grid(False)
     axes[0][0].set_ylabel("image")
     axes[1][0].set_ylabel("attention")
-    return _save(figure, path)
+    return save(figure, path)
 
 
-@_styled
 def draw_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """A bar for each case and rival, on a logarithmic axis: to the right of 1 FastViT is faster, to the left slower."""
-    ours = [row for row in rows if row["ratios"]]
-    figure, axes = _figure(1, 1, (11, 1.0 + sum(0.3 * len(row["ratios"]) + 0.5 for row in ours)))
-    axis, place, ticks, names = axes[0][0], 0.0, [], []
-    ratios = [ratio for row in ours for ratio in row["ratios"].values()]
-    low, high = min([0.8, *ratios]) / 1.25, max([1.25, *ratios]) * 1.5
-    for row in ours:
-        title = (
-            f"{row['shape']}, {row['dtype']}, {row['mode']}: {row['provider']} takes {row['median_us'] / 1000:.2f} ms"
-        )
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        axis.text(low, place, f" {title}", fontweight="bold", fontsize=10, va="center", bbox=box)
-        for rival, ratio in sorted(row["ratios"].items(), key=lambda item: -item[1]):
-            place += 1
-            axis.barh(place, ratio - 1, left=1, height=0.74, color=BLUE if ratio >= 1 else ORANGE)
-            axis.text(
-                max(ratio, 1) * 1.02,
-                place,
-                f"{ratio:.2f}x  ({ratio * row['median_us'] / 1000:.2f} ms)",
-                va="center",
-                fontsize=9,
-            )
-            ticks.append(place)
-            names.append(rival)
-        place += 1.6
-    axis.axvline(1, color="#1c2127", lw=1)
-    axis.set_xscale("log")
-    marks = [mark for mark in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if low <= mark <= high]
-    axis.set_xticks(marks, [f"{mark:g}x" for mark in marks])
-    axis.minorticks_off()
-    axis.set(xlim=(low, high), ylim=(place - 0.9, -0.8), xlabel="how many times faster than this rival FastViT is")
-    axis.set_yticks(ticks, names)
-    axis.grid(False, axis="y")
-    return _save(figure, path)
+    """A bar for each case and rival."""
+    groups = []
+    for row in rows:
+        if row["ratios"]:
+            ms = row["median_us"] / 1000
+            title = f"{row['shape']}, {row['dtype']}, {row['mode']}: {row['provider']} takes {ms:.2f} ms"
+            ratios = sorted(row["ratios"].items(), key=lambda item: -item[1])
+            groups.append((title, [Bar(rival, ratio, f"({ratio * ms:.2f} ms)") for rival, ratio in ratios]))
+    return draw_ratios(path, groups)

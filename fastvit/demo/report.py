@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-CSS = """
-:root { --ink: #1c2127; --soft: #5b6470; --line: #e3e6ea; --accent: #0072b2; --good: #00734f; --bad: #b3261e; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f5f6f8; color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, Inter,
-       "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 72px; }
-h1 { margin: 0 0 4px; font-size: 34px; letter-spacing: -0.02em; }
-h2 { margin: 0 0 8px; font-size: 21px; letter-spacing: -0.01em; }
-p { margin: 0 0 12px; max-width: 74ch; }
-.lead { color: var(--soft); font-size: 18px; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 24px 28px; margin-top: 20px; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin-top: 24px; }
-.fact { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px; }
-.fact b { display: block; font-size: 26px; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
-.fact span { color: var(--soft); font-size: 14px; }
-.good b { color: var(--good); } .bad b { color: var(--bad); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; margin: 6px 0 10px; }
-th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
-td, th { padding: 6px 12px 6px 0; vertical-align: top; }
-td { border-bottom: 1px solid var(--line); }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.loss { color: var(--bad); font-weight: 600; } .win { color: var(--good); font-weight: 600; }
-img { display: block; max-width: 100%; height: auto; margin: 10px auto; }
-code, pre { font: 14px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre { background: #f5f6f8; border-radius: 8px; padding: 12px 14px; overflow-x: auto; }
-.note { color: var(--soft); font-size: 14px; }
-"""
+from fastvit.pages import head, picture, ratio, section, table, write_page
 
 
 def write_report(path: Path, results: dict[str, Any], pictures: dict[str, Path]) -> None:
@@ -52,12 +23,7 @@ def write_report(path: Path, results: dict[str, Any], pictures: dict[str, Path])
             _reproduce(results),
         ]
     )
-    path.write_text(
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>FastViT demo</title><style>{CSS}</style></head>\n<body><main>\n{body}\n</main></body></html>\n",
-        encoding="utf-8",
-    )
+    write_page(path, "FastViT demo", body)
 
 
 def _head(results: dict[str, Any]) -> str:
@@ -83,15 +49,12 @@ def _head(results: dict[str, Any]) -> str:
         ),
         (f"{train['seconds']:.0f} s", f"to train all seeds on {results['environment']['device']}", ""),
     ]
-    cards = "".join(
-        f"<div class='fact {kind}'><b>{escape(big)}</b><span>{escape(small)}</span></div>" for big, small, kind in facts
-    )
-    quick = (
-        "<p class='note'>A quick run: shortened training, whose accuracy is not judged.</p>" if results["quick"] else ""
-    )
-    return (
-        "<h1>FastViT demo</h1><p class='lead'>From raw uint8 images to the token sequence of a Vision Transformer in "
-        f"one operation: checked, trained and measured on this machine.</p>{quick}<div class='facts'>{cards}</div>"
+    return head(
+        "FastViT demo",
+        "From raw uint8 images to the token sequence of a Vision Transformer in one operation: checked, trained and "
+        "measured on this machine.",
+        facts,
+        "A quick run: shortened training, whose accuracy is not judged." if results["quick"] else "",
     )
 
 
@@ -107,16 +70,16 @@ def _training(results: dict[str, Any], pictures: dict[str, Path]) -> str:
         ]
         for seed in train["seeds"]
     ]
-    table = _table(["seed", "test accuracy", "training loss", "test loss", "time"], rows, numbers=range(1, 5))
-    return _section(
+    seeds = table(["seed", "test accuracy", "training loss", "test loss", "time"], rows, numbers=range(1, 5))
+    return section(
         "Training on real images",
         f"<p>{escape(train['model'])}: {train['parameters']:,} parameters, patch 2, one channel, "
         f"{train['epochs']} epochs on {train['train_images']:,} of scikit-learn's bundled handwritten "
         f"digits, 8×8 pixels; tested on the other {train['test_images']}, in a split that is the same "
         "for every seed. The accuracy is the last epoch's, "
         "not the best. The training loss has label smoothing in it, so it stays above the test loss.</p>"
-        + _picture(pictures, "curves", "Loss and test accuracy over the epochs")
-        + table,
+        + picture(pictures["curves"], "Loss and test accuracy over the epochs")
+        + seeds,
     )
 
 
@@ -130,22 +93,22 @@ def _timm(results: dict[str, Any], pictures: dict[str, Path]) -> str:
             f"batches with the same optimiser: ours takes the raw uint8 digits, timm's the normalised float ones. "
             f"Over the first {found['steps']} steps the losses differ by at most {found['largest_difference']:.1e} "
             f"(accepted: {found['tolerance']:.0e}; fp32 rounds at 1e-7, and training multiplies the differences).</p>"
-        ) + _picture(pictures, "first_losses", "The first losses of FastViT and timm, and their difference")
-    return _section("The same losses as timm", text)
+        ) + picture(pictures["first_losses"], "The first losses of FastViT and timm, and their difference")
+    return section("The same losses as timm", text)
 
 
 def _inside(results: dict[str, Any], pictures: dict[str, Path]) -> str:
     near = results["train"]["position_similarity"]
-    return _section(
+    return section(
         "What the model learned",
         "<p>Similarity of the learned positions, as in figure 7 of Dosovitskiy et al. (2021): each small map compares "
         "the position of one patch with all others. Nothing told the model that the patches form a grid, "
         "and so short a training moves the positions only a little from their random start. "
         f"Neighbours: {near['neighbours']:+.2f} on average; patches at least {near['far_steps']} steps apart: "
         f"{near['far']:+.2f}.</p>"
-        + _picture(pictures, "positions", "Cosine similarity of position embeddings")
+        + picture(pictures["positions"], "Cosine similarity of position embeddings")
         + "<p>Test digits (label → prediction), and where the class token looks in the last block, averaged over its "
-        "heads.</p>" + _picture(pictures, "attention", "Attention of the class token over test digits"),
+        "heads.</p>" + picture(pictures["attention"], "Attention of the class token over test digits"),
     )
 
 
@@ -172,13 +135,13 @@ def _validation(results: dict[str, Any]) -> str:
         for row in checks["failures"][:20]
     )
     problems = "".join(f"<li>{escape(problem)}</li>" for problem in checks["problems"])
-    return _section(
+    return section(
         "Checked against float64",
         "<p>Each backend computes every case, the output and each gradient, on random images and on crops of "
         "real photographs; the truth is plain convolution, concatenation and addition in float64. Accepted is twice "
         "the error of plain PyTorch at the same precision, plus a small floor, also for the worst row and column. "
         "<i>Of bound</i> is the largest error found as a share of what is accepted.</p>"
-        + _table(heads, rows, numbers=range(4, 8))
+        + table(heads, rows, numbers=range(4, 8))
         + (f"<p class='loss'>Failed:</p><ul>{failed}{problems}</ul>" if failed or problems else "")
         + (f"<p>Cannot run here:</p><ul class='note'>{missing}</ul>" if missing else ""),
     )
@@ -194,21 +157,21 @@ def _benchmark(results: dict[str, Any], pictures: dict[str, Path]) -> str:
             row["mode"],
             row["provider"],
             f"{row['median_us'] / 1000:.2f} ms",
-            *[_ratio(row["ratios"].get(rival)) for rival in rivals],
+            *[ratio(row["ratios"].get(rival)) for rival in rivals],
         ]
         for row in ours
     ]
     heads = ["case", "precision", "mode", "provider", "median", *rivals]
     not_run = dict.fromkeys(f"{r['provider']}: {r['reason']}" for r in results["bench"] if r["reason"])
-    return _section(
+    return section(
         "Measured side by side",
         "<p>How many times faster than each rival, in one process, calls interleaved, ratio of medians; below 1 we are "
         "slower. A short measurement, beside whatever else this machine was doing: <code>fastvit bench</code> takes "
         "longer and is steadier."
         + (" <b>This quick run only shows that all works: its times mean nothing.</b>" if results["quick"] else "")
         + "</p>"
-        + (_picture(pictures, "benchmark", "Benchmark bars") if "benchmark" in pictures else "")
-        + _table(heads, rows, numbers=range(4, len(heads)))
+        + (picture(pictures["benchmark"], "Benchmark bars") if "benchmark" in pictures else "")
+        + table(heads, rows, numbers=range(4, len(heads)))
         + "".join(f"<p class='note'>Not measured: {escape(line)}</p>" for line in not_run),
     )
 
@@ -223,11 +186,11 @@ def _environment(results: dict[str, Any]) -> str:
         ["GPU", ", ".join(gpu["name"] for gpu in found["gpus"]) or "none"],
         ["date", results["date"]],
     ]
-    return _section("Environment", _table(["", ""], rows))
+    return section("Environment", table(["", ""], rows))
 
 
 def _reproduce(results: dict[str, Any]) -> str:
-    return _section(
+    return section(
         "Do it again",
         "<p>From a checkout, <code>make demo</code>; from an installation:</p><pre>"
         + escape(
@@ -237,39 +200,4 @@ def _reproduce(results: dict[str, Any]) -> str:
         )
         + "</pre><p class='note'>All numbers of this page are in results.json beside it, the checkpoints under "
         "train/.</p>",
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _picture(pictures: dict[str, Path], name: str, description: str) -> str:
-    data = base64.b64encode(pictures[name].read_bytes()).decode()
-    return f"<img src='data:image/png;base64,{data}' alt='{escape(description)}'>"
-
-
-class _Markup(str):
-    """Text that is HTML already."""
-
-
-def _ratio(value: float | None) -> _Markup:
-    if value is None:
-        return _Markup("–")
-    return _Markup(f"<span class='{'win' if value >= 1 else 'loss'}'>{value:.2f}x</span>")
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    right = set(numbers)
-
-    def cell(tag: str, index: int, text: str) -> str:
-        kind = " class='number'" if index in right else ""
-        return f"<{tag}{kind}>{text if isinstance(text, _Markup) else escape(text)}</{tag}>"
-
-    lines = ["".join(cell("td", i, text) for i, text in enumerate(row)) for row in rows]
-    head = "".join(cell("th", i, text) for i, text in enumerate(heads)) if any(heads) else ""
-    return (
-        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>"
-        + "".join(f"<tr>{line}</tr>" for line in lines)
-        + "</tbody></table></div>"
     )
