@@ -76,9 +76,9 @@ lint: install ## ruff and mypy
 
 # A machine with a GPU has its own torch and Triton and may have no network: the package alone is installed, into an
 # environment that sees the packages of $(PYTHON).
-gpu: ## Test, validate and measure on the GPU of this machine with its own python3; writes $OUT (out/gpu)
+gpu: ## Test, measure and profile on the GPU of this machine with its own python3 (STAGE=a,b: parts); writes $OUT
 	$(PYTHON) tools/gpu_env.py build/gpu-env
-	OUT="$(OUT)" build/gpu-env/bin/python -m fastvit.benchmarks.gpu
+	OUT="$(OUT)" build/gpu-env/bin/python -m fastvit.benchmarks.campaign $(if $(STAGE),--stage $(STAGE))
 
 clean: ## Remove what was built, measured and cached; .venv stays
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -76,33 +76,40 @@ def plan(size: str, device: torch.device) -> Plan:
         cases = [Setup("Ti", 1, device, overrides={"depth": 1})]
     elif size == "small":
         sizes = (("S", 256), ("B", 256)) if on_gpu else (("Ti", 8), ("S", 8))
-        cases = [Setup(model, batch, device, residual) for model, batch in sizes for residual in residuals]
+        cases = [Setup(model, batch, device, residual) for residual in residuals for model, batch in sizes]
     else:
         names, batches = (tuple(models.NAMES), (64, 256)) if on_gpu else (("Ti", "S"), (1, 16))
         cases = [Setup(name, batch, device, dtype) for name in names for batch in batches for dtype in residuals]
-    # Compiling a training step takes half a minute: where minutes count, the two that matter most.
-    what = tuple(models.RIVALS) if size == "full" else ("timm",) if on_gpu and size == "small" else ()
     return [
         (
             f"model ViT-{setup.model}, batch {setup.batch}, {setup.precision}",
-            functools.partial(_problems_of, setup, what),
+            functools.partial(_problems_of, setup, _compiled_rivals(size, setup)),
         )
         for setup in cases
     ]
 
 
-def _problems_of(setup: Setup, compile_what: tuple[str, ...]) -> Iterator[Problem]:
+def _compiled_rivals(size: str, setup: Setup) -> dict[str, tuple[str, ...]]:
+    """Mode → rivals that are compiled too, and we with them."""
+    if size == "full":
+        return {mode: tuple(models.RIVALS) for mode in (FORWARD, STEP)}
+    # Compiling a training step takes half a minute: where minutes count, the one comparison that matters most.
+    return {STEP: ("timm",)} if size == "small" and setup.residual == torch.float32 else {}
+
+
+def _problems_of(setup: Setup, compiled_rivals: dict[str, tuple[str, ...]]) -> Iterator[Problem]:
     images, labels = setup.data()
     truth = functools.lru_cache(lambda: _truth(setup, images[:CHECKED], labels[:CHECKED]))
     check = functools.lru_cache(lambda backend: _check(backend, setup, images[:CHECKED], labels[:CHECKED], truth))
     for mode in (FORWARD, STEP):
         contenders = []
+        also_compiled = compiled_rivals.get(mode, ())
         for backend in our_backends(setup.device):
-            for how in ("", COMPILED) if compile_what else ("",):
+            for how in ("", COMPILED) if also_compiled else ("",):
                 build = functools.partial(_build, models.ours, setup, images, labels, mode, backend, how)
                 contenders.append(Contender(f"{OURS}{backend}", build, how))
         for name, make in models.RIVALS.items():
-            for how in ("", COMPILED) if name in compile_what else ("",):
+            for how in ("", COMPILED) if name in also_compiled else ("",):
                 build = functools.partial(_build_rival, make, setup, images, labels, mode, how, truth)
                 contenders.append(Contender(name, build, how))
         yield Problem(

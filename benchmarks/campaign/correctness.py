@@ -1,0 +1,101 @@
+"""Stages tests and validate: the same tests and the same cases as everywhere, on the GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvit.benchmarks.campaign import pytest_rows
+from fastvit.benchmarks.campaign.output import FAILED, Lines, passed_if, print_table, report
+from fastvit.validation import Report
+from fastvit.validation import validate as validate_backends
+from fastvit.validation.cases import DTYPES, OPS
+
+ROOT = Path(__file__).resolve().parents[2]
+TEST_FOLDERS = ("tests/gpu", "tests/ops", "tests/kernels", "tests/model")
+WORKERS = 8
+ONE_TEST = 60  # seconds after which a test counts as hung
+GLANCE = 10.0  # seconds between looks at what the tests have found so far
+
+
+def tests(out: Path, folders: Sequence[str] = TEST_FOLDERS) -> str:
+    """The tests of ops, kernels and model on the GPU, with few hypothesis examples; a line for each test."""
+    present = [folder for folder in folders if (ROOT / folder).exists()]
+    if not present:
+        print("the tests are not installed with the package: run this from a checkout")
+        return FAILED
+    rows, log = out / "tests.jsonl", out / "tests.log"
+    environment = {"OMP_NUM_THREADS": "2", **os.environ, "HYPOTHESIS_PROFILE": "gpu", pytest_rows.VARIABLE: str(rows)}
+    with log.open("w", encoding="utf-8") as printed:
+        process = subprocess.Popen(
+            [sys.executable, *_pytest_arguments(), *present],
+            cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        while process.poll() is None:
+            try:
+                process.wait(GLANCE)
+            except subprocess.TimeoutExpired:
+                report(figure=_counted(_read(rows)))
+    found = list(_read(rows))
+    for row in found:
+        if row["status"] == "failed":
+            print(f"failed: {row['test']}: {row['message']}")
+    ran = any(row["status"] == "passed" for row in found)
+    if process.returncode != 0 and not any(row["status"] == "failed" for row in found):
+        print(log.read_text(encoding="utf-8", errors="replace")[-2000:])
+    print(_counted(found))
+    report(figure=_counted(found))
+    return passed_if(process.returncode == 0 and ran)
+
+
+def _pytest_arguments() -> list[str]:
+    arguments = ["-m", "pytest", "-q", "--continue-on-collection-errors"]
+    arguments += ["-p", "no:cacheprovider", "-p", pytest_rows.__name__]
+    if _has("xdist"):
+        arguments += ["-n", str(min(WORKERS, len(os.sched_getaffinity(0))))]
+    if _has("pytest_timeout"):
+        # A signal does not reach a thread that waits for the GPU; with the thread goes its process.
+        arguments += ["--timeout", str(ONE_TEST), "--timeout-method", "thread"]
+    return arguments
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):  # the last one may be half written
+            yield json.loads(line)
+
+
+def _counted(rows: Iterable[dict[str, Any]]) -> str:
+    counts = Counter(row["status"] for row in rows)
+    return ", ".join(f"{counts[status]} {status}" for status in ("passed", "failed", "skipped"))
+
+
+def validate(out: Path, device: str = "cuda", quick: bool = False) -> str:
+    """Every backend of the device against float64, an op and a dtype at a time."""
+    lines = Lines(out / "validate.jsonl")
+    whole = Report()
+    for op in OPS:
+        for dtype in DTYPES:
+            part = validate_backends(ops=[op], dtypes=[dtype], quick=quick, device=device)
+            lines.write(part.to_json_lines().splitlines())
+            whole = Report(whole.rows + part.rows)
+            report(figure=whole.summary())
+            if torch.device(device).type == "cuda":
+                torch.cuda.empty_cache()
+    print_table(whole.table)
+    print(whole.summary())
+    return passed_if(whole.ok)

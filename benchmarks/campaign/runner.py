@@ -1,0 +1,205 @@
+"""Runs the stages: a process each, a deadline each, and a table of what they found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from fastvit.benchmarks.campaign.output import EXIT_CODES, FAILED, FILES, PASSED, SKIPPED, Lines, Log, understood
+
+BUDGET = 500  # seconds for all stages together: with installation and start-up less than nine minutes
+LEAST = 5.0  # seconds with which a stage is still worth starting
+GRACE = 5.0  # seconds that a killed process has to go
+NO_DEVICE = "no CUDA device"
+CUT_OFF, NO_TIME = "cut off", "no time left"  # what a stage can't say of itself
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the campaign.
+
+    `share` is its part of the budget in seconds; `run` is called with the folder in a process of its own and returns
+    PASSED, FAILED or SKIPPED.
+    """
+
+    name: str
+    share: int
+    about: str
+    run: Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a stage. `figure` is what its last words were about: its key figure, or why it failed."""
+
+    stage: str
+    status: str
+    seconds: float
+    figure: str = ""
+
+
+class Listener:
+    """Passes on what a stage prints, and remembers its figure."""
+
+    def __init__(self, stage: str, log: Log) -> None:
+        self._stage, self._log = stage, log
+        self.figure = self.last = ""
+
+    def hear(self, line: str) -> None:
+        """A line of output, without its end."""
+        values = understood(line)
+        if values is not None:
+            self._log.record(self._stage, values)
+            self.figure = str(values.get("figure", self.figure))
+        elif line.strip():
+            self._log(self._stage, line)
+            self.last = line.strip()
+
+    def listen(self, output: IO[str]) -> None:
+        """Hear everything until the output is closed."""
+        for line in output:
+            self.hear(line.rstrip("\n"))
+
+
+def find_stages(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[Stage]:
+    """The wanted stages in the campaign's order; names may hold several, separated by commas. None: all.
+
+    Raises:
+        ValueError: no such stage.
+    """
+    if wanted is None:
+        return list(stages)
+    names = [part.strip() for value in wanted for part in value.split(",") if part.strip()]
+    known = [stage.name for stage in stages]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"--stage {unknown[0] if unknown else '(empty)'}: known are {', '.join(known)}")
+    return [stage for stage in stages if stage.name in names]
+
+
+def describe_device() -> dict[str, Any]:
+    """GPU, driver and versions; raises RuntimeError where there is no GPU."""
+    import torch
+
+    from fastvit.backend import available_backends
+    from fastvit.benchmarks.rows import commit, device_name, versions
+
+    if not torch.cuda.is_available():
+        raise RuntimeError(NO_DEVICE)
+    return {
+        "device": device_name(torch.device("cuda")),
+        "versions": versions("cuda"),
+        "commit": commit(),
+        "backends": available_backends("cuda"),
+    }
+
+
+def campaign(
+    stages: Sequence[Stage], out: Path, budget: float, about: dict[str, Any], started: float | None = None
+) -> int:
+    """Run stages in order within the budget, counted from `started`; the exit code.
+
+    Files of an earlier campaign in the folder are replaced.
+    """
+    started = time.monotonic() if started is None else started
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    log, summary = Log(out / "log.jsonl", started), Lines(out / "summary.jsonl")
+    summary.write([json.dumps(about)])
+    log("device", json.dumps(about))
+    results = []
+    for stage, deadline in zip(stages, _deadlines(stages, started, budget), strict=True):
+        left = deadline - time.monotonic()
+        result = run_stage(stage, out, left, log) if left >= LEAST else Result(stage.name, NO_TIME, 0.0)
+        results.append(result)
+        summary.write([json.dumps(asdict(result))])
+    log("summary", format_results(results), bare=True)
+    log("summary", f"Results: {out}", bare=True)
+    return int(any(result.status not in (PASSED, SKIPPED) for result in results))
+
+
+def _deadlines(stages: Sequence[Stage], started: float, budget: float) -> list[float]:
+    """When each stage must have ended: the budget is shared out in proportion, and nobody's share is another's."""
+    total = sum(stage.share for stage in stages)
+    spent, deadlines = 0.0, []
+    for stage in stages:
+        spent += budget * stage.share / total
+        deadlines.append(started + spent)
+    return deadlines
+
+
+def run_stage(stage: Stage, out: Path, seconds: float, log: Log) -> Result:
+    """Run a stage in its own process, pass on what it prints, and end it when its seconds are over."""
+    command = [sys.executable, "-u", "-m", "fastvit.benchmarks.campaign", "--inside", stage.name, "--out", str(out)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:replace"}
+    environment.pop("TRITON_INTERPRET", None)
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    )
+    listener = Listener(stage.name, log)
+    status = _follow(process, listener, seconds)
+    figure = listener.figure
+    if status == FAILED and process.returncode != EXIT_CODES[FAILED]:  # it broke
+        words = f"ended by signal {-process.returncode}" if process.returncode < 0 else listener.last
+        figure = "; ".join(part for part in (figure, words) if part)
+    elif status in (FAILED, CUT_OFF):
+        figure = figure or listener.last
+    return Result(stage.name, status, round(time.monotonic() - started, 1), figure[:300])
+
+
+def _follow(process: subprocess.Popen[str], listener: Listener, seconds: float) -> str:
+    """Wait for a process, no longer than `seconds`, while its output is passed on; its status.
+
+    Neither a process that can't be killed (one may be stuck in the driver) nor one that left its session and holds the
+    pipe open makes the campaign wait.
+    """
+    assert process.stdout is not None
+    reader = threading.Thread(target=listener.listen, args=(process.stdout,), daemon=True)
+    reader.start()
+    try:
+        code = process.wait(seconds)
+        status = next((name for name, known in EXIT_CODES.items() if known == code), FAILED)
+    except subprocess.TimeoutExpired:
+        status = CUT_OFF
+    finally:
+        # The stage leads a session of its own: its pool, its pytest and its compilers go with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    reader.join(GRACE)
+    return status
+
+
+def end_inside(stage: Stage, out: Path) -> int:
+    """Run a stage in this process; its exit code."""
+    out.mkdir(parents=True, exist_ok=True)
+    return EXIT_CODES[stage.run(out)]
+
+
+def format_results(results: Sequence[Result]) -> str:
+    """The short table at the end."""
+    width = max((len(result.stage) for result in results), default=0)
+    return "\n".join(
+        f"{result.stage:{width}}  {result.status:12}  {result.seconds:6.1f} s  {result.figure}".rstrip()
+        for result in results
+    )

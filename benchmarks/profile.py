@@ -1,0 +1,273 @@
+"""Where the time of a step goes: time per kernel, of ours or of a rival, so that data says what to optimise next.
+
+    python -m fastvit.benchmarks.profile [--model S] [--batch N] [--provider fastvit] [--mode step] [--compiled] ...
+
+After warm-up, one call is recorded by torch.profiler: on a GPU the time of each kernel, on a CPU each operator's own
+time. A training step is forward, cross-entropy, backward and a fused AdamW step; on a GPU under bfloat16 autocast, on
+a CPU in float32. The time of the step itself is measured without the profiler, which slows the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+
+from fastvit.benchmarks import models
+from fastvit.benchmarks.problem import COMPILED, FORWARD, STEP, Unavailable
+from fastvit.benchmarks.rows import commit, device_name, versions
+from fastvit.benchmarks.timing import Call
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+OURS = "fastvit"
+PROVIDERS: dict[str, Callable[..., nn.Module]] = {OURS: models.ours, **models.RIVALS}
+MODES = {"forward": FORWARD, "step": STEP}
+WARM_UP, ROUNDS = 3, 5
+OTHER = "other"
+# What a kernel's name says of its purpose: the first class that has a part of the name, in lower case.
+CLASSES: dict[str, tuple[str, ...]] = {
+    "patch embedding": (
+        "fastvit::", "patch_embed", "add_position", "prepare_weight", "prepare_table", "reduce_weight_gradient",
+        "sum_rows", "sum_segments",
+    ),
+    "attention": ("attention", "flash", "fmha", "sdpa", "mem_eff"),
+    "optimizer": ("optimizer", "adam", "multi_tensor"),
+    "norm": ("layer_norm", "layernorm", "gammabeta", "rms_norm", "rmsnorm"),
+    # A ViT has one convolution, the patch embedding of those who use one.
+    "convolution": ("convol", "conv2d", "cudnn", "fprop", "wgrad", "dgrad", "nchwtonhwc", "nhwctonchw"),
+    "gemm": (
+        "gemm", "nvjet", "cutlass", "xmma", "cublas", "gemv", "splitk", "triton_tem", "aten::mm", "aten::addmm",
+        "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul", "linear_pointwise",
+    ),
+    "copy/memset": (
+        "memcpy", "memset", "copy_kernel", "catarray", "fillfunctor", "aten::copy_", "aten::clone", "aten::_to_copy",
+        "aten::contiguous", "aten::cat", "aten::zero_", "aten::fill_",
+    ),
+    "reduction": ("reduce", "softmax", "nll_loss", "triton_red", "triton_per", "aten::sum", "aten::mean"),
+    "elementwise": (
+        "elementwise", "triton_poi", "cpp_fused", "gelu", "aten::add", "aten::mul", "aten::sub", "aten::div",
+        "aten::neg", "aten::sqrt", "aten::exp",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One model on one batch of images [batch, 3, 224, 224], and what is done with it."""
+
+    model: str = "S"
+    batch: int = 256
+    provider: str = OURS
+    mode: str = "step"
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        how = f" {COMPILED}" if self.compiled else ""
+        return f"ViT-{self.model}/16 224, batch {self.batch}, {self.provider}{how}, {MODES[self.mode]}"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """All launches of one kernel in the step: microseconds together, and as a share of the time of all kernels."""
+
+    name: str
+    group: str  # of CLASSES, or OTHER
+    us: float
+    share: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The kernels of one step, the longest first. `step_us`: the median time of a step without the profiler."""
+
+    setup: Setup
+    device: str
+    versions: dict[str, str]
+    dtype: str
+    step_us: float
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def kernels_us(self) -> float:
+        """The time of all kernels together."""
+        return sum(kernel.us for kernel in self.kernels)
+
+    def groups(self) -> dict[str, tuple[float, float, int]]:
+        """Class → microseconds, share, launches; the longest first."""
+        found: dict[str, tuple[float, float, int]] = {}
+        for kernel in self.kernels:
+            us, share, count = found.get(kernel.group, (0.0, 0.0, 0))
+            found[kernel.group] = (us + kernel.us, share + kernel.share, count + kernel.count)
+        return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+    def to_json_lines(self) -> Iterator[str]:
+        """A line for each kernel, each of which stands alone."""
+        about = {**asdict(self.setup), "device": self.device, "dtype": self.dtype, "step_us": round(self.step_us, 1)}
+        about |= {"versions": self.versions, "commit": commit()}
+        for kernel in self.kernels:
+            yield json.dumps({**asdict(kernel), **about})
+
+
+def class_of(name: str) -> str:
+    """The class of a kernel or an operator."""
+    name = name.lower()
+    return next((group for group, parts in CLASSES.items() if any(part in name for part in parts)), OTHER)
+
+
+def profile(setup: Setup, device: str | torch.device, **overrides: Any) -> Profile:
+    """Profile one call after warm-up.
+
+    Args:
+        setup: what to profile.
+        device: a CPU or a CUDA device.
+        overrides: arguments of the model, such as `depth`.
+
+    Raises:
+        Unavailable: the provider is not installed.
+    """
+    device = torch.device(device)
+    call = _call(setup, device, overrides)
+    for _ in range(WARM_UP):
+        call()
+    step_us = _median_us(call, device)
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    with torch.profiler.profile(activities=activities) as recorded:
+        call()
+        _wait(device)
+    kernels = tuple(sorted(_kernels(recorded.key_averages(), on_gpu), key=lambda kernel: -kernel.us))
+    dtype = "bfloat16 autocast" if on_gpu else "float32"
+    return Profile(setup, device_name(device), versions(device.type), dtype, step_us, kernels)
+
+
+def _call(setup: Setup, device: torch.device, overrides: dict[str, Any]) -> Call:
+    """The forward pass, or the training step, of a fresh model on random images."""
+    module = PROVIDERS[setup.provider](setup.model, **overrides).to(device).train(setup.mode == "step")
+    images = torch.randn(setup.batch, 3, 224, 224, device=device)
+    labels = torch.randint(1000, (setup.batch,), device=device)
+
+    def forward() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return module(images)
+
+    torch._dynamo.reset()
+    run = torch.compile(forward, dynamic=False) if setup.compiled else forward
+    if setup.mode == "forward":
+        return torch.no_grad()(run)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+
+    def step() -> Tensor:
+        loss = F.cross_entropy(run().float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median_us(call: Call, device: torch.device) -> float:
+    samples = []
+    for _ in range(ROUNDS):
+        _wait(device)
+        started = time.perf_counter()
+        call()
+        _wait(device)
+        samples.append((time.perf_counter() - started) * 1e6)
+    return statistics.median(samples)
+
+
+def _kernels(events: Sequence[Any], on_gpu: bool) -> Iterator[Kernel]:
+    """What the profiler recorded, by name. On a GPU its own annotations span kernels, and would count them twice."""
+    times: dict[str, tuple[float, int]] = {}
+    for event in events:
+        if on_gpu and (event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False)):
+            continue
+        us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        before, count = times.get(event.key, (0.0, 0))
+        times[event.key] = (before + us, count + event.count)
+    total = sum(us for us, _ in times.values()) or 1.0
+    for name, (us, count) in times.items():
+        yield Kernel(name, class_of(name), round(us, 2), round(us / total, 5), count)
+
+
+def format_table(found: Profile, top: int = 15) -> RenderableType:
+    """The classes, and the `top` longest kernels."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    classes = Table(title="time by class")
+    kernels = Table(title=f"the longest of {len(found.kernels)} kernels")
+    for table, first in ((classes, "class"), (kernels, "kernel")):
+        table.add_column(first, max_width=100, no_wrap=True)
+        for heading in ("time", "share", "count"):
+            table.add_column(heading, justify="right")
+    kernels.add_column("class")
+    for group, (us, share, count) in found.groups().items():
+        classes.add_row(group, _milliseconds(us), f"{share:.1%}", str(count))
+    for kernel in found.kernels[:top]:
+        cells = (_milliseconds(kernel.us), f"{kernel.share:.1%}", str(kernel.count), kernel.group)
+        kernels.add_row(Text(kernel.name), *cells)  # a name in brackets is no markup
+    about = f"{found.device}, {found.dtype}: a step takes {_milliseconds(found.step_us)}, its kernels together "
+    return Group(Text(str(found.setup)), classes, kernels, Text(about + _milliseconds(found.kernels_us)))
+
+
+def _milliseconds(microseconds: float) -> str:
+    return f"{microseconds / 1000:.2f} ms"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    about_this = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m fastvit.benchmarks.profile", description=about_this)
+    parser.add_argument("--model", choices=models.NAMES, default="S")
+    parser.add_argument("--batch", type=int, help="images; default: 256 on a GPU, 8 on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu or cuda; default: a GPU where there is one")
+    parser.add_argument("--mode", choices=MODES, default="step")
+    parser.add_argument("--compiled", action="store_true", help="under torch.compile")
+    parser.add_argument("--provider", choices=PROVIDERS, default=OURS)
+    parser.add_argument("--top", type=int, default=15, help="kernels to list")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each kernel instead")
+    options = parser.parse_args(arguments)
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        parser.error("--device cuda: no CUDA device; accepted is cpu")
+    device = torch.device(options.device or ("cuda" if has_gpu else "cpu"))
+    batch = options.batch or (256 if device.type == "cuda" else 8)
+    setup = Setup(options.model, batch, options.provider, options.mode, options.compiled)
+    try:
+        found = profile(setup, device)
+    except Unavailable as error:
+        print(f"error: --provider {options.provider}: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print("\n".join(found.to_json_lines()))
+    else:
+        from rich.console import Console
+
+        Console(width=160).print(format_table(found, options.top))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What the campaign measures with, on a real GPU: its figures are only as good as this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvit.benchmarks.campaign import limits, tiny
+from fastvit.benchmarks.campaign.ceilings import ceilings
+from fastvit.benchmarks.campaign.output import PASSED
+from fastvit.benchmarks.profile import Setup, profile
+from fastvit.benchmarks.rows import read_json_lines
+from fastvit.validation.cases import make_inputs
+from fastvit.validation.runner import backend_candidate, check_inputs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("mode", ["forward", "step"])
+def test_a_profile_has_our_kernels_and_counts_nothing_twice(mode: str) -> None:
+    found = profile(Setup("Ti", 8, mode=mode), "cuda", depth=2)
+    groups = found.groups()
+    assert {"gemm", "patch embedding"} <= set(groups)
+    assert not [kernel.name for kernel in found.kernels if kernel.name.startswith(("aten::", "Optimizer", "fastvit::"))]
+    assert sum(kernel.share for kernel in found.kernels) == pytest.approx(1, abs=0.01)
+
+
+def test_the_tiny_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.run("cuda", "triton")
+    assert capsys.readouterr().out.splitlines()[-1] == tiny.FINISHED
+
+
+def test_ceilings_are_rates_of_this_gpu(tmp_path: Path) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    assert ceilings(tmp_path, "cuda", size=1024, values=2**20, seconds=0.01) == PASSED
+    rows = read_json_lines(tmp_path / "bench.jsonl")
+    assert len(rows) == 4 and all(row.median_us for row in rows)
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("place", range(len(limits.beyond_cases(0))))
+def test_samples_at_the_ends_of_a_batch(place: int) -> None:
+    """The check of huge batches, on small ones."""
+    beyond = limits.beyond_cases(0)[place]
+    candidate = limits.at_the_ends(backend_candidate("triton", "cuda"), beyond.case, beyond.samples(2**21))
+    inputs = make_inputs(beyond.case, torch.bfloat16, "cuda")
+    rows = check_inputs(candidate, beyond.case.op, inputs)
+    assert rows and all(row.status == "passed" for row in rows), rows
