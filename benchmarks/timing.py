@@ -109,7 +109,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        with _quiet_errors(), torch.profiler.profile(
+        with quiet_errors(), torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as profile:  # fmt: skip
             call()
@@ -125,8 +125,8 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 @contextmanager
-def _quiet_errors() -> Iterator[None]:
-    # The profiler writes of its own start and stop to the error stream, past Python.
+def quiet_errors() -> Iterator[None]:
+    """Keep off the error stream what the profiler writes there, past Python, of its own start and stop."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastvit.benchmarks.campaign.output import Lines, passed_if, print_table, report
-from fastvit.benchmarks.profile import OURS, Setup, format_table, profile
+from fastvit.benchmarks.profiling import OURS, Setup, format_table, profile
 
 BATCH = 256
 # Eager ones first: compiling a step takes half a minute.

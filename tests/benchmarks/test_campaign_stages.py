@@ -19,7 +19,7 @@ from fastvit.benchmarks.campaign import correctness, limits, profiles, sanitize,
 from fastvit.benchmarks.campaign.ceilings import ceilings
 from fastvit.benchmarks.campaign.output import FAILED, FILES, PASSED, SKIPPED, understood
 from fastvit.benchmarks.campaign.suites import headline, not_timed, suite
-from fastvit.benchmarks.profile import Setup
+from fastvit.benchmarks.profiling import Setup
 from fastvit.benchmarks.rows import Row, read_json_lines
 from fastvit.kernels import manifest
 from fastvit.validation.cases import AddPositionCase, PatchEmbedCase, make_inputs

@@ -10,7 +10,7 @@ import torch
 from fastvit.benchmarks.campaign import limits, tiny
 from fastvit.benchmarks.campaign.ceilings import ceilings
 from fastvit.benchmarks.campaign.output import PASSED
-from fastvit.benchmarks.profile import Setup, profile
+from fastvit.benchmarks.profiling import Setup, profile
 from fastvit.benchmarks.rows import read_json_lines
 from fastvit.validation.cases import make_inputs
 from fastvit.validation.runner import backend_candidate, check_inputs

@@ -12,8 +12,8 @@ from rich.console import Console
 from torch.autograd import DeviceType
 
 from fastvit import peers
-from fastvit.benchmarks import profile as module
-from fastvit.benchmarks.profile import CLASSES, OTHER, Kernel, Profile, Setup, class_of, format_table, main, profile
+from fastvit.benchmarks import profiling as module
+from fastvit.benchmarks.profiling import CLASSES, OTHER, Kernel, Profile, Setup, class_of, format_table, main, profile
 
 KERNELS = {
     "attention": [

@@ -1,6 +1,6 @@
 """Where the time of a step goes: time per kernel, of ours or of a rival, so that data says what to optimise next.
 
-    python -m fastvit.benchmarks.profile [--model S] [--batch N] [--provider fastvit] [--mode step] [--compiled] ...
+    python -m fastvit.benchmarks.profiling [--model S] [--batch N] [--provider fastvit] [--mode step] [--compiled] ...
 
 After warm-up, one call is recorded by torch.profiler: on a GPU the time of each kernel, on a CPU each operator's own
 time. A training step is forward, cross-entropy, backward and a fused AdamW step; on a GPU under bfloat16 autocast, on
@@ -26,7 +26,7 @@ from torch.autograd import DeviceType
 from fastvit.benchmarks import models
 from fastvit.benchmarks.problem import COMPILED, FORWARD, STEP, Unavailable
 from fastvit.benchmarks.rows import commit, device_name, versions
-from fastvit.benchmarks.timing import Call
+from fastvit.benchmarks.timing import Call, quiet_errors
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -146,7 +146,7 @@ def profile(setup: Setup, device: str | torch.device, **overrides: Any) -> Profi
     on_gpu = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
-    with torch.profiler.profile(activities=activities) as recorded:
+    with quiet_errors(), torch.profiler.profile(activities=activities) as recorded:
         call()
         _wait(device)
     kernels = tuple(sorted(_kernels(recorded.key_averages(), on_gpu), key=lambda kernel: -kernel.us))
@@ -239,7 +239,7 @@ def _milliseconds(microseconds: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     about_this = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m fastvit.benchmarks.profile", description=about_this)
+    parser = argparse.ArgumentParser(prog="python -m fastvit.benchmarks.profiling", description=about_this)
     parser.add_argument("--model", choices=models.NAMES, default="S")
     parser.add_argument("--batch", type=int, help="images; default: 256 on a GPU, 8 on a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu or cuda; default: a GPU where there is one")
