@@ -67,8 +67,9 @@ test-compile: install ## The kernels compiled for real targets
 test-full: PYTEST += -m 'full or not full'
 test-full: test ## The suite with the full-size and slow cases
 
-compile-check: install ## Compile every kernel of the manifest offline for sm_80, sm_90 and sm_100
+compile-check: install ## Compile every kernel, Triton and CUDA C++, offline for sm_80, sm_90 and sm_100
 	env -u TRITON_INTERPRET $(BIN)/python -m fastvit.kernels.compile_check
+	$(BIN)/python tools/compile_csrc.py
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .

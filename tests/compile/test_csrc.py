@@ -1,0 +1,62 @@
+"""The check of compiled CUDA C++: it reads what nvcc made, and a broken rule fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "compile_csrc.py"
+ALIGNED = "patch_embed_forward<bf16, bf16, bf16, 8, 64x64x32x32x32x3x2>"
+PATCH_14 = "patch_embed_forward<bf16, bf16, bf16, 2, 64x64x32x32x32x3x2>"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compile_csrc", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compile_csrc"] = module  # where a dataclass looks for its annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kernel", "row", "problem"),
+    [
+        (ALIGNED, {}, ""),
+        (ALIGNED, {"stack": 8}, "8 bytes of stack"),
+        (ALIGNED, {"spills": 16}, "16 bytes spilled"),
+        (ALIGNED, {"mma": "-"}, "no HMMA"),
+        (ALIGNED, {"copies": "8, 16"}, "copies of 8, 16 bytes, 16 and more are expected"),
+        (ALIGNED, {"copies": "-"}, "copies of - bytes"),
+        (PATCH_14, {"copies": "4, 16"}, ""),
+        (PATCH_14, {"copies": "16"}, "4 and more are expected"),
+        ("sum_rows<fp16, 8>", {"mma": "-", "copies": "-"}, ""),
+    ],
+)
+def test_a_broken_rule_is_named(tool: ModuleType, kernel: str, row: dict[str, object], problem: str) -> None:
+    values = {"registers": 96, "stack": 0, "spills": 0, "mma": "HMMA.16816", "copies": "16", **row}
+    found = list(tool.problems(tool.Row("90a", kernel, **values)))
+    assert (problem in found[0] and len(found) == 1) if problem else not found
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+def test_what_nvcc_made_is_read(tool: ModuleType) -> None:
+    rows = tool.compile_file(tool.SOURCES / "add_position.cu", "90a", shutil.which("nvcc"))
+    by_name = {row.kernel: row for row in rows}
+    wide, scalar = by_name["add_position_forward<bf16, fp32, 8>"], by_name["add_position_forward<bf16, fp32, 1>"]
+    assert len(rows) == 24 and all(row.registers and not row.problems for row in rows)
+    assert wide.loads == "16" and scalar.loads.startswith("2")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+def test_a_source_that_does_not_compile_is_a_failed_row(tool: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "wrong.cu"
+    source.write_text("this is no C++\n")
+    (row,) = tool.compile_file(source, "90a", shutil.which("nvcc"))
+    assert row.problems and "does not compile" in row.problems[0]

@@ -1,0 +1,180 @@
+"""Compile the CUDA C++ kernels for GPUs that need not be there, and check what comes out.
+
+    python tools/compile_csrc.py [--target 80 --target 90a --target 100] [--json]
+
+A row is one instantiation on one target: registers, stack, spilled bytes, shared memory, matrix instructions and the
+widths of asynchronous copies, read from the machine code. Fails on any stack or spill, on a tensor-core kernel without
+HMMA, and, where pixels are loaded eight at a time, on copies narrower than 16 bytes. Without nvcc nothing is checked,
+which is said, and is no failure: the package needs no CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+TARGETS = ("80", "90a", "100")
+FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-cubin")
+SHORT = (
+    ("fastvit::", ""), ("void ", ""), ("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("unsigned char", "u8"),
+    ("float", "fp32"), ("(int)", ""),
+)  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One instantiation on one target; `copies` are the widths in bytes of copies from global to shared memory."""
+
+    target: str
+    kernel: str
+    registers: int
+    stack: int
+    spills: int
+    mma: str = "-"
+    copies: str = "-"
+    loads: str = "-"
+    problems: list[str] = field(default_factory=list)
+
+
+def compile_file(source: Path, target: str, nvcc: str) -> list[Row]:
+    """All kernels of a source for one target."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [nvcc, *FLAGS, f"-arch=sm_{target}", "-o", str(cubin), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            message = (done.stderr.strip().splitlines() or ["no message"])[0]
+            return [Row(target, source.name, 0, 0, 0, problems=[f"does not compile: {message}"])]
+        sass = subprocess.run([disassembler(nvcc), str(cubin)], capture_output=True, text=True, check=True)
+    code = dict(_functions(sass.stdout))
+    rows = list(_usage(done.stderr, target))
+    for name, row in rows:
+        _read_code(row, code.get(name, ""))
+        row.problems = list(problems(row))
+    return [row for _, row in rows]
+
+
+def problems(row: Row) -> Iterator[str]:
+    """The rules a kernel breaks."""
+    if row.stack or row.spills:
+        yield f"{row.stack} bytes of stack, {row.spills} bytes spilled"
+    if not row.kernel.startswith("patch_embed_forward"):
+        return
+    if not row.mma.startswith("HMMA"):
+        yield "no HMMA"
+    image, compute, _, vector = re.findall(r"[\w]+", row.kernel.split("<", 1)[1])[:4]
+    least = "16" if vector == "8" or image != compute else ("4" if vector == "2" else "16")
+    if row.copies.split(", ")[0] != least:
+        yield f"copies of {row.copies} bytes, {least} and more are expected"
+
+
+def _usage(log: str, target: str) -> Iterator[tuple[str, Row]]:
+    """What ptxas says of each kernel, by mangled name."""
+    for part in re.split(r"Compiling entry function ", log)[1:]:
+        name = re.match(r"'(\w+)'", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        if name is None or registers is None or stack is None:
+            raise RuntimeError(f"ptxas reports no resource usage: {part[:300]!r}")
+        spills = int(stack[2]) + int(stack[3])
+        yield name[1], Row(target, name[1], int(registers[1]), int(stack[1]), spills)
+
+
+def _functions(sass: str) -> Iterator[tuple[str, str]]:
+    for part in re.split(r"\n\.text\.", sass)[1:]:
+        name, _, code = part.partition(":")
+        yield name, code
+
+
+def _read_code(row: Row, code: str) -> None:
+    mma = sorted(set(re.findall(r"HMMA\.\d+", code)))
+    row.mma = ", ".join(mma) or "-"
+    row.copies = _widths(re.findall(r"LDGSTS\.E(?:\.\w+)*", code))
+    row.loads = _widths(re.findall(r"\bLDG\.E(?:\.\w+)*", code))
+    row.kernel = _readable(row.kernel)
+
+
+def _widths(instructions: Sequence[str]) -> str:
+    """Distinct widths in bytes, the narrowest first."""
+    bits = {next((int(w) for w in ("128", "64") if f".{w}" in i), 8 if ".U8" in i else 16 if ".U16" in i else 32)
+            for i in instructions}  # fmt: skip
+    return ", ".join(str(width // 8) for width in sorted(bits)) or "-"
+
+
+def _readable(mangled: str) -> str:
+    filter_ = shutil.which("c++filt") or shutil.which("cu++filt")
+    if filter_ is None:
+        return mangled
+    name = subprocess.run([filter_, mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = name.rpartition("(")[0]
+    for long, short in SHORT:
+        name = name.replace(long, short)
+    return re.sub(r"ForwardTile<([^>]*)>", lambda tile: tile[1].replace(", ", "x"), name).replace(" >", ">")
+
+
+def disassembler(nvcc: str) -> str:
+    """nvdisasm: of the toolkit where it has one, else of Triton's wheel."""
+    # nvcc on the path may be a script that calls the real one, which tells where it is.
+    told = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
+    here = re.search(r"_HERE_=(\S+)", told)
+    folders = [Path(here[1]) if here else Path(nvcc).parent]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    for folder in folders:
+        if (folder / "nvdisasm").exists():
+            return str(folder / "nvdisasm")
+    raise FileNotFoundError("nvdisasm is neither in the CUDA toolkit nor in a Triton wheel (pip install triton)")
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Plain text, so that a log keeps it whole."""
+    header = ("target", "kernel", "registers", "stack", "spills", "mma", "copies", "loads")
+    table = [header, *(tuple(str(getattr(row, name)) for name in header) for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit code: 1 if a kernel breaks a rule."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--target", action="append", help=f"such as 90a; default: {', '.join(TARGETS)}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row instead of the table")
+    options = parser.parse_args(arguments)
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("csrc: not compiled, nvcc is not here (the package works without it)")
+        return 0
+    sources = sorted(SOURCES.glob("*.cu"))
+    jobs = [(source, target, nvcc) for target in options.target or TARGETS for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for found in pool.map(lambda job: compile_file(*job), jobs) for row in found]
+    rows.sort(key=lambda row: (row.target, row.kernel))
+    if options.json:
+        for row in rows:
+            print(json.dumps(asdict(row)))
+    else:
+        print_table(rows)
+    failed = [row for row in rows if row.problems]
+    for row in failed:
+        print(f"FAIL sm_{row.target} {row.kernel}: {'; '.join(row.problems)}")
+    if not options.json:
+        print(f"csrc: {len(rows)} rows, {len(options.target or TARGETS)} targets: {len(failed)} failed")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
