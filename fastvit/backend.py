@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
+
+from fastvit import tuning
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "emulated")
 
@@ -20,6 +24,8 @@ MIN_CAPABILITY = (8, 0)  # the oldest GPU the kernels are compiled for
 # resolved name travels to the forward and the backward op as an argument.
 _forced: str | None = None
 _environment: str | None = os.environ.get("FASTVIT_BACKEND") or None
+
+Constant = TypeVar("Constant", str, bool)
 
 _launches: Counter[tuple[str, str]] = Counter()
 
@@ -70,7 +76,7 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
 
 
 def resolve(requested: str | None, device_type: str, float64: bool) -> str:
-    """The backend for a call: the argument, then `use_backend`, then FASTVIT_BACKEND, then the best one.
+    """The backend for a call: the argument, then `use_backend`, then FASTVIT_BACKEND, then the device's default.
 
     Raises:
         ValueError: the name is unknown.
@@ -89,13 +95,41 @@ def resolve(requested: str | None, device_type: str, float64: bool) -> str:
     return name
 
 
+def choose(
+    requested: str | None, device: torch.device, float64: bool, problem: tuple[Any, ...], rows: int | None
+) -> str:
+    """The backend for a call: as :func:`resolve`, but where nothing is forced, what was measured to be the fastest.
+
+    Args:
+        requested, float64: as in :func:`resolve`.
+        device: of the tensors.
+        problem: the fields of :class:`fastvit.tuning.Problem`.
+        rows: B·N; None while a graph is traced, in which the choice must hold for every batch.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`resolve`.
+    """
+    if float64 or requested or _forced or _environment:
+        return resolve(requested, device.type, float64)
+    if rows is not None:
+        name = _usable(tuning.find(device, problem, rows), device)
+    elif _is_tuned(device):
+        op, mode, image, compute, out, shape, keep = problem
+        # Sizes of a weight that are symbols become numbers here: graphs of other weights are other graphs.
+        sizes = tuple([operator.index(size) for size in shape])
+        name = _fastest_of_all_batches(device, op, mode, image, compute, out, sizes, keep)
+    else:
+        name = ""
+    return name or _automatic(device.type)
+
+
 def check_known(name: str, source: str) -> None:
     """Raise ValueError unless `name` is one of :data:`BACKENDS`."""
     if name not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
 
 
-def _constant_when_traced(function: Callable[..., str]) -> Callable[..., str]:
+def _constant_when_traced(function: Callable[..., Constant]) -> Callable[..., Constant]:
     # What torch.compiler.assume_constant_result does, without importing the compiler (and Triton with it) for it.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -106,6 +140,24 @@ def _automatic(device_type: str) -> str:
     if device_type in ("cpu", "meta"):
         return "cpu"
     return "triton" if device_type == "cuda" and not why_unavailable("triton", "cuda") else "reference"
+
+
+@_constant_when_traced
+def _is_tuned(device: torch.device) -> bool:
+    return tuning.table_of(device) is not None
+
+
+@_constant_when_traced
+def _fastest_of_all_batches(device: torch.device, *problem: Any) -> str:
+    table = tuning.table_of(device)
+    return _usable(table.lookup(tuning.Problem(*problem), None) if table else None, device)
+
+
+def _usable(choice: tuning.Choice | None, device: torch.device) -> str:
+    """The backend that a table names, "" if there is none or it can't run in this process."""
+    if choice is None or choice.backend not in BACKENDS or why_unavailable(choice.backend, device.type):
+        return ""
+    return choice.backend
 
 
 @_constant_when_traced

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvit import backend as backends
 from fastvit import checks, ops, reference
+from fastvit.tuning import FORWARD, TRAINING
 
 __all__ = ["add_position", "patch_embed"]
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def patch_embed(
@@ -43,7 +47,8 @@ def patch_embed(
         keep: [B, N_keep] int64; only these patches are projected (masked autoencoders, patch dropout), and each
             keeps its own position. A patch may be repeated.
         dtype: of the tokens; default: autocast's where it is on, else the weight's.
-        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the best that can run here.
+        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the fastest in the tuning table of this
+            device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     uint8 pixels are always divided by 255, before mean and std; floats are not. The projection is computed at the
     weight's precision, or autocast's. Differentiable once in images (floats), weight, bias, pos_embed and prefix.
@@ -58,22 +63,30 @@ def patch_embed(
         RuntimeError: the forced backend can't run here.
     """
     checks.check_images_and_weight(images, weight, bias)
-    dim = weight.shape[0]
+    batch, channels, height, width = images.shape
+    shape = weight.shape
+    dim, _, patch_height, patch_width = shape
     pos_embed = checks.rows_of("pos_embed", pos_embed, dim, "weight", weight)
     prefix = checks.rows_of("prefix", prefix, dim, "weight", weight)
-    patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
+    patches = (height // patch_height) * (width // patch_width)
     checks.check_positions(pos_embed, prefix, patches)
     checks.check_keep(keep, images)
-    means, stds = checks.normalisation(mean, std, images.shape[1])
+    means, stds = checks.normalisation(mean, std, channels)
     compute_dtype = _autocast_dtype(weight) or weight.dtype
     dtype = _token_dtype(dtype, compute_dtype)
 
-    device_type = images.device.type
-    name = _resolve(backend, device_type, _any_float64(images, weight, bias, pos_embed, prefix, dtype))
+    device = images.device
+    mode = _mode(weight, images, bias, pos_embed, prefix)
+    problem = ("patch_embed", mode, images.dtype, compute_dtype, dtype, shape, keep is not None)
+    rows = None if torch.compiler.is_compiling() else batch * (patches if keep is None else keep.shape[1])
+    float64 = _any_float64(images, weight, bias, pos_embed, prefix, dtype)
+    name = _choose(backend, device, float64, problem, rows)
     if name == "reference":
-        if keep is not None and device_type == "cpu" and not torch.compiler.is_compiling():
+        if keep is not None and device.type == "cpu" and not torch.compiler.is_compiling():
             checks.check_keep_range(keep, patches)
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
+            if compute_dtype in HALF:
+                images, means, stds = _normalised(images, means, stds, compute_dtype), None, None
             return reference.patch_embed(
                 images,
                 weight.to(compute_dtype),
@@ -103,7 +116,8 @@ def add_position(
         pos_embed: [N, D] (tokens only) or [R+N, D] (prefix rows too); a leading 1 is allowed.
         prefix: [R, D] or [1, R, D]; they become rows 0..R-1 of every sample.
         dtype: of the result; default: autocast's where it is on, else the tokens'.
-        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the best that can run here.
+        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the fastest in the tuning table of this
+            device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     Returns:
         [B, R+N, D]. Differentiable once in tokens, pos_embed and prefix.
@@ -116,28 +130,54 @@ def add_position(
     if tokens.dim() != 3:
         raise ValueError(f"tokens: expected 3 dimensions [B, N, D], got {tokens.dim()}: {checks.shape_of(tokens)}")
     checks.check_dtype("tokens", tokens.dtype, checks.FLOAT_DTYPES)
-    dim = tokens.shape[2]
+    batch, patches, dim = tokens.shape
     table = checks.rows_of("pos_embed", pos_embed, dim, "tokens", tokens)
     assert table is not None
     prefix = checks.rows_of("prefix", prefix, dim, "tokens", tokens)
-    checks.check_positions(table, prefix, tokens.shape[1])
+    checks.check_positions(table, prefix, patches)
     dtype = _token_dtype(dtype, _autocast_dtype(tokens) or tokens.dtype)
 
-    device_type = tokens.device.type
-    name = _resolve(backend, device_type, _any_float64(tokens, table, prefix, dtype))
+    problem = ("add_position", _mode(tokens, table, prefix), tokens.dtype, table.dtype, dtype, (dim,), False)
+    rows = None if torch.compiler.is_compiling() else batch * patches
+    name = _choose(backend, tokens.device, _any_float64(tokens, table, prefix, dtype), problem, rows)
     if name == "reference":
         return reference.add_position(tokens, table, prefix=prefix, dtype=dtype)
     return ops.add_position(tokens, table, prefix, dtype, name)
 
 
-def _resolve(backend: str | None, device_type: str, float64: bool) -> str:
-    name = backends.resolve(backend, device_type, float64)
+def _choose(
+    backend: str | None, device: torch.device, float64: bool, problem: tuple[Any, ...], rows: int | None
+) -> str:
+    name = backends.choose(backend, device, float64, problem, rows)
     if name != "reference" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"backend {name!r} does not work under torch.func transforms (grad, vmap, jvp, per-sample gradients); "
             "backend='reference' does"
         )
     return name
+
+
+def _mode(*tensors: Tensor | None) -> str:
+    """Whether gradients will be wanted: the fastest forward need not have the fastest backward."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return TRAINING
+    return FORWARD
+
+
+def _normalised(
+    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
+) -> Tensor:
+    """Pixels for PyTorch's own path at half precision: normalised at float32 and rounded once, as loaders do it."""
+    is_uint8 = images.dtype == torch.uint8
+    if is_uint8 or mean is not None:
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+    if is_uint8:
+        images = images / 255
+    if mean is not None and std is not None:
+        images = (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+    return images.to(dtype)
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -169,20 +169,40 @@ def _add_all_forward() -> None:
             _add_forward("generic", "generic", image, compute, "fp32", precision)
 
 
-def forward(
-    variant: str, image: torch.dtype, compute: torch.dtype, out: torch.dtype, precision: str, rows: int, width: int
-) -> Entry | None:
-    """The entry for a forward GEMM of [rows, D = width], by shape alone; None where the variant has none."""
+def forward_tiles(
+    variant: str, image: torch.dtype, compute: torch.dtype, out: torch.dtype, precision: str, width: int
+) -> dict[str, Entry]:
+    """The entries between which a forward GEMM of width D can choose, by the name of their tile, largest first."""
     types = (NAMES[image], NAMES[compute], NAMES[out], precision)
-    if variant == "generic":
-        return _find("patch_embed_forward", variant, "generic", *types)
-    for tile_name in ("large", "medium", "tf32", "small"):
-        entry = _ENTRIES.get(("patch_embed_forward", variant, tile_name, *types))
-        if entry is None or (tile_name == "large" and width % 256 != 0):
-            continue
-        smaller = _ENTRIES.get(("patch_embed_forward", variant, "small", *types))
+    found = {
+        name: _ENTRIES.get(("patch_embed_forward", variant, name, *types))
+        for name, tile in FORWARD_TILES.items()
+        if name != "large" or width % tile.n == 0
+    }
+    return {name: entry for name, entry in found.items() if entry is not None}
+
+
+def forward(
+    variant: str,
+    image: torch.dtype,
+    compute: torch.dtype,
+    out: torch.dtype,
+    precision: str,
+    rows: int,
+    width: int,
+    tile: str | None = None,
+) -> Entry | None:
+    """The entry for a forward GEMM of [rows, D = width]; None where the variant has none.
+
+    That of the preferred `tile` where the variant has it, else one chosen by shape alone.
+    """
+    tiles = forward_tiles(variant, image, compute, out, precision, width)
+    if tile in tiles:
+        return tiles[tile]
+    smallest = tiles.get("small")
+    for entry in tiles.values():
         programs = -(-rows // entry.constant("BLOCK_M")) * -(-width // entry.constant("BLOCK_N"))
-        if programs >= MINIMUM_WAVE or smaller is None or entry is smaller:
+        if programs >= MINIMUM_WAVE or smallest is None or entry is smallest:
             return entry
     return None
 

@@ -1,7 +1,8 @@
 """patch_embed on a GPU: the launchers of the forward and backward kernels.
 
 They choose a variant of the kernels by layout, alignment and dtype (see manifest.VARIANTS), prepare weight and table,
-allocate, and launch. Nothing here waits for the device, depends on timing, or reads a value of a tensor.
+allocate, and launch. Nothing here waits for the device, times anything, or reads a value of a tensor; a tuning table
+(see fastvit.tuning), where there is one, names the tile of the forward GEMM and the programs of the weight gradient.
 """
 
 from __future__ import annotations
@@ -17,15 +18,10 @@ from fastvit.kernels import launch, manifest
 from fastvit.kernels.add_position import supported
 from fastvit.kernels.layout import INT32_LIMIT, KOrder, PatchLayout, cdiv, k_order, read_layout
 from fastvit.kernels.manifest import Entry
-from fastvit.kernels.prepare_weight import (
-    UINT8_SCALE,
-    channel_constants,
-    constants_on_device,
-    image_gradient_constants,
-    make_table,
-    prepare,
-)
+from fastvit.kernels.normalisation import UINT8_SCALE, channel_constants, image_gradient_constants
+from fastvit.kernels.prepare_weight import constants_on_device, make_table, prepare
 from fastvit.kernels.row_sums import TARGET_PROGRAMS, sum_by_key, sum_rows
+from fastvit.tuning import FORWARD, TRAINING, configuration
 
 Normalisation = Sequence[float] | None
 
@@ -61,16 +57,11 @@ def forward(
     kept = layout.patches if keep is None else keep.shape[1]
     _check_sizes(layout.batch, prefix_rows + max(kept, layout.patches), width)
     rows = layout.batch * kept
-    precision = _precision(compute_dtype)
-    kernel_dtype = dtype if dtype == compute_dtype else torch.float32
-    plan = _plan(
-        lambda variant: manifest.forward(
-            variant, images.dtype, compute_dtype, _output(variant, kernel_dtype), precision, rows, width
-        ),
-        layout,
-        width,
-        [images],
-    )
+    kernel_dtype = _kernel_dtype(compute_dtype, dtype)
+    # A tile belongs to the forward pass alone, whether or not a backward pass will follow.
+    problem = ("patch_embed", FORWARD, images.dtype, compute_dtype, dtype, weight.shape, keep is not None)
+    tile = configuration(images.device, problem, rows).tile
+    plan = _forward_plan(images, layout, width, compute_dtype, kernel_dtype, rows, tile)
     entry = plan.entry
     tokens = images.new_empty((layout.batch, prefix_rows + kept, width), dtype=_output(entry.key[0], kernel_dtype))
     if tokens.numel() == 0:
@@ -105,6 +96,16 @@ def forward(
     return tokens.to(dtype)
 
 
+def forward_tiles(images: Tensor, weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the tiles between which `forward` can choose for such tensors."""
+    images, layout = read_layout(images, (weight.shape[2], weight.shape[3]))
+    kernel_dtype = _kernel_dtype(compute_dtype, dtype)
+    plan = _forward_plan(images, layout, weight.shape[0], compute_dtype, kernel_dtype, layout.batch * layout.patches)
+    variant = plan.entry.key[0]
+    types = (images.dtype, compute_dtype, _output(variant, kernel_dtype), _precision(compute_dtype))
+    return tuple(manifest.forward_tiles(variant, *types, weight.shape[0]))
+
+
 def backward(
     grad: Tensor,
     images: Tensor,
@@ -122,6 +123,8 @@ def backward(
     weight; d_bias is [D] and d_rows [R+N, D], both fp32: the gradient summed over patches, and over the batch.
     """
     need_images, need_weight, need_bias, need_rows = needs
+    problem = ("patch_embed", TRAINING, images.dtype, compute_dtype, grad.dtype, weight.shape, keep is not None)
+    programs = configuration(images.device, problem, grad.shape[0] * (grad.shape[1] - prefix_rows)).programs
     grad = supported(grad).contiguous()
     width = weight.shape[0]
     patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
@@ -136,7 +139,9 @@ def backward(
         d_rows = _row_gradients(grad, keep, prefix_rows, patches)
         d_bias = sum_rows(d_rows[prefix_rows:])
     if need_weight:
-        d_weight = _weight_gradient(product_grad, images, weight, mean, std, keep, prefix_rows, d_bias)
+        d_weight = _weight_gradient(
+            product_grad, images, weight, mean, std, keep, prefix_rows, d_bias, programs or TARGET_PROGRAMS
+        )
     if need_images:
         d_images = _image_gradient(product_grad, images, weight, std, keep, prefix_rows)
     empty = grad.new_empty(0, dtype=torch.float32)
@@ -161,8 +166,12 @@ def _weight_gradient(
     keep: Tensor | None,
     prefix_rows: int,
     d_bias: Tensor,
+    programs: int,
 ) -> Tensor:
-    """[D, C, P_h, P_w] in the weight's dtype, by split-K over the rows and a second pass over the parts."""
+    """[D, C, P_h, P_w] in the weight's dtype, by split-K over the rows and a second pass over the parts.
+
+    About `programs` of them share the work; their number sets the order in which rows are added.
+    """
     width, channels, patch_height, patch_width = weight.shape
     images, layout = read_layout(images, (patch_height, patch_width))
     kept = layout.patches if keep is None else keep.shape[1]
@@ -181,7 +190,7 @@ def _weight_gradient(
     k_length = plan.order.length
     block_m, block_n, block_k = plan.entry.tile
     tiles = cdiv(width, block_n) * cdiv(k_length, block_k)
-    splits = max(1, min(TARGET_PROGRAMS // tiles, cdiv(rows, 4 * block_m)))
+    splits = max(1, min(programs // tiles, cdiv(rows, 4 * block_m)))
     rows_per_split = cdiv(cdiv(rows, splits), block_m) * block_m
     splits = cdiv(rows, rows_per_split)
     parts = torch.empty(splits, width, k_length, dtype=torch.float32, device=grad.device)
@@ -288,6 +297,26 @@ def _scatter(grad: Tensor, keep: Tensor, patches: int, prefix_rows: int) -> Tens
     return sum_by_key(grad, keys, batch * patches, prefix_rows, grad.dtype).view(batch, patches, width)
 
 
+def _forward_plan(
+    images: Tensor,
+    layout: PatchLayout,
+    width: int,
+    compute_dtype: torch.dtype,
+    kernel_dtype: torch.dtype,
+    rows: int,
+    tile: str | None = None,
+) -> Plan:
+    precision = _precision(compute_dtype)
+    return _plan(
+        lambda variant: manifest.forward(
+            variant, images.dtype, compute_dtype, _output(variant, kernel_dtype), precision, rows, width, tile
+        ),
+        layout,
+        width,
+        [images],
+    )
+
+
 def _plan(find: Callable[[str], Entry | None], layout: PatchLayout, width: int, tensors: Sequence[Tensor]) -> Plan:
     """The first variant that fits the layout and for which find has an entry; the last one, generic, always does."""
     addresses_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
@@ -302,6 +331,11 @@ def _plan(find: Callable[[str], Entry | None], layout: PatchLayout, width: int, 
         if entry is not None:
             return Plan(entry, k_order(layout, variant.run, variant.rows))
     raise AssertionError("the generic variant takes every dtype")
+
+
+def _kernel_dtype(compute_dtype: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What the forward kernels write; another pass rounds where tokens are wanted in a third dtype."""
+    return dtype if dtype == compute_dtype else torch.float32
 
 
 def _output(variant: str, dtype: torch.dtype) -> torch.dtype:

@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 
 from fastvit.backend import available_backends, reset_launch_counts
 
+# A tuning table of this machine must not choose what the tests run; processes that they start inherit this.
+os.environ["FASTVIT_TUNING"] = "off"
+
 # Deadlines measure the machine, not the code. On a GPU each fresh shape may compile nothing, but costs transfers.
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": bool(os.environ.get("CI"))}
 settings.register_profile("default", max_examples=100, **_COMMON)

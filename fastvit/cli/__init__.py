@@ -1,4 +1,4 @@
-"""The command line `fastvit`: info, validate, bench, train, demo.
+"""The command line `fastvit`: info, validate, bench, tune, train, demo.
 
 Nothing heavy is imported here: each command imports what it needs when it runs.
 """
@@ -17,6 +17,7 @@ from .common import ERRORS, describe, print_error
 from .demo import demo
 from .info import info
 from .train import train
+from .tune import tune
 from .validate import validate
 
 INTERRUPTED = 130
@@ -48,7 +49,7 @@ def _common(
     pass
 
 
-for command in (info, validate, bench, train, demo):
+for command in (info, validate, bench, tune, train, demo):
     app.command()(command)
 
 

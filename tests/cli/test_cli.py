@@ -32,7 +32,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Cli:
     return call
 
 
-@pytest.mark.parametrize("command", ["info", "validate", "bench", "train", "demo"])
+@pytest.mark.parametrize("command", ["info", "validate", "bench", "tune", "train", "demo"])
 def test_every_command_explains_itself(run: Cli, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -41,7 +41,7 @@ def test_every_command_explains_itself(run: Cli, command: str) -> None:
 
 def test_help_names_every_command_and_version_is_the_packages(run: Cli) -> None:
     code, out, _ = run("--help")
-    assert code == 0 and all(name in out for name in ("info", "validate", "bench", "train", "demo"))
+    assert code == 0 and all(name in out for name in ("info", "validate", "bench", "tune", "train", "demo"))
     assert run("--version")[:2] == (0, f"fastvit {fastvit.__version__}\n")
 
 

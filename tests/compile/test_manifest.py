@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastvit import tuning
+
 U8, HALF, BF16, FP32 = torch.uint8, torch.float16, torch.bfloat16, torch.float32
 
 
@@ -148,6 +150,12 @@ CALLS = st.fixed_dictionaries(
         "offset": st.sampled_from([0, 0, 1, 16]),
     }
 )
+CONFIGURATIONS = st.fixed_dictionaries(
+    {
+        "tile": st.sampled_from([None, "large", "medium", "small", "tf32", "generic", "no such tile"]),
+        "programs": st.sampled_from([None, 1, 7, 528, 2**15]),
+    }
+)
 
 
 @pytest.fixture
@@ -159,12 +167,40 @@ def small_waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @settings(max_examples=150)
-@given(arguments=CALLS)
-def test_only_the_manifest_is_reachable(recorder: Recorder, small_waves: None, arguments: dict[str, Any]) -> None:
+@given(arguments=CALLS, configuration=CONFIGURATIONS)
+def test_only_the_manifest_is_reachable(
+    recorder: Recorder, small_waves: None, arguments: dict[str, Any], configuration: dict[str, Any]
+) -> None:
     """The recorder fails on a launch that Triton would compile for anything but its entry."""
     before = sum(recorder.seen.values())
-    call(**arguments)
+    with tuning.forced_configuration(**configuration):
+        call(**arguments)
     assert sum(recorder.seen.values()) > before
+
+
+PRODUCTS = [("ieee", BF16), ("ieee", HALF), ("ieee", FP32), ("tf32", FP32)]
+
+
+@pytest.mark.parametrize("variant", ["wide", "narrow", "masked", "generic"])
+def test_a_preferred_tile_is_taken_where_there_is_one(variant: str) -> None:
+    from fastvit.kernels import manifest
+
+    preferred = 0
+    for precision, compute in PRODUCTS:
+        for image in (U8, BF16, HALF, FP32):
+            for out in (compute, FP32):
+                types = (variant, image, compute, out, precision)
+                for width in (192, 256):
+                    tiles = manifest.forward_tiles(*types, width)
+                    default = manifest.forward(*types, 10_000, width)
+                    assert (default in tiles.values()) if tiles else default is None
+                    assert set(tiles.values()) <= set(manifest.entries())
+                    assert width % 256 == 0 or "large" not in tiles
+                    for name in (*manifest.FORWARD_TILES, "no such tile"):
+                        found = manifest.forward(*types, 10_000, width, name)
+                        assert found == tiles.get(name, default)
+                        preferred += found != default
+    assert preferred > 0 or variant != "wide"
 
 
 def test_patch_16_takes_the_fast_kernels(recorder: Recorder) -> None:

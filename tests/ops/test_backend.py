@@ -12,6 +12,8 @@ import torch
 import fastvit
 from fastvit import functional
 from fastvit.backend import BACKENDS, launch_counts, triton_is_interpreted, use_backend
+from fastvit.validation.cases import PatchEmbedCase, make_inputs
+from fastvit.validation.runner import Candidate, backend_candidate, check_inputs
 
 
 def run(device: str, **kwargs: object) -> torch.Tensor:
@@ -63,6 +65,21 @@ def test_float64_goes_to_the_reference(device: str) -> None:
     assert out.dtype == torch.float64 and launch_counts() == {}
     with pytest.raises(RuntimeError, match="float64"):
         run(device, dtype=torch.float64, backend="cpu" if device == "cpu" else "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("parameters", ["same", "masters"])
+@pytest.mark.parametrize("images", ["uint8", "float32", "same"])
+def test_pytorchs_own_path_is_as_exact_as_plain_pytorch(
+    images: str, parameters: str, dtype: torch.dtype, device: str
+) -> None:
+    """A tuning table may choose it, so that it is held to the same bound as the others."""
+    case = PatchEmbedCase("own", grid=(4, 4), images=images, parameters=parameters, normalise=True, width=96)
+    forward = backend_candidate("reference", device).forward
+    rows = check_inputs(
+        Candidate("reference", torch.device(device), forward), "patch_embed", make_inputs(case, dtype, device)
+    )
+    assert len(rows) >= 5 and [row for row in rows if row.status != "passed"] == []
 
 
 @pytest.mark.parametrize("name", ["cuda", "emulated"])

@@ -1,0 +1,157 @@
+"""Tuning measures every candidate that is right, keeps the fastest, and writes what calls look up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastvit import functional, tuning
+from fastvit.backend import launch_counts, reset_launch_counts
+from fastvit.benchmarks import timing, tune
+from fastvit.benchmarks.tune import Candidate, Scope
+from fastvit.tuning import FORWARD, TRAINING, Configuration, Table
+from fastvit.validation.faults import planted
+
+TINY = Scope((2,), ("uint8 to bfloat16", "float32"), 0.01, with_keep=True)
+CPU = torch.device("cpu")
+
+
+def run(scope: Scope = TINY) -> Table:
+    return tune.tune("cpu", ("Ti",), scope=scope, threads=1, backends=["cpu"], image=32, patch=16)
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 3)
+
+
+def test_every_case_is_measured_in_both_modes() -> None:
+    seen: list[tuple[int, int, str]] = []
+    table = tune.tune(
+        "cpu", ("Ti", "S"), scope=TINY, threads=1, backends=["cpu"], image=32, progress=lambda *step: seen.append(step)
+    )
+    assert len(seen) == 13 and seen[-1] == (12, 12, "done") and [step[0] for step in seen] == list(range(13))
+    for mode in (FORWARD, TRAINING):
+        found = {p for p in table.choices if p.mode == mode}
+        assert {(p.shape, p.image, p.compute, p.keep) for p in found if p.op == "patch_embed"} == {
+            ((width, 3, 16, 16), image, compute, keep)
+            for width in (192, 384)
+            for image, compute in ((torch.uint8, torch.bfloat16), (torch.float32, torch.float32))
+            for keep in (False, True)
+        }
+        assert {(p.shape, p.image) for p in found if p.op == "add_position"} == {
+            ((width,), dtype) for width in (192, 384) for dtype in (torch.bfloat16, torch.float32)
+        }
+    for problem, measured in table.choices.items():
+        assert set(measured) == {2 if problem.keep else 8}
+        for choice in measured.values():
+            assert set(choice.times_us) == {"cpu", "reference"} and choice.excluded == {}
+            assert choice.time_us == min(choice.times_us.values())
+    with tune.steady(CPU, 1):
+        assert table.mismatch(CPU) == ""
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with tune.steady(CPU, 1):
+        yield
+    tuning.reset()
+
+
+def test_calls_follow_what_was_measured(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of the table are those that calls look up: each answers with the winner it was given."""
+    measured = run()
+    path = tmp_path / "table.json"
+    monkeypatch.setenv("FASTVIT_TUNING", str(path))
+    for backend in ("cpu", "reference"):
+        times = {"reference": 2.0, backend: 1.0}
+        choices = {p: {rows: tuning.Choice(backend, times) for rows in found} for p, found in measured.choices.items()}
+        Table(measured.device, measured.versions, choices).save(path)
+        tuning.reset()
+        used = set()
+        monkeypatch.setattr(tuning, "find", lambda *a, find=tuning.find, used=used: (used.add(a[1]), find(*a))[1])
+        for problem in choices:
+            assert call(problem) == backend, problem
+        assert used == set(choices)
+        monkeypatch.undo()
+        monkeypatch.setenv("FASTVIT_TUNING", str(path))
+
+
+def call(problem: tuning.Problem) -> str:
+    """Make the call as a user would; the backend that ran it."""
+    training, masters = problem.mode == TRAINING, problem.mode == TRAINING and problem.compute != torch.float32
+    width = problem.shape[0]
+    reset_launch_counts()
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=masters):
+        if problem.op == "add_position":
+            dtype = torch.float32 if training else problem.image
+            positions = torch.randn(4, width, dtype=dtype, requires_grad=training)
+            with torch.autocast("cpu", enabled=False):
+                functional.add_position(torch.randn(2, 4, width).to(problem.image), positions)
+        else:
+            images = torch.randint(256, (2, 3, 32, 32)).to(problem.image)
+            dtype = torch.float32 if masters else problem.compute
+            weight = torch.randn(problem.shape, dtype=dtype, requires_grad=training)
+            keep = torch.zeros(2, 1, dtype=torch.int64) if problem.keep else None
+            functional.patch_embed(images, weight, keep=keep)
+    return next((backend for op, backend in launch_counts() if op == problem.op), "reference")
+
+
+@pytest.mark.parametrize("fault", ["bias dropped", "dPos off by a batch"])
+def test_a_wrong_candidate_is_left_out_with_its_reason(fault: str) -> None:
+    with planted(fault):
+        table = run(Scope((2,), ("float32",), 0.01))
+    wrong = [c for p, measured in table.choices.items() for c in measured.values() if p.op == "patch_embed"]
+    assert len(wrong) == 2
+    for choice in wrong:
+        assert choice.backend == "reference" and set(choice.times_us) == {"reference"}
+        assert "out of tolerance" in choice.excluded["cpu"]
+
+
+CANDIDATES = [
+    Candidate("cpu"),
+    Candidate("cuda"),
+    *(Candidate("triton", Configuration(tile)) for tile in ("large", "medium", "small")),
+    *(Candidate("triton", Configuration("large", programs)) for programs in (132, 264, 528)),
+]
+
+
+@given(
+    reference=st.floats(0.01, 1e7),
+    times=st.dictionaries(st.sampled_from(CANDIDATES), st.floats(0.01, 1e7), max_size=len(CANDIDATES)),
+)
+def test_a_path_slower_than_pytorchs_is_never_chosen(reference: float, times: dict[Candidate, float]) -> None:
+    choice = tune.fastest({**times, Candidate("reference"): reference}, {})
+    assert choice.time_us == min([reference, *times.values()]) <= choice.reference_us == reference
+    if choice.time_us == reference:
+        assert choice.backend == "reference"
+    triton = {c.configuration: time for c, time in times.items() if c.backend == "triton"}
+    assert triton.get(choice.configuration) == (min(triton.values()) if triton else None)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="models: unknown 'XL'; known: Ti, S, B, L"):
+        tune.tune("cpu", ("S", "XL"))
+    with pytest.raises(ValueError, match="precisions: unknown 'int8'; known: uint8 to bfloat16"):
+        tune.tune("cpu", scope=Scope((1,), ("int8",), 0.1))
+    with pytest.raises(ValueError, match="backends: unknown backend 'tpu'; known: reference"):
+        tune.tune("cpu", backends=["tpu"])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_quick_is_a_part_of_the_whole(kind: str) -> None:
+    quick, whole = (tune.scope_of(torch.device(kind), quick) for quick in (True, False))
+    assert set(quick.precisions) < set(whole.precisions) <= set(tune.PRECISIONS)
+    assert len(quick.batches) < len(whole.batches) or quick.seconds < whole.seconds
+    assert whole.with_keep and not quick.with_keep
+
+
+def test_settings_are_restored() -> None:
+    threads = torch.get_num_threads()
+    run(Scope((1,), ("float32",), 0.01))
+    assert torch.get_num_threads() == threads and tuning._forced is None
