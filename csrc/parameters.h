@@ -40,4 +40,12 @@ struct PatchEmbed {
   float scale;  // of the sums
 };
 
+// dW' = sum over patches of gradient x pixels, the patches divided into splits whose sums are added afterwards.
+struct WeightGradient {
+  PatchEmbed forward;  // images, normaliser, keep and sizes, as in the forward pass; the rest is not used
+  const void* grad;    // [B, R+kept, D], contiguous, of the compute type
+  float* parts;        // [splits, D, k_padded]
+  int rows_per_split;  // a multiple of the rows of a step
+};
+
 }  // namespace fastvit

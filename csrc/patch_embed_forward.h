@@ -112,6 +112,29 @@ struct RawPixels {
   }
 };
 
+// Two pixels that may lie in different rows, at any address.
+template <class Image>
+SIMT_DEVICE void load_pixel_pair(const PatchEmbed& p, PixelWalk walk, int k, const Image* images, int64_t origin,
+                                 bool is_inside, RawPixels<Image, 2>& to) {
+  constexpr int BITS = 8 * static_cast<int>(sizeof(Image)), PER_WORD = BITS < 32 ? 32 / BITS : 1;
+  to.clear();
+  if (!is_inside) return;
+  SIMT_UNROLL for (int i = 0; i < 2; i++) {
+    if (k + i < p.k_length) {
+      RawPixels<Image, 1> one;
+      one.load(images + origin + walk.offset(p));
+      to.word[i / PER_WORD] |= one.word[0] << (BITS * (i % PER_WORD));
+    }
+    if (++walk.value == p.stretch) walk.value = 0, walk.row++;
+    if (walk.row == p.patch_height) walk.row = 0, walk.plane++;
+  }
+}
+
+SIMT_DEVICE float normalised(const PatchEmbed& p, float pixel, int k) {
+  if (!p.normaliser) return pixel;
+  return (pixel - simt::load_element(p.normaliser + k)) * simt::load_element(p.normaliser + p.k_padded + k);
+}
+
 // The share of one thread in the loads of a step, and the state it keeps between steps.
 template <class Image, class Compute, int VECTOR, class Tile>
 struct ForwardLoader {
@@ -130,10 +153,9 @@ struct ForwardLoader {
   uint32_t pixel_place, weight_place;
   PixelWalk walk;
   RawPixels<Image, PIECE> raw[ASYNC ? 1 : PASSES];
-  bool normalises;
 
   SIMT_DEVICE ForwardLoader(const PatchEmbed& p, shared_address stages, shared_address origins, int first_column)
-      : p(p), stages(stages), origins(origins), first_column(first_column), normalises(p.normaliser != nullptr) {
+      : p(p), stages(stages), origins(origins), first_column(first_column) {
     const int thread = simt::thread_index();
     pixel_row = thread / PIECES, pixel_k = thread % PIECES * PIECE;
     weight_row = thread / WEIGHT_PIECES, weight_k = thread % WEIGHT_PIECES * 8;
@@ -190,32 +212,13 @@ struct ForwardLoader {
         raw[pass].clear();
       }
     } else {
-      load_one_by_one(raw[pass], images, origin, is_inside);
-    }
-  }
-
-  // Two pixels that may lie in different rows, at any address.
-  SIMT_DEVICE void load_one_by_one(RawPixels<Image, PIECE>& to, const Image* images, int64_t origin, bool is_inside) {
-    to.clear();
-    if (!is_inside) return;
-    PixelWalk next = walk;
-    SIMT_UNROLL for (int i = 0; i < PIECE; i++) {
-      if (pixel_k + i < p.k_length) {
-        RawPixels<Image, 1> one;
-        one.load(images + origin + next.offset(p));
-        constexpr int PER_WORD = sizeof(Image) < 4 ? 4 / static_cast<int>(sizeof(Image)) : 1;
-        to.word[i / PER_WORD] |= one.word[0] << (8 * static_cast<int>(sizeof(Image)) * (i % PER_WORD));
-      }
-      if (++next.value == p.stretch) next.value = 0, next.row++;
-      if (next.row == p.patch_height) next.row = 0, next.plane++;
+      load_pixel_pair(p, walk, pixel_k, images, origin, is_inside, raw[pass]);
     }
   }
 
   SIMT_DEVICE float pixel(int pass, int i) const {
     const float value = raw[pass].value(i);
-    const int k = pixel_k + i;
-    if (!normalises || k >= p.k_length) return value;
-    return (value - simt::load_element(p.normaliser + k)) * simt::load_element(p.normaliser + p.k_padded + k);
+    return pixel_k + i < p.k_length ? normalised(p, value, pixel_k + i) : value;
   }
 
   SIMT_DEVICE void advance() {

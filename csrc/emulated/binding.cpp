@@ -62,21 +62,36 @@ void run_sum_rows(const std::vector<Buffer>& buffers, uint64_t seed, Type type, 
   checked(buffers, seed, [&](simt::Stream& stream) { launch(p, type, stream); });
 }
 
-void run_patch_embed(const std::vector<Buffer>& buffers, uint64_t seed, Type image, Type compute, Type out,
-                     const std::map<std::string, Address>& addresses, const std::map<std::string, int64_t>& sizes,
-                     float scale) {
+using Addresses = std::map<std::string, Address>;
+using Sizes = std::map<std::string, int64_t>;
+
+PatchEmbed patch_embed_of(const Addresses& addresses, const Sizes& sizes, float scale) {
+  const auto pointer = [&](const char* name) { return addresses.count(name) ? addresses.at(name) : 0; };
   const auto size = [&](const char* name) { return static_cast<int>(sizes.at(name)); };
   PatchEmbed p{};
-  p.images = at(addresses.at("images")), p.weight = at(addresses.at("weight"));
-  p.table = at<float>(addresses.at("table")), p.normaliser = at<float>(addresses.at("normaliser"));
-  p.keep = at<int64_t>(addresses.at("keep")), p.tokens = at(addresses.at("tokens"));
+  p.images = at(pointer("images")), p.weight = at(pointer("weight")), p.tokens = at(pointer("tokens"));
+  p.table = at<float>(pointer("table")), p.normaliser = at<float>(pointer("normaliser"));
+  p.keep = at<int64_t>(pointer("keep"));
   p.batch_stride = sizes.at("batch_stride"), p.plane_stride = sizes.at("plane_stride");
   p.row_stride = sizes.at("row_stride");
   p.batch = size("batch"), p.grid_width = size("grid_width"), p.patches = size("patches"), p.kept = size("kept");
   p.prefix_rows = size("prefix_rows"), p.width = size("width"), p.stretch = size("stretch");
   p.patch_height = size("patch_height"), p.k_length = size("k_length"), p.k_padded = size("k_padded");
   p.scale = scale;
+  return p;
+}
+
+void run_patch_embed(const std::vector<Buffer>& buffers, uint64_t seed, Type image, Type compute, Type out,
+                     const Addresses& addresses, const Sizes& sizes, float scale) {
+  const PatchEmbed p = patch_embed_of(addresses, sizes, scale);
   checked(buffers, seed, [&](simt::Stream& stream) { launch(p, image, compute, out, stream); });
+}
+
+void run_weight_gradient(const std::vector<Buffer>& buffers, uint64_t seed, Type image, Type compute,
+                         const Addresses& addresses, const Sizes& sizes, int rows_per_split) {
+  const WeightGradient p{patch_embed_of(addresses, sizes, 1.0f), at(addresses.at("grad")),
+                         at<float>(addresses.at("parts")), rows_per_split};
+  checked(buffers, seed, [&](simt::Stream& stream) { launch(p, image, compute, stream); });
 }
 
 }  // namespace
@@ -94,5 +109,6 @@ PYBIND11_MODULE(fastvit_emulated, m) {
   m.def("add_position", &run_add_position);
   m.def("sum_rows", &run_sum_rows);
   m.def("patch_embed", &run_patch_embed);
+  m.def("weight_gradient", &run_weight_gradient);
   m.def("bank_conflicts", [] { return simt::host::bank_conflicts(); });
 }

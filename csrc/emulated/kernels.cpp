@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "../add_position.h"
+#include "../patch_embed_backward.h"
 #include "../patch_embed_forward.h"
 
 namespace fastvit {
@@ -33,6 +34,12 @@ void launch_for(const PatchEmbed& parameters, Type image, Type out, simt::Stream
   with_type(image, [&](auto i) { launch_for<decltype(i), Compute>(parameters, out, stream); });
 }
 
+template <class Compute>
+void launch_for(const WeightGradient& parameters, Type image, simt::Stream& stream) {
+  if (image == Type::UINT8) return launch_weight_gradient<uint8_t, Compute>(parameters, stream);
+  with_type(image, [&](auto i) { launch_weight_gradient<decltype(i), Compute>(parameters, stream); });
+}
+
 #endif
 
 }  // namespace
@@ -56,6 +63,18 @@ void launch(const PatchEmbed& parameters, Type image, Type compute, Type out, si
   if (out != compute && out != Type::FLOAT32) throw std::invalid_argument("out: the compute type or float32");
   if (compute == Type::FLOAT16) return launch_for<half>(parameters, image, out, stream);
   if (compute == Type::BFLOAT16) return launch_for<bfloat16>(parameters, image, out, stream);
+  throw std::invalid_argument("compute: float16 or bfloat16");
+#endif
+}
+
+void launch(const WeightGradient& parameters, Type image, Type compute, simt::Stream& stream) {
+#if defined(FASTVIT_FEW_TYPES)
+  if (compute != Type::BFLOAT16) throw std::invalid_argument("built for bfloat16 alone");
+  if (image == Type::UINT8) return launch_weight_gradient<uint8_t, bfloat16>(parameters, stream);
+  launch_weight_gradient<bfloat16, bfloat16>(parameters, stream);
+#else
+  if (compute == Type::FLOAT16) return launch_for<half>(parameters, image, stream);
+  if (compute == Type::BFLOAT16) return launch_for<bfloat16>(parameters, image, stream);
   throw std::invalid_argument("compute: float16 or bfloat16");
 #endif
 }

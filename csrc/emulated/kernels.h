@@ -9,6 +9,7 @@ namespace fastvit {
 
 void launch(const AddPosition& parameters, Type in, Type out, simt::Stream& stream);
 void launch(const SumRows& parameters, Type type, simt::Stream& stream);
+void launch(const WeightGradient& parameters, Type image, Type compute, simt::Stream& stream);
 void launch(const PatchEmbed& parameters, Type image, Type compute, Type out, simt::Stream& stream);
 
 }  // namespace fastvit

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastvit.emulated.add_position import sum_rows
 from fastvit.emulated.call import address, call, type_of
 from fastvit.kernels.layout import PatchLayout, cdiv, read_layout
 from fastvit.kernels.normalisation import UINT8_SCALE, ChannelConstants, channel_constants
 
 Normalisation = Sequence[float] | None
 WEIGHT_ALIGN = 8  # values a row of the prepared weight is a multiple of: 16 bytes
+SPLIT_ROWS = 64  # patches a split of the weight gradient sums: few, so that small tests have several splits
 
 
 def forward(
@@ -42,35 +44,63 @@ def forward(
         return tokens
     is_converted = images.dtype != compute_dtype
     normaliser = _normaliser(constants, layout, matrix.shape[1]) if is_converted else None
-    keep = None if keep is None else keep.contiguous()
+    inputs = {"images": images, "weight": matrix, "table": table, "normaliser": normaliser, "keep": _contiguous(keep)}
+    outputs = {"tokens": tokens}
     call(
         "patch_embed",
-        {"images": images, "weight": matrix, "table": table, "normaliser": normaliser, "keep": keep},
-        {"tokens": tokens},
+        inputs,
+        outputs,
         type_of(images.dtype),
         type_of(compute_dtype),
         type_of(dtype),
-        {name: address(tensor) for name, tensor in
-         {"images": images, "weight": matrix, "table": table, "normaliser": normaliser, "keep": keep,
-          "tokens": tokens}.items()},
-        {
-            "batch_stride": layout.batch_stride,
-            "plane_stride": layout.channel_stride,
-            "row_stride": layout.row_stride,
-            "batch": layout.batch,
-            "grid_width": layout.grid_width,
-            "patches": layout.patches,
-            "kept": kept,
-            "prefix_rows": prefix_rows,
-            "width": weight.shape[0],
-            "stretch": layout.stretch,
-            "patch_height": layout.patch_height,
-            "k_length": weight[0].numel(),
-            "k_padded": matrix.shape[1],
-        },
+        {name: address(tensor) for name, tensor in (inputs | outputs).items()},
+        _sizes(layout, kept, prefix_rows, weight, matrix.shape[1]),
         1.0 / UINT8_SCALE if images.dtype == torch.uint8 else 1.0,
-    )  # fmt: skip
+    )
     return tokens
+
+
+def weight_gradient(
+    grad: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    mean: Normalisation,
+    std: Normalisation,
+    keep: Tensor | None,
+    prefix_rows: int,
+) -> Tensor:
+    """[D, C, P_h, P_w] float32, from grad [B, R+N, D] in the dtype that the product is made in."""
+    dim, channels, height, width = weight.shape
+    images, layout = read_layout(images, (height, width))
+    constants = channel_constants(mean, std, channels, images.dtype, grad.dtype)
+    grad, keep = grad.contiguous(), _contiguous(keep)
+    kept = grad.shape[1] - prefix_rows
+    rows, length = layout.batch * kept, cdiv(weight[0].numel(), WEIGHT_ALIGN) * WEIGHT_ALIGN
+    if rows == 0:
+        return weight.new_zeros(weight.shape, dtype=torch.float32)
+    parts = grad.new_empty((cdiv(rows, SPLIT_ROWS), dim, length), dtype=torch.float32)
+    normaliser = _normaliser(constants, layout, length) if images.dtype != grad.dtype else None
+    inputs = {"images": images, "normaliser": normaliser, "keep": keep, "grad": grad}
+    outputs = {"parts": parts}
+    call(
+        "weight_gradient",
+        inputs,
+        outputs,
+        type_of(images.dtype),
+        type_of(grad.dtype),
+        {name: address(tensor) for name, tensor in (inputs | outputs).items()},
+        _sizes(layout, kept, prefix_rows, weight, length),
+        SPLIT_ROWS,
+    )
+    total = sum_rows(parts.view(parts.shape[0], -1)).view(dim, length)[:, : weight[0].numel()]
+    if layout.channels_last:
+        total = total.view(dim, height, width, channels).permute(0, 3, 1, 2)
+    else:
+        total = total.view(weight.shape)
+    d_bias = _patch_gradients(grad, keep, layout.patches, prefix_rows).sum((0, 1))  # [D]
+    scale, shift = (total.new_tensor([c[field] for c in constants])[:, None, None] for field in (0, 2))
+    total = (total + d_bias[:, None, None, None] * shift) * scale
+    return total / UINT8_SCALE if images.dtype == torch.uint8 else total
 
 
 def prepare_weight(
@@ -104,6 +134,34 @@ def make_table(rows: int, bias: Tensor, pos_embed: Tensor | None, prefix: Tensor
     if pos_embed is not None:
         table[rows - pos_embed.shape[0] :] += pos_embed
     return table
+
+
+def _patch_gradients(grad: Tensor, keep: Tensor | None, patches: int, prefix_rows: int) -> Tensor:
+    """The gradients of the patches, in float32, those of patches that do not exist left out."""
+    rows = grad[:, prefix_rows:].float()
+    return rows if keep is None else rows * ((keep >= 0) & (keep < patches))[:, :, None]
+
+
+def _contiguous(keep: Tensor | None) -> Tensor | None:
+    return None if keep is None else keep.contiguous()
+
+
+def _sizes(layout: PatchLayout, kept: int, prefix_rows: int, weight: Tensor, k_padded: int) -> dict[str, int]:
+    return {
+        "batch_stride": layout.batch_stride,
+        "plane_stride": layout.channel_stride,
+        "row_stride": layout.row_stride,
+        "batch": layout.batch,
+        "grid_width": layout.grid_width,
+        "patches": layout.patches,
+        "kept": kept,
+        "prefix_rows": prefix_rows,
+        "width": weight.shape[0],
+        "stretch": layout.stretch,
+        "patch_height": layout.patch_height,
+        "k_length": weight[0].numel(),
+        "k_padded": k_padded,
+    }
 
 
 def _normaliser(constants: Sequence[ChannelConstants], layout: PatchLayout, length: int) -> Tensor:
