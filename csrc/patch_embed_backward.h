@@ -32,13 +32,13 @@ struct WeightGradientLoader {
   const WeightGradient& p;
   shared_address stages;
   int first_column, pixel_row, pixel_column, pixel_k, grad_row, grad_column;
-  int64_t row, last_row;  // of the next step, and behind the split
+  int64_t row;  // the first of the next step
   PixelWalk walk;
   RawPixels<Image, PIECE> raw[ASYNC ? 1 : PASSES];
 
   SIMT_DEVICE WeightGradientLoader(const WeightGradient& p, shared_address stages, int first_column, int first_k,
-                                   int64_t first_row, int64_t last_row)
-      : p(p), stages(stages), first_column(first_column), row(first_row), last_row(last_row) {
+                                   int64_t first_row)
+      : p(p), stages(stages), first_column(first_column), row(first_row) {
     const int thread = simt::thread_index();
     pixel_row = thread / PIECES, pixel_column = thread % PIECES * PIECE, pixel_k = first_k + pixel_column;
     grad_row = thread / GRAD_PIECES, grad_column = thread % GRAD_PIECES * GRAD_PIECE;
@@ -71,7 +71,7 @@ struct WeightGradientLoader {
 
  private:
   SIMT_DEVICE int64_t origin_of(int tile_row) const {
-    return row + tile_row < last_row ? patch_origin(p.forward, row + tile_row) : NO_PATCH;
+    return patch_origin(p.forward, row + tile_row);  // a split is whole steps, so that it ends where the next begins
   }
 
   SIMT_DEVICE void load_grad(shared_address base, int tile_row) {
@@ -162,8 +162,7 @@ patch_embed_weight_gradient(WeightGradient p) {
   const int steps = static_cast<int>((last_row - first_row + Tile::BK - 1) / Tile::BK);
 
   const shared_address pipeline = simt::shared_base();
-  WeightGradientLoader<Image, Compute, VECTOR, WIDE, Tile> loader(p, pipeline, first_column, first_k, first_row,
-                                                                  last_row);
+  WeightGradientLoader<Image, Compute, VECTOR, WIDE, Tile> loader(p, pipeline, first_column, first_k, first_row);
   SIMT_UNROLL for (int stage = 0; stage < STAGES - 1; stage++) {
     if (stage < steps) {
       loader.start(stage);

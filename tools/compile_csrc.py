@@ -121,7 +121,7 @@ def _readable(mangled: str) -> str:
     name = name.rpartition("(")[0]
     for long, short in SHORT:
         name = name.replace(long, short)
-    return re.sub(r"ForwardTile<([^>]*)>", lambda tile: tile[1].replace(", ", "x"), name).replace(" >", ">")
+    return re.sub(r"\w+Tile<([^>]*)>", lambda tile: tile[1].replace(", ", "x"), name).replace(" >", ">")
 
 
 def disassembler(nvcc: str) -> str:

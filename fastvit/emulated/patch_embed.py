@@ -14,7 +14,7 @@ from fastvit.kernels.normalisation import UINT8_SCALE, ChannelConstants, channel
 
 Normalisation = Sequence[float] | None
 WEIGHT_ALIGN = 8  # values a row of the prepared weight is a multiple of: 16 bytes
-SPLIT_ROWS = 64  # patches a split of the weight gradient sums: few, so that small tests have several splits
+SPLIT_ROWS = 128  # patches a split of the weight gradient sums: few, so that small tests have several splits
 
 
 def forward(

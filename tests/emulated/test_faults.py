@@ -28,6 +28,7 @@ class Fault:
 
 
 ADD, NUMERIC, EMBED = "add_position.h", "numeric.h", "patch_embed_forward.h"
+BACKWARD = "patch_embed_backward.h"
 FAULTS_OF_ADD_POSITION = (
     Fault("a piece too many", ADD, "if (index >= static_cast<int64_t>(rows) * pieces) return;", "", "outside"),
     Fault("an image too many", ADD, "first + ADD_IMAGES : p.batch;", "first + ADD_IMAGES : p.batch + 1;", "outside"),
@@ -118,7 +119,38 @@ FAULTS_OF_PATCH_EMBED = (
     ),
     Fault("mean and scale swapped", EMBED, "p.normaliser + p.k_padded + k", "p.normaliser + k", "value"),
 )
-FAULTS = FAULTS_OF_ADD_POSITION + FAULTS_OF_PATCH_EMBED
+FAULTS_OF_WEIGHT_GRADIENT = (
+    Fault("no wait in the loop of dW", BACKWARD, "simt::copy_wait<STAGES - 2>();", "", "in flight"),
+    Fault("no barrier in the loop of dW", BACKWARD, f"    {SYNC}\n", "", "shared word"),
+    Fault("a stage of dW too early", BACKWARD, "writing = STAGES - 1;", "writing = STAGES - 2;", "race"),
+    Fault(
+        "last rows of a split dropped",
+        BACKWARD,
+        "first_row + Tile::BK - 1) / Tile::BK",
+        "first_row) / Tile::BK",
+        "value",
+    ),
+    Fault(
+        "fragments of dW not transposed",
+        BACKWARD,
+        "simt::load_matrices_transposed(a[i]",
+        "simt::load_matrices(a[i]",
+        "value",
+    ),
+    Fault(
+        "halves of dW swapped",
+        BACKWARD,
+        "lane / 16 * 8 + lane % 8, column",
+        "lane / 8 % 2 * 8 + lane % 8, column",
+        "value",
+    ),
+    Fault("gradient of the wrong token", BACKWARD, "f.prefix_rows + (m - image", "0 + (m - image", "value"),
+    Fault(
+        "columns of dW unguarded", BACKWARD, "if (column >= f.width || k >= f.k_padded) continue;", "", "second write"
+    ),
+    Fault("splits of dW overlap", BACKWARD, "(simt::block_y()) * f.width", "(0) * f.width", "second write"),
+)
+FAULTS = FAULTS_OF_ADD_POSITION + FAULTS_OF_PATCH_EMBED + FAULTS_OF_WEIGHT_GRADIENT
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +179,7 @@ def test_a_planted_fault_is_caught(fault: Fault, folder: Path, tmp_path: Path) -
 # Several tiles of rows and columns with a rest, more steps than stages, vectors and single pixels, and a selection
 # of patches whose rows, unlike their distance, no vector divides.
 CASES = (
-    PatchEmbedCase("bfloat16", batch=2, grid=(5, 7), patch=(8, 8), channels=3, width=72, prefix=2),
+    PatchEmbedCase("bfloat16", batch=4, grid=(5, 7), patch=(8, 8), channels=3, width=72, prefix=2),
     PatchEmbedCase("uint8", grid=(3, 3), patch=(7, 7), channels=5, width=63, images="uint8", normalise=True),
     PatchEmbedCase("keep", grid=(3, 2), patch=(8, 12), width=64, keep=4),
 )
@@ -203,4 +235,11 @@ def _wrong_patch_embed(case: PatchEmbedCase) -> str:
     if relative_error(found, truth) > bound:
         return f"value: {case.name}"
     conflicts = bank_conflicts()
-    return f"{conflicts} bank conflicts" if conflicts else ""
+    if conflicts:
+        return f"{conflicts} bank conflicts"
+    prefix = inputs.tensors["prefix"]
+    rows = 0 if prefix is None else prefix.shape[0]
+    gradient = patch_embed.weight_gradient(inputs.grad, images, weight, inputs.mean, inputs.std, inputs.keep, rows)
+    wide["weight"] = wide["weight"].requires_grad_()  # type: ignore[union-attr]
+    (exact,) = torch.autograd.grad(plain.true_patch_embed(inputs, wide), wide["weight"], inputs.grad.double())
+    return "" if relative_error(gradient, exact) < 1e-5 else f"value: weight gradient, {case.name}"
