@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -73,9 +74,12 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_make_passes_the_stage_on() -> None:
+    # These tests may themselves be run by make, which would say so in between.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     for stage, expected in (("", "campaign"), ("model,tune", "campaign --stage model,tune")):
-        command = ["make", "-n", "gpu", f"STAGE={stage}"]
-        run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+        command = ["make", "--no-print-directory", "-n", "gpu", f"STAGE={stage}"]
+        root = Path(__file__).parents[2]
+        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
         assert run.stdout.rstrip().endswith(expected)
 
 
