@@ -8,6 +8,7 @@ them where python3 is itself in a virtual environment; a .pth file names them in
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> int:
     if len(sys.argv) != 2:
         print(__doc__)
+        return 2
+    missing = [name for name in ("torch", "setuptools", "pip") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{sys.executable} has no {' and no '.join(missing)}; name a Python that has: make gpu PYTHON=...")
         return 2
     folder = Path(sys.argv[1]).resolve()
     venv.create(folder, system_site_packages=True, with_pip=False, clear=True)

@@ -136,12 +136,16 @@ def draw_attention(path: Path, model: nn.Module, images: Tensor, labels: Sequenc
 
 
 def draw_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """A bar for each case and rival."""
+    """A bar for each case and rival; those that do only a part of the job are muted and come last."""
+    partial = {row["rival"] for row in rows if not row["whole"]}
     groups = []
     for row in rows:
         if row["ratios"]:
             ms = row["median_us"] / 1000
             title = f"{row['shape']}, {row['dtype']}, {row['mode']}: {row['provider']} takes {ms:.2f} ms"
-            ratios = sorted(row["ratios"].items(), key=lambda item: -item[1])
-            groups.append((title, [Bar(rival, ratio, f"({ratio * ms:.2f} ms)") for rival, ratio in ratios]))
+            bars = [
+                Bar(rival + " (only a part)" * (rival in partial), ratio, f"({ratio * ms:.2f} ms)", rival in partial)
+                for rival, ratio in row["ratios"].items()
+            ]
+            groups.append((title, sorted(bars, key=lambda bar: (bar.muted, -bar.ratio))))
     return draw_ratios(path, groups)

@@ -161,7 +161,9 @@ def _benchmark(results: dict[str, Any], pictures: dict[str, Path]) -> str:
         ]
         for row in ours
     ]
-    heads = ["case", "precision", "mode", "provider", "median", *rivals]
+    partial = {row["rival"] for row in results["bench"] if not row["whole"]}
+    names = [f"{rival} (only a part)" if rival in partial else rival for rival in rivals]
+    heads = ["case", "precision", "mode", "provider", "median", *names]
     not_run = dict.fromkeys(f"{r['provider']}: {r['reason']}" for r in results["bench"] if r["reason"])
     return section(
         "Measured side by side",
