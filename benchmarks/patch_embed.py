@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -260,7 +260,7 @@ def _build(
     tokens = solution.tokens
     if how:
         with torch.set_grad_enabled(mode == BOTH):
-            tokens = cast(Callable[[], Tensor], compiled(tokens, device, how))
+            tokens = compiled(tokens, device, how)
     return timed_call(Solution(tokens, solution.parameters), inputs.grad, mode)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import TypeVar
 
 import torch
 
@@ -62,6 +65,9 @@ class Problem:
     flops: float = 0.0
     moved: float = 0.0  # bytes that any solution must read and write
 
+
+Result = TypeVar("Result")
+_copies = itertools.count()
 
 Plan = list[tuple[str, Callable[[], Iterator[Problem]]]]
 """What a suite consists of: a title for the progress bar, and the problems of the case, made when asked for."""
@@ -206,17 +212,25 @@ def _with_ratios(row: Row, contenders: Sequence[Contender], timings: dict[str, T
 _COMPILE_MODES = {COMPILED: "default", MAX_AUTOTUNE: "max-autotune-no-cudagraphs"}
 
 
-def compiled(function: Callable[[], object], device: torch.device, setting: str = COMPILED) -> Call:
+def compiled(function: Callable[[], Result], device: torch.device, setting: str = COMPILED) -> Callable[[], Result]:
     """The function under torch.compile, compiled now.
 
     Raises:
         Unavailable: it can't be compiled here.
     """
-    call = torch.compile(function, mode=_COMPILE_MODES[setting], dynamic=False)
+    call = torch.compile(_with_own_code(function), mode=_COMPILE_MODES[setting], dynamic=False)
     started = time.monotonic()
     try:
-        call()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # rather than to go on uncompiled
+            call()
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Unavailable(f"torch.compile failed after {time.monotonic() - started:.0f} s: {first}") from error
     return call
+
+
+def _with_own_code(function: Callable[[], Result]) -> Callable[[], Result]:
+    """A copy of a function. What is compiled is kept by code, a few versions of each, and contenders are closures of
+    the same code: sharing it, the later ones would search through the versions of the others, or stay uncompiled."""
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{next(_copies)}")
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)

@@ -12,7 +12,7 @@ from fastvit import peers
 from fastvit.benchmarks import models, rivals
 from fastvit.benchmarks.model import Setup, _build_rival, _truth
 from fastvit.benchmarks.patch_embed import Shape, inputs_of, yardstick
-from fastvit.benchmarks.problem import BOTH, FORWARD, Contender, Problem, Unavailable, measure
+from fastvit.benchmarks.problem import BOTH, FORWARD, Contender, Problem, Unavailable, compiled, measure
 from fastvit.validation.tolerance import relative_error
 
 CPU = torch.device("cpu")
@@ -97,3 +97,26 @@ def test_the_best_setting_counts_and_a_yardstick_is_no_rival() -> None:
     assert ours.ratios["slow"] == pytest.approx(median["slow compiled"] / ours.median_us, rel=1e-3)
     assert ours.headline == ours.ratios["quick"]
     assert [row.rival for row in rows] == ["", "slow", "slow", "quick", "part"]
+
+
+def test_every_contender_is_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contenders are closures of the same code, of which torch.compile keeps a few versions and then gives up."""
+    graphs: list[object] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend=note, dynamic=False))
+
+    def contender(layer: nn.Module) -> Callable[[], torch.Tensor]:
+        x = torch.ones(2, 3)
+        return lambda: layer(x)
+
+    count = torch._dynamo.config.recompile_limit + 4
+    torch._dynamo.reset()
+    calls = [compiled(contender(nn.Linear(3, width)), CPU) for width in range(1, count + 1)]
+    assert [call().shape[1] for call in calls] == list(range(1, count + 1))
+    assert len(graphs) == count
+    torch._dynamo.reset()
