@@ -34,7 +34,7 @@ def plan(size: str, device: torch.device) -> Plan:
     return [
         (
             f"add_position ViT-{model}, batch {batch}, {precision}",
-            functools.partial(_problems_of, model, batch, patches, precision, device, on_gpu or size == "full"),
+            functools.partial(_problems_of, model, batch, patches, precision, device, size != "tiny"),
         )
         for model, batch, patches in shapes
         for precision in PRECISIONS

@@ -34,7 +34,7 @@ def plan(size: str, device: torch.device) -> Plan:
         shapes = [Shape(model, 256 if on_gpu else 16) for model in ("B", "S")]
     else:
         shapes = [Shape(model, n) for model in ("Ti", "S", "B", "L") for n in ((64, 256, 1024) if on_gpu else (1, 16))]
-    compile_it = on_gpu or size == "full"
+    compile_it = size != "tiny"
     return [
         (f"input {shape} {precision}", functools.partial(_problems_of, shape, precision, device, compile_it))
         for shape in shapes

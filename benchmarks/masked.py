@@ -44,7 +44,7 @@ def plan(size: str, device: torch.device) -> Plan:
         precisions = ON_GPU if on_gpu else ON_CPU
         shapes = [Shape(model, batch) for model in WIDTHS for batch in ((64, 256, 1024) if on_gpu else (1, 16))]
     # Where minutes count, the one rival that is the quickest elsewhere is compiled.
-    what = tuple(name for name, _ in SETTINGS) if size == "full" else ("linear",) if on_gpu and size == "small" else ()
+    what = tuple(name for name, _ in SETTINGS) if size == "full" else ("linear",) if size == "small" else ()
     return [
         (f"masked {shape} {precision}", functools.partial(_problems_of, shape, precision, device, what))
         for precision in precisions

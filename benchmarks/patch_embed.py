@@ -96,14 +96,14 @@ def plan(size: str, device: torch.device) -> Plan:
         precisions, batch = (ON_GPU, 256) if on_gpu else (ON_CPU, 16)
         shapes = [Shape(model, batch) for model in ("B", "S")]
         for precision in precisions:
-            # Compiling takes longer than all else: here for the first precision, which is the one trained with.
-            what = "some" if on_gpu and precision == ON_GPU[0] else "none"
+            # Compiling takes longer than all else: on a GPU for the first precision, which is the one trained with.
+            what = "some" if not on_gpu or precision == ON_GPU[0] else "none"
             cases += [(shape, precision, "NCHW", what) for shape in shapes]
         if on_gpu:  # 14 does not divide the vectors of a load; channels_last is what loaders deliver
             cases.append((Shape("B", batch, patch=14), ON_GPU[0], "NCHW", "none"))
             cases.append((Shape("B", batch), ON_GPU[0], "channels_last", "none"))
         else:
-            cases.append((Shape("S", batch), "uint8 to float32", "channels_last", "none"))
+            cases.append((Shape("S", batch), "uint8 to float32", "channels_last", "some"))
     else:
         for shape in _published(on_gpu):
             for precision in ON_GPU if on_gpu else ON_CPU:
