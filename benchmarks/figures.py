@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastvit.benchmarks.rows import OURS, Row, time_text
-from fastvit.plots import BLUE, GREY, Bar, draw_ratios, new_figure, save, styled
+from fastvit.plots import BLUE, GREY, Bar, draw_ratios, new_figure, ranked_bars, save, styled
 
 BARS = 60  # in a picture: more of them are too tall to look at
 DETAILED = 40  # cases of a mode: with more, each has one bar, against the best rival
@@ -66,21 +66,11 @@ def _detailed_parts(ours: Sequence[Row], partial: set[str]) -> list[list[tuple[s
     parts: list[list[tuple[str, list[Bar]]]] = [[]]
     for row in ours:
         heading = f"{row.shape}, {row.dtype}, {row.layout}: {row.provider} takes {time_text(row.median_us)}"
-        bars = _bars(row, partial)
+        bars = ranked_bars(row.ratios, partial, row.median_us or 0.0, time_text)
         if parts[-1] and sum(len(group) for _, group in parts[-1]) + len(bars) > BARS:
             parts.append([])
         parts[-1].append((heading, bars))
     return parts
-
-
-def _bars(row: Row, partial: set[str]) -> list[Bar]:
-    """Our greatest win first, the yardsticks last."""
-    median = row.median_us or 0.0
-    bars = [
-        Bar(rival + " (only a part)" * (rival in partial), ratio, f"({time_text(ratio * median)})", rival in partial)
-        for rival, ratio in row.ratios.items()
-    ]
-    return sorted(bars, key=lambda bar: (bar.muted, -bar.ratio))
 
 
 def _brief_parts(ours: Sequence[Row]) -> list[list[tuple[str, list[Bar]]]]:

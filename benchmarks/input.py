@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from fastvit.benchmarks import rivals
-from fastvit.benchmarks.patch_embed import Make, Shape, TrueError, check_backend, contender, inputs_of, yardstick
+from fastvit.benchmarks.patch_embed import (
+    Make,
+    Shape,
+    TrueError,
+    check_backend,
+    contender,
+    inputs_of,
+    usual_shapes,
+    yardstick,
+)
 from fastvit.benchmarks.problem import COMPILED, FORWARD, Contender, Plan, Problem, our_backends
 from fastvit.benchmarks.rivals import Solution, tensor_of
 from fastvit.benchmarks.rows import OURS
@@ -28,16 +37,10 @@ def plan(size: str, device: torch.device) -> Plan:
     """The cases of the suite."""
     on_gpu = device.type == "cuda"
     precision = "uint8 to bfloat16, autocast" if on_gpu else "uint8 to float32"
-    if size == "tiny":
-        shapes = [Shape("Ti", 2, image=32)]
-    elif size == "small":
-        shapes = [Shape(model, 256 if on_gpu else 16) for model in ("B", "S")]
-    else:
-        shapes = [Shape(model, n) for model in ("Ti", "S", "B", "L") for n in ((64, 256, 1024) if on_gpu else (1, 16))]
     compile_it = size != "tiny"
     return [
         (f"input {shape} {precision}", functools.partial(_problems_of, shape, precision, device, compile_it))
-        for shape in shapes
+        for shape in usual_shapes(size, on_gpu)
     ]
 
 

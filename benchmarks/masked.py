@@ -11,7 +11,6 @@ from fastvit.benchmarks import rivals
 from fastvit.benchmarks.patch_embed import (
     ON_CPU,
     ON_GPU,
-    WIDTHS,
     Make,
     Shape,
     TrueError,
@@ -19,6 +18,7 @@ from fastvit.benchmarks.patch_embed import (
     embedding_problems,
     inputs_of,
     our_contenders,
+    usual_shapes,
 )
 from fastvit.benchmarks.problem import CHANNELS_LAST, COMPILED, Contender, Plan, Problem
 from fastvit.validation.cases import Inputs
@@ -36,19 +36,14 @@ def plan(size: str, device: torch.device) -> Plan:
     """The cases of the suite."""
     on_gpu = device.type == "cuda"
     precisions: tuple[str, ...] = ("uint8 to bfloat16, autocast", "bfloat16") if on_gpu else ON_CPU[:2]
-    if size == "tiny":
-        shapes = [Shape("Ti", 2, image=32)]
-    elif size == "small":
-        shapes = [Shape(model, 256 if on_gpu else 16) for model in ("B", "S")]
-    else:
+    if size == "full":
         precisions = ON_GPU if on_gpu else ON_CPU
-        shapes = [Shape(model, batch) for model in WIDTHS for batch in ((64, 256, 1024) if on_gpu else (1, 16))]
     # Where minutes count, the one rival that is the quickest elsewhere is compiled.
     what = tuple(name for name, _ in SETTINGS) if size == "full" else ("linear",) if size == "small" else ()
     return [
         (f"masked {shape} {precision}", functools.partial(_problems_of, shape, precision, device, what))
         for precision in precisions
-        for shape in shapes
+        for shape in usual_shapes(size, on_gpu)
     ]
 
 

@@ -106,7 +106,7 @@ def _problems_of(setup: Setup, compiled_rivals: dict[str, tuple[str, ...]]) -> I
         also_compiled = compiled_rivals.get(mode, ())
         for backend in our_backends(setup.device):
             for how in ("", COMPILED) if also_compiled else ("",):
-                build = functools.partial(_build, models.ours, setup, images, labels, mode, backend, how)
+                build = functools.partial(timed_model, models.ours, setup, images, labels, mode, backend, how)
                 contenders.append(Contender(f"{OURS}{backend}", build, how))
         for name, make in models.RIVALS.items():
             for how in ("", COMPILED) if name in also_compiled else ("",):
@@ -125,9 +125,10 @@ def _problems_of(setup: Setup, compiled_rivals: dict[str, tuple[str, ...]]) -> I
         )
 
 
-def _build(
+def timed_model(
     make: Callable[..., nn.Module], setup: Setup, images: Tensor, labels: Tensor, mode: str, backend: str, how: str
 ) -> Call:
+    """The call that is timed: a forward pass, or a training step; compiled where `how` says so."""
     module = setup.make(make).train(mode == STEP)
 
     def forward() -> Tensor:
@@ -173,7 +174,7 @@ def _build_rival(
     reason = _difference("output", logits, exact, plain)
     if reason:
         raise Unavailable(f"does not compute the same: {reason}")
-    return _build(make, setup, images, labels, mode, "", how)
+    return timed_model(make, setup, images, labels, mode, "", how)
 
 
 def _forced(backend: str) -> Any:

@@ -91,10 +91,10 @@ def plan(size: str, device: torch.device) -> Plan:
     on_gpu = device.type == "cuda"
     cases: list[tuple[Shape, str, str, str]] = []  # shape, precision, layout, what is compiled
     if size == "tiny":
-        cases = [(Shape("Ti", 2, image=32), precision, "NCHW", "none") for precision in ON_CPU]
+        cases = [(shape, precision, "NCHW", "none") for precision in ON_CPU for shape in usual_shapes(size, on_gpu)]
     elif size == "small":
-        precisions, batch = (ON_GPU, 256) if on_gpu else (ON_CPU, 16)
-        shapes = [Shape(model, batch) for model in ("B", "S")]
+        precisions, shapes = ON_GPU if on_gpu else ON_CPU, usual_shapes(size, on_gpu)
+        batch = shapes[0].batch
         for precision in precisions:
             # Compiling takes longer than all else: on a GPU for the first precision, which is the one trained with.
             what = "some" if not on_gpu or precision == ON_GPU[0] else "none"
@@ -120,11 +120,24 @@ def plan(size: str, device: torch.device) -> Plan:
     ]
 
 
+def usual_shapes(size: str, on_gpu: bool) -> list[Shape]:
+    """Patch 16 at 224 pixels; at size full all widths and batches."""
+    if size == "tiny":
+        return [Shape("Ti", 2, image=32)]
+    if size == "small":
+        return [Shape(model, 256 if on_gpu else 16) for model in ("B", "S")]
+    return [Shape(model, batch) for model in WIDTHS for batch in _batches(on_gpu)]
+
+
+def _batches(on_gpu: bool) -> tuple[int, ...]:
+    return (64, 256, 1024) if on_gpu else (1, 16)
+
+
 def _published(on_gpu: bool) -> Iterator[Shape]:
     for model in WIDTHS:
         for patch, images in ((16, (224, 384)), (14, (224, 378))):  # 14 does not divide 384
             for image in images:
-                for batch in (64, 256, 1024) if on_gpu else (1, 16):
+                for batch in _batches(on_gpu):
                     yield Shape(model, batch, image, patch)
 
 

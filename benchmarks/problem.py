@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FunctionType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -143,7 +143,7 @@ def _timed(
         if name not in timings:
             rows.append(replace(row, reason=reasons.get(name, "")))
             continue
-        row = _filled(row, timings[name], peaks[name])
+        row = filled(row, timings[name], peaks[name])
         rows.append(_with_ratios(row, problem.contenders, timings) if contender.is_ours else row)
     return rows
 
@@ -176,7 +176,8 @@ def _timed_graphs(
     return _timed(problem, problem.mode + GRAPH, replays, reasons, device, seconds)
 
 
-def _filled(row: Row, timing: Timing, peak: int | None) -> Row:
+def filled(row: Row, timing: Timing, peak: int | None = None) -> Row:
+    """A row with its timing, and the share of the floor where its ceilings are known."""
     floor = Ceilings(**row.ceilings).floor_us(row.flops, row.moved_bytes) if row.ceilings else None
     return replace(
         row,
@@ -209,7 +210,7 @@ def _with_ratios(row: Row, contenders: Sequence[Contender], timings: dict[str, T
 
 
 # A CUDA graph is measured beside every call anyway, and one inside the compiled code could not be captured again.
-_COMPILE_MODES = {COMPILED: "default", MAX_AUTOTUNE: "max-autotune-no-cudagraphs"}
+_COMPILE_OPTIONS: dict[str, dict[str, Any]] = {COMPILED: {}, MAX_AUTOTUNE: {"mode": "max-autotune-no-cudagraphs"}}
 
 
 def compiled(function: Callable[[], Result], device: torch.device, setting: str = COMPILED) -> Callable[[], Result]:
@@ -218,7 +219,7 @@ def compiled(function: Callable[[], Result], device: torch.device, setting: str 
     Raises:
         Unavailable: it can't be compiled here.
     """
-    call = torch.compile(_with_own_code(function), mode=_COMPILE_MODES[setting], dynamic=False)
+    call = torch.compile(_with_own_code(function), dynamic=False, **_COMPILE_OPTIONS[setting])
     started = time.monotonic()
     try:
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # rather than to go on uncompiled

@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import DeviceType
 
-from fastvit.benchmarks import models
+from fastvit.benchmarks import model, models
 from fastvit.benchmarks.problem import COMPILED, FORWARD, STEP, Unavailable
 from fastvit.benchmarks.rows import commit, device_name, versions
 from fastvit.benchmarks.timing import Call, quiet_errors
@@ -155,29 +154,12 @@ def profile(setup: Setup, device: str | torch.device, **overrides: Any) -> Profi
 
 
 def _call(setup: Setup, device: torch.device, overrides: dict[str, Any]) -> Call:
-    """The forward pass, or the training step, of a fresh model on random images."""
-    module = PROVIDERS[setup.provider](setup.model, **overrides).to(device).train(setup.mode == "step")
-    images = torch.randn(setup.batch, 3, 224, 224, device=device)
-    labels = torch.randint(1000, (setup.batch,), device=device)
-
-    def forward() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return module(images)
-
+    """The forward pass, or the training step, of a fresh model on random images: what the suite `model` times."""
+    residual = torch.float32 if device.type == "cuda" else None  # autocast on a GPU alone
+    suite = model.Setup(setup.model, setup.batch, device, residual, overrides)
     torch._dynamo.reset()
-    run = torch.compile(forward, dynamic=False) if setup.compiled else forward
-    if setup.mode == "forward":
-        return torch.no_grad()(run)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-
-    def step() -> Tensor:
-        loss = F.cross_entropy(run().float(), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    return step
+    how = COMPILED if setup.compiled else ""
+    return model.timed_model(PROVIDERS[setup.provider], suite, *suite.data(), MODES[setup.mode], "", how)
 
 
 def _wait(device: torch.device) -> None:

@@ -22,6 +22,7 @@ from fastvit import functional, tuning
 from fastvit.backend import check_known
 from fastvit.benchmarks.patch_embed import WIDTHS, check_backend
 from fastvit.benchmarks.problem import our_backends, steady
+from fastvit.benchmarks.rivals import tensor_of
 from fastvit.benchmarks.timing import Call, interleave
 from fastvit.tuning import FORWARD, REFERENCE, TRAINING, Choice, Configuration, Problem, Table
 from fastvit.validation.cases import AddPositionCase, Case, Inputs, PatchEmbedCase, make_inputs
@@ -178,7 +179,7 @@ def _candidates(backend: str, op: str, mode: str, inputs: Inputs, tile: str | No
     from fastvit.kernels.row_sums import TARGET_PROGRAMS
 
     if mode == FORWARD:
-        images, weight = _known(inputs, "images"), _known(inputs, "weight")
+        images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
         for name in forward_tiles(images, weight, inputs.compute, inputs.out):
             yield Candidate(backend, Configuration(tile=name))
     else:
@@ -251,9 +252,9 @@ def _run(op: str, inputs: Inputs, tensors: Mapping[str, Tensor | None], backend:
 def _problem(op: str, mode: str, inputs: Inputs) -> Problem:
     """What `functional` looks up for the call."""
     if op == "patch_embed":
-        images, weight = _known(inputs, "images"), _known(inputs, "weight")
+        images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
         return Problem(op, mode, images.dtype, inputs.compute, inputs.out, tuple(weight.shape), inputs.keep is not None)
-    tokens, positions = _known(inputs, "tokens"), _known(inputs, "pos_embed")
+    tokens, positions = tensor_of(inputs, "tokens"), tensor_of(inputs, "pos_embed")
     return Problem(op, mode, tokens.dtype, positions.dtype, inputs.out, (tokens.shape[2],), False)
 
 
@@ -262,9 +263,3 @@ def _rows(inputs: Inputs) -> int:
     prefix = inputs.tensors["prefix"]
     batch, length, _ = inputs.grad.shape
     return batch * (length - (0 if prefix is None else prefix.shape[0]))
-
-
-def _known(inputs: Inputs, name: str) -> Tensor:
-    tensor = inputs.tensors[name]
-    assert tensor is not None
-    return tensor

@@ -6,7 +6,7 @@ Colours are distinguishable in grey and for the colour-blind.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -74,6 +74,20 @@ class Bar:
     @property
     def colour(self) -> str:
         return GREY if self.muted else BLUE if self.ratio >= 1 else ORANGE
+
+
+def ranked_bars(
+    ratios: Mapping[str, float], partial: Collection[str], ours: float, text: Callable[[float], str]
+) -> list[Bar]:
+    """A bar for each rival, our greatest win first; those in `partial`, which do a part of the job, muted and last.
+
+    `ours` is our time, and `text` writes a time of that unit.
+    """
+    bars = [
+        Bar(rival + " (only a part)" * (rival in partial), ratio, f"({text(ratio * ours)})", rival in partial)
+        for rival, ratio in ratios.items()
+    ]
+    return sorted(bars, key=lambda bar: (bar.muted, -bar.ratio))
 
 
 HEADING = 100  # characters in a line

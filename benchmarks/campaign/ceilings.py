@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastvit.benchmarks.campaign.output import PASSED, Lines, report
+from fastvit.benchmarks.problem import filled
 from fastvit.benchmarks.rows import Row, commit, device_name, versions
 from fastvit.benchmarks.timing import Call, Timing, interleave
 
@@ -44,13 +45,13 @@ def measure(device: torch.device, size: int, values: int, seconds: float) -> Ite
         timing = _time_product(device, size, dtype, precision, seconds)
         flops = 2.0 * size**3
         row = replace(blank, shape=f"{size} x {size} x {size}", dtype=label, mode="product", flops=flops)
-        yield _filled(row, timing), f"{flops / timing.median_us / 1e6:.1f} TFLOP/s"
+        yield filled(row, timing), f"{flops / timing.median_us / 1e6:.1f} TFLOP/s"
     source = torch.rand(values, device=device)
     target = torch.empty_like(source)
     timing = _timed(lambda: target.copy_(source), device, seconds)
     moved = 2.0 * 4 * values
     row = replace(blank, shape=f"{values} values", dtype="float32", mode="copy", moved_bytes=moved)
-    yield _filled(row, timing), f"{moved / timing.median_us / 1e3:.0f} GB/s"
+    yield filled(row, timing), f"{moved / timing.median_us / 1e3:.0f} GB/s"
 
 
 def _time_product(device: torch.device, size: int, dtype: torch.dtype, precision: str, seconds: float) -> Timing:
@@ -63,11 +64,6 @@ def _time_product(device: torch.device, size: int, dtype: torch.dtype, precision
 def _timed(call: Call, device: torch.device, seconds: float) -> Timing:
     (timing,) = interleave([call], device, seconds)
     return timing
-
-
-def _filled(row: Row, timing: Timing) -> Row:
-    p20, p80 = round(timing.p20_us, 3), round(timing.p80_us, 3)
-    return replace(row, median_us=round(timing.median_us, 3), p20_us=p20, p80_us=p80, repeats=timing.repeats)
 
 
 @contextmanager

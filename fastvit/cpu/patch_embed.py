@@ -108,7 +108,7 @@ def forward(
     matrix, full_bias = operands.matrix(weight, bias)
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     patches = patch_count(images, weight)
-    table = _table(full_bias, pos_embed, prefix, patches)  # [R+N, D]
+    table = make_table(full_bias, pos_embed, prefix, patches)  # [R+N, D]
     kept = patches if keep is None else keep.shape[1]
     tokens = images.new_empty((images.shape[0], prefix_rows + kept, weight.shape[0]), dtype=dtype)
     tokens[:, :prefix_rows] = table[:prefix_rows]
@@ -169,7 +169,7 @@ def as_patches(images: Tensor, weight: Tensor) -> Tensor:
     return images.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
 
 
-def _table(bias: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, patches: int) -> Tensor:
+def make_table(bias: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, patches: int) -> Tensor:
     """[R+N, D] float32: all of the result that does not depend on the image."""
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     table = bias.new_zeros(prefix_rows + patches, bias.shape[0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvit.plots import BLUE, COLOURS, GREY, ORANGE, Bar, draw_ratios, new_figure, save, styled
+from fastvit.plots import BLUE, COLOURS, GREY, ORANGE, draw_ratios, new_figure, ranked_bars, save, styled
 
 
 @styled
@@ -143,9 +143,5 @@ def draw_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
         if row["ratios"]:
             ms = row["median_us"] / 1000
             title = f"{row['shape']}, {row['dtype']}, {row['mode']}: {row['provider']} takes {ms:.2f} ms"
-            bars = [
-                Bar(rival + " (only a part)" * (rival in partial), ratio, f"({ratio * ms:.2f} ms)", rival in partial)
-                for rival, ratio in row["ratios"].items()
-            ]
-            groups.append((title, sorted(bars, key=lambda bar: (bar.muted, -bar.ratio))))
+            groups.append((title, ranked_bars(row["ratios"], partial, ms, "{:.2f} ms".format)))
     return draw_ratios(path, groups)

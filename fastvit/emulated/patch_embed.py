@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastvit.cpu.patch_embed import make_table
 from fastvit.emulated.add_position import sum_rows
 from fastvit.emulated.call import address, call, type_of
 from fastvit.kernels.layout import PatchLayout, cdiv, read_layout
@@ -37,7 +38,7 @@ def forward(
     constants = channel_constants(mean, std, layout.channels, images.dtype, compute_dtype)
     matrix, full_bias = prepare_weight(weight, bias, constants, images.dtype == torch.uint8, compute_dtype, layout)
     prefix_rows = 0 if prefix is None else prefix.shape[0]
-    table = make_table(prefix_rows + layout.patches, full_bias, pos_embed, prefix)
+    table = make_table(full_bias, pos_embed, prefix, layout.patches)
     kept = layout.patches if keep is None else keep.shape[1]
     tokens = images.new_empty((layout.batch, prefix_rows + kept, weight.shape[0]), dtype=dtype)
     if tokens.numel() == 0:
@@ -122,18 +123,6 @@ def prepare_weight(
     matrix = ordered.reshape(weight.shape[0], -1)
     padding = cdiv(matrix.shape[1], WEIGHT_ALIGN) * WEIGHT_ALIGN - matrix.shape[1]
     return torch.nn.functional.pad(matrix, (0, padding)).contiguous(), full_bias
-
-
-def make_table(rows: int, bias: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
-    """[R+N, D] float32: what every row of the sequence starts from."""
-    prefix_rows = 0 if prefix is None else prefix.shape[0]
-    table = bias.new_empty(rows, bias.shape[0])
-    table[prefix_rows:] = bias
-    if prefix is not None:
-        table[:prefix_rows] = prefix
-    if pos_embed is not None:
-        table[rows - pos_embed.shape[0] :] += pos_embed
-    return table
 
 
 def _patch_gradients(grad: Tensor, keep: Tensor | None, patches: int, prefix_rows: int) -> Tensor:
