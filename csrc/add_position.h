@@ -1,5 +1,5 @@
-// add_position: [B, N, D] tokens plus positions, behind their prefix rows, in one pass; and the sum over the batch that
-// its backward needs. Both read and write each value once, eight to a thread where width and addresses allow it.
+// add_position: [B, N, D] tokens plus positions, behind their prefix rows, in one pass. Each value is read and written
+// once, eight to a thread where width and addresses allow it.
 #pragma once
 
 #include "numeric.h"
@@ -16,7 +16,10 @@ SIMT_KERNEL(ADD_THREADS, 2)
 add_position_forward(AddPosition p) {
   const int pieces = p.width / COUNT;
   const int rows = p.prefix_rows + p.patches;
-  const int64_t index = static_cast<int64_t>(simt::block_x()) * ADD_THREADS + simt::thread_index();
+  // Images are part of x, as y ends at 65,535 blocks.
+  const int blocks = static_cast<int>((static_cast<int64_t>(rows) * pieces + ADD_THREADS - 1) / ADD_THREADS);
+  const int group = simt::block_x() / blocks;
+  const int64_t index = static_cast<int64_t>(simt::block_x() - group * blocks) * ADD_THREADS + simt::thread_index();
   if (index >= static_cast<int64_t>(rows) * pieces) return;
   const int row = static_cast<int>(index / pieces);
   const int column = static_cast<int>(index - static_cast<int64_t>(row) * pieces) * COUNT;
@@ -31,7 +34,7 @@ add_position_forward(AddPosition p) {
     SIMT_UNROLL for (int i = 0; i < COUNT; i++) table[i] += value[i];
   }
 
-  const int first = simt::block_y() * ADD_IMAGES;
+  const int first = group * ADD_IMAGES;
   const int last = first + ADD_IMAGES < p.batch ? first + ADD_IMAGES : p.batch;
   const int64_t place = (row - p.prefix_rows) * p.token_stride + column * p.width_stride;
   for (int image = first; image < last; image++) {
@@ -41,44 +44,6 @@ add_position_forward(AddPosition p) {
     Out* out = static_cast<Out*>(p.out) + (static_cast<int64_t>(image) * rows + row) * p.width + column;
     store(out, value);
   }
-}
-
-constexpr int SUM_THREADS = 256;
-
-template <class T, int COUNT>
-SIMT_KERNEL(SUM_THREADS, 2)
-sum_rows(SumRows p) {
-  const int64_t column = (static_cast<int64_t>(simt::block_x()) * SUM_THREADS + simt::thread_index()) * COUNT;
-  if (column >= p.columns) return;
-  const int first = simt::block_y() * p.rows_per_split;
-  const int last = first + p.rows_per_split < p.rows ? first + p.rows_per_split : p.rows;
-  float total[COUNT] = {};
-  for (int row = first; row < last; row++) {
-    float value[COUNT];
-    load(static_cast<const T*>(p.matrix) + row * p.columns + column, value);
-    SIMT_UNROLL for (int i = 0; i < COUNT; i++) total[i] += value[i];
-  }
-  store(p.sums + simt::block_y() * p.columns + column, total);
-}
-
-// Launchers: they choose an instantiation and the grid.
-
-template <class In, class Out>
-void launch_add_position(const AddPosition& p, simt::Stream& stream) {
-  const bool is_wide = p.width % EIGHT == 0 && p.width_stride == 1 && p.batch_stride % EIGHT == 0 &&
-                       p.token_stride % EIGHT == 0 && is_aligned(p.tokens) && is_aligned(p.positions) &&
-                       is_aligned(p.prefix) && is_aligned(p.out);
-  const int64_t pieces = static_cast<int64_t>(p.prefix_rows + p.patches) * (is_wide ? p.width / EIGHT : p.width);
-  const auto kernel = is_wide ? add_position_forward<In, Out, EIGHT> : add_position_forward<In, Out, 1>;
-  stream.launch(kernel, simt::blocks_for(pieces, ADD_THREADS), simt::blocks_for(p.batch, ADD_IMAGES), ADD_THREADS, 0, p);
-}
-
-template <class T>
-void launch_sum_rows(const SumRows& p, simt::Stream& stream) {
-  const bool is_wide = p.columns % EIGHT == 0 && is_aligned(p.matrix) && is_aligned(p.sums);
-  const int64_t pieces = is_wide ? p.columns / EIGHT : p.columns;
-  const auto kernel = is_wide ? sum_rows<T, EIGHT> : sum_rows<T, 1>;
-  stream.launch(kernel, simt::blocks_for(pieces, SUM_THREADS), simt::blocks_for(p.rows, p.rows_per_split), SUM_THREADS, 0, p);
 }
 
 }  // namespace fastvit

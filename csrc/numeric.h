@@ -47,16 +47,36 @@ SIMT_DEVICE void store(T* to, const float (&values)[COUNT]) {
   }
 }
 
-// COUNT values of a type known at run time: for the small tables, which stay in the cache.
+// The same to elements of a type known at run time.
+template <int COUNT>
+SIMT_DEVICE void store(Type type, void* to, int64_t offset, const float (&values)[COUNT]) {
+  if (type == Type::FLOAT32) {
+    store(static_cast<float*>(to) + offset, values);
+  } else if (type == Type::FLOAT16) {
+    store(static_cast<half*>(to) + offset, values);
+  } else {
+    store(static_cast<bfloat16*>(to) + offset, values);
+  }
+}
+
+// Calls `use` with a pointer to elements of a type known at run time: for small tensors, whose types would multiply the
+// kernels. Around a loop rather than in it, so that the loop's loads can overlap.
+template <class Use>
+SIMT_DEVICE auto with_elements(Type type, const void* elements, const Use& use) {
+  if (type == Type::FLOAT32) return use(static_cast<const float*>(elements));
+  if (type == Type::FLOAT16) return use(static_cast<const half*>(elements));
+  return use(static_cast<const bfloat16*>(elements));
+}
+
 template <int COUNT>
 SIMT_DEVICE void load(Type type, const void* from, int64_t offset, float (&values)[COUNT]) {
-  if (type == Type::FLOAT32) {
-    load<COUNT>(static_cast<const float*>(from) + offset, values);
-  } else if (type == Type::FLOAT16) {
-    load<COUNT>(static_cast<const half*>(from) + offset, values);
-  } else {
-    load<COUNT>(static_cast<const bfloat16*>(from) + offset, values);
-  }
+  with_elements(type, from, [&](auto elements) { load<COUNT>(elements + offset, values); });
+}
+
+SIMT_DEVICE float load_one(Type type, const void* from, int64_t offset) {
+  float value[1];
+  load(type, from, offset, value);
+  return value[0];
 }
 
 }  // namespace fastvit

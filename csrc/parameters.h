@@ -1,51 +1,120 @@
-// What each kernel is given. Pointers to elements of a type known at run time are void.
+// What each kernel is given. Pointers to elements of a type known at run time are void; all else is described in
+// elements, not bytes. Rows and columns of matrices that have no strides here lie side by side.
 #pragma once
 
 #include <cstdint>
 
-namespace fastvit {
+#include "divider.h"
+#include "views.h"
 
-// Element types; the numbers are part of the interface to Python.
-enum class Type : int { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, UINT8 = 3 };
+namespace fastvit {
 
 struct AddPosition {
   const void* tokens;     // [B, N, D], any strides
-  const void* positions;  // [N, D] or [R+N, D], contiguous
-  const void* prefix;     // [R, D], contiguous; null where R = 0
-  void* out;              // [B, R+N, D], contiguous
-  int64_t batch_stride, token_stride, width_stride;  // of the tokens, in elements
+  const void* positions;  // [N, D] or [R+N, D]
+  const void* prefix;     // [R, D]; null where R = 0
+  void* out;              // [B, R+N, D]
+  int64_t batch_stride, token_stride, width_stride;  // of the tokens
   int batch, patches, prefix_rows, width, position_rows;
   Type positions_type, prefix_type;
 };
 
 struct SumRows {
-  const void* matrix;  // [rows, columns], contiguous
+  const void* matrix;  // [rows, columns], rows row_stride apart
   float* sums;         // [splits, columns]: each split sums rows_per_split rows
-  int64_t columns;
+  int64_t columns, row_stride;
   int rows, rows_per_split;
+};
+
+// sums[split, segment, n] = sum of the patch rows of a segment's part whose key is n, in the order they stand in.
+struct SumByKey {
+  const void* grad;     // [B, R+kept, D]
+  const int64_t* keys;  // [B, kept]; a key outside 0..patches-1 is nobody's
+  void* sums;           // [splits, segments, patches, D]
+  int segments, rows;   // rows of a segment: B * kept in one segment, or kept in each of B
+  int rows_per_split, kept, prefix_rows, patches, width;
+};
+
+// What the forward product multiplies with and starts from. k runs as PatchEmbed says, behind k_length W' is zero.
+struct PrepareWeight {
+  const void* weight;      // [D, C, P_h, P_w]
+  const void* bias;        // [D]; null: none
+  const void* positions;   // [N, D] or [R+N, D]; null: none
+  const void* prefix;      // [R, D]; null where R = 0
+  const float* constants;  // [4, C]: weight_scale, pixel_shift, bias_shift, pixel_scale
+  void* prepared;          // W' [D, k_padded] = round(W * weight_scale), in the compute type
+  float* normaliser;       // [2, k_padded]: pixel_shift and pixel_scale of every k, 0 behind; null: not wanted
+  float* table;            // [R+N, D]: prefix + position, or bias + sum_k W' bias_shift * inverse_factor + position
+  Type weight_type, bias_type, positions_type, prefix_type;
+  int width, channels, patch_height, patch_width, k_length, k_padded;
+  int prefix_rows, patches, position_rows;
+  bool channels_last;
+  float inverse_factor;  // 1/256 for uint8 images, else 1
+};
+
+// The weight as the image gradient's product multiplies it: transposed, unscaled.
+struct TransposeWeight {
+  const void* weight;      // [D, C, P_h, P_w]
+  const float* constants;  // [4, C]: of the image gradient; its pixel_scale is used
+  void* transposed;        // [k_length, width_padded] in the compute type, zero behind the width
+  float* scale;            // [k_length]: pixel_scale of every k
+  Type weight_type;
+  int width, width_padded, channels, patch_height, patch_width, k_length;
+  bool channels_last;
+};
+
+// d_weight = (sum over splits of parts + d_bias * bias_shift) * weight_scale * inverse_factor, in the weight's order.
+struct FinishWeightGradient {
+  const float* parts;      // [splits, D, k_padded]
+  const float* d_bias;     // [D]; null: no mean
+  const float* constants;  // [4, C]
+  void* d_weight;          // [D, C, P_h, P_w]
+  Type weight_type;
+  int splits, width, channels, patch_height, patch_width, k_length, k_padded;
+  bool channels_last;
+  float inverse_factor;
 };
 
 // A patch is planes of rows of contiguous values: C planes of P_h rows of P_w values in an NCHW image, one plane of P_h
 // rows of P_w·C values in an NHWC one. The reduction index is k = (plane * patch_height + row) * stretch + value.
-struct PatchEmbed {
+struct Patches {
   const void* images;       // [B, ...], strides below
-  const void* weight;       // W' [D, k_padded], contiguous, zero behind k_length
-  const float* table;       // [R+N, D]: what every row of the sequence starts from
   const float* normaliser;  // [2, k_padded]: shift and scale of the pixel at every k; null: pixels as they are
   const int64_t* keep;      // [B, kept]: which patches; null: all
-  void* tokens;             // [B, R+kept, D], contiguous
-  int64_t batch_stride, plane_stride, row_stride;  // of the images, in elements
-  int batch, grid_width, patches, kept, prefix_rows, width;
-  int stretch, patch_height, k_length, k_padded;
+  int64_t batch_stride, plane_stride, row_stride;  // of the images
+  int batch, patches, kept, stretch, patch_height, k_length, k_padded;
+  Divider over_kept, over_grid_width;
+
+  SIMT_BOTH int rows() const { return batch * kept; }
+};
+
+// tokens[m, d] = scale * sum_k pixel(m, k) W'[d, k] + table[position of m, d]
+struct PatchEmbed {
+  Patches pixels;
+  const void* weight;  // W' [D, k_padded], zero behind k_length
+  const float* table;  // [R+N, D]: what every row of the sequence starts from
+  void* tokens;        // [B, R+kept, D]
+  Type tokens_type;
+  int prefix_rows, width;
   float scale;  // of the sums
+};
+
+// d_images[m, k] = scale[k] * sum_d grad[m, d] W[d, k]: the forward product again, with gradients for pixels.
+struct ImageGradient {
+  Patches gradients;   // a patch for each token: one plane of one row of D values
+  const void* weight;  // [k_length, width_padded], the transposed weight
+  const float* scale;  // [k_length]
+  Patches target;      // whose images, here, are written
+  Type target_type;
+  bool is_wide;  // eight pixels can be stored at once
 };
 
 // dW' = sum over patches of gradient x pixels, the patches divided into splits whose sums are added afterwards.
 struct WeightGradient {
-  PatchEmbed forward;  // images, normaliser, keep and sizes, as in the forward pass; the rest is not used
-  const void* grad;    // [B, R+kept, D], contiguous, of the compute type
-  float* parts;        // [splits, D, k_padded]
-  int rows_per_split;  // a multiple of the rows of a step
+  Patches pixels;
+  const void* grad;  // [B, R+kept, D], of the compute type
+  float* parts;      // [splits, D, k_padded]
+  int prefix_rows, width, rows_per_split;  // a multiple of the rows of a step
 };
 
 }  // namespace fastvit

@@ -201,15 +201,28 @@ def _extension_reason(device_type: str) -> str:
     return "the C++/CUDA extension is not part of this version"
 
 
+def _emulated_reason(device_type: str) -> str:
+    if device_type != "cpu":
+        return "it runs the CUDA kernels on the CPU (slow: for validation)"
+    from fastvit.emulated.build import why_unavailable
+
+    return why_unavailable()
+
+
 _REASONS: dict[str, Callable[[str], str]] = {
     "reference": _reference_reason,
     "cpu": _cpu_reason,
     "triton": _triton_reason,
     "cuda": _extension_reason,
-    "emulated": _extension_reason,
+    "emulated": _emulated_reason,
 }
 
-_PACKAGES = {"cpu": "fastvit.cpu", "triton": "fastvit.kernels"}
+_PACKAGES = {
+    "cpu": "fastvit.cpu",
+    "triton": "fastvit.kernels",
+    "cuda": "fastvit.cuda",
+    "emulated": "fastvit.emulated",
+}
 
 
 @lru_cache

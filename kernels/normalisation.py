@@ -19,9 +19,11 @@ it out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 UINT8_SCALE = 256.0  # the factor in the prepared weight of uint8 images
 
@@ -62,3 +64,32 @@ def image_gradient_constants(std: Sequence[float] | None, channels: int) -> list
     return [
         ChannelConstants(1.0, 0.0, 0.0, 1.0 / (std[channel] if std is not None else 1.0)) for channel in range(channels)
     ]
+
+
+def constants_on_device(constants: Sequence[ChannelConstants], device: torch.device) -> Tensor:
+    """The constants as a [4, C] fp32 tensor.
+
+    Made by fills rather than by a copy from the host, which would wait for the device and could not be captured in a
+    CUDA graph. Kept from call to call, apart for each stream, as another stream would not wait for the fills; during
+    a capture they become part of the graph and are not kept.
+    """
+    key = tuple(constants)
+    if device.type != "cuda":
+        return _filled(key, device)
+    if torch.cuda.is_current_stream_capturing():
+        return _fill(key, device)
+    return _filled(key, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=64)
+def _filled(constants: tuple[ChannelConstants, ...], device: torch.device, stream: int = 0) -> Tensor:
+    return _fill(constants, device)
+
+
+def _fill(constants: tuple[ChannelConstants, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        table = torch.empty(4, len(constants), dtype=torch.float32, device=device)
+        for row, values in zip(table.t(), constants, strict=True):
+            for cell, value in zip(row, values, strict=True):
+                cell.fill_(value)
+    return table

@@ -18,8 +18,13 @@ from fastvit.kernels import launch, manifest
 from fastvit.kernels.add_position import supported
 from fastvit.kernels.layout import INT32_LIMIT, KOrder, PatchLayout, cdiv, k_order, read_layout
 from fastvit.kernels.manifest import Entry
-from fastvit.kernels.normalisation import UINT8_SCALE, channel_constants, image_gradient_constants
-from fastvit.kernels.prepare_weight import constants_on_device, make_table, prepare
+from fastvit.kernels.normalisation import (
+    UINT8_SCALE,
+    channel_constants,
+    constants_on_device,
+    image_gradient_constants,
+)
+from fastvit.kernels.prepare_weight import make_table, prepare
 from fastvit.kernels.row_sums import TARGET_PROGRAMS, sum_by_key, sum_rows
 from fastvit.tuning import FORWARD, TRAINING, configuration
 

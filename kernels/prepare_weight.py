@@ -6,7 +6,6 @@ How the normalisation is divided between the two is told in normalisation.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fastvit.kernels import interpreter, launch, manifest
 from fastvit.kernels.layout import KOrder, PatchLayout, cdiv
-from fastvit.kernels.normalisation import UINT8_SCALE, ChannelConstants
+from fastvit.kernels.normalisation import UINT8_SCALE, ChannelConstants, constants_on_device
 
 interpreter.mend()
 
@@ -123,35 +122,6 @@ def prepare_table(
     position_ptrs = positions_ptr + (row - position_start)[:, None] * width + d[None, :]
     value += tl.load(position_ptrs, mask=inside & has_position, other=0.0)
     tl.store(table_ptr + row[:, None] * width + d[None, :], value * factor, mask=inside)
-
-
-def constants_on_device(constants: Sequence[ChannelConstants], device: torch.device) -> Tensor:
-    """The constants as a [4, C] fp32 tensor.
-
-    Made by fills rather than by a copy from the host, which would wait for the device and could not be captured in a
-    CUDA graph. Kept from call to call, apart for each stream, as another stream would not wait for the fills; during
-    a capture they become part of the graph and are not kept.
-    """
-    key = tuple(constants)
-    if device.type != "cuda":
-        return _filled(key, device)
-    if torch.cuda.is_current_stream_capturing():
-        return _fill(key, device)
-    return _filled(key, device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@lru_cache(maxsize=64)
-def _filled(constants: tuple[ChannelConstants, ...], device: torch.device, stream: int = 0) -> Tensor:
-    return _fill(constants, device)
-
-
-def _fill(constants: tuple[ChannelConstants, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        table = torch.empty(4, len(constants), dtype=torch.float32, device=device)
-        for row, values in zip(table.t(), constants, strict=True):
-            for cell, value in zip(row, values, strict=True):
-                cell.fill_(value)
-    return table
 
 
 def prepare(

@@ -1,97 +1,136 @@
-// The kernels compiled for the host, for Python: raw pointers in, a check of every access on the way.
+// The ops over emulated kernels, for Python: tensors as addresses and strides, every access checked on the way.
 //
-// Knows nothing of torch: fastvit/emulated/ allocates, and describes each buffer by name, address, size and whether the
-// kernel is to write it. A fault of a kernel becomes a RuntimeError.
+// Knows nothing of torch: fastvit/emulated/ allocates and describes. A fault of a kernel becomes a RuntimeError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
+#include <deque>
+#include <memory>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "../ops.h"
+#include "../primitives.h"
+#include "../simt/host/banks.h"
+#include "../simt/host/global_memory.h"
 
 namespace py = pybind11;
 
 namespace fastvit {
 namespace {
 
-using Address = uintptr_t;
-using Buffer = std::tuple<std::string, Address, std::size_t, bool>;  // name, address, bytes, is an output
+using simt::host::global_memory;
 
-template <class T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+// What a launch is told of the GPU, and the order in which its threads run.
+struct Device {
+  uint64_t seed;
+  int processors, capability;
+};
+
+View view_of(uintptr_t address, Type type, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  View view;
+  view.is_given = true;
+  view.data = reinterpret_cast<void*>(address), view.type = type, view.dimensions = static_cast<int>(sizes.size());
+  for (std::size_t i = 0; i < sizes.size(); i++) view.sizes[i] = sizes.at(i), view.strides[i] = strides.at(i);
+  return view;
 }
 
-// Runs launches with exactly these buffers in reach, each byte of the outputs written once.
-template <class Launch>
-void checked(const std::vector<Buffer>& buffers, uint64_t seed, Launch launch) {
-  simt::host::GlobalMemory& memory = simt::host::global_memory();
-  memory.clear();
-  for (const auto& [name, address, bytes, is_output] : buffers) {
-    if (is_output) {
-      memory.add_output(name.c_str(), at(address), bytes);
-    } else {
-      memory.add_input(name.c_str(), at(address), bytes);
+// From the first to the last element, whatever lies between them.
+std::size_t bytes_of(const View& view) {
+  int64_t last = 0;
+  for (int i = 0; i < view.dimensions; i++) {
+    if (view.sizes[i] == 0) return 0;
+    last += (view.sizes[i] - 1) * view.strides[i];
+  }
+  return static_cast<std::size_t>(last + 1) * bytes_of(view.type);
+}
+
+// One call of an op, with exactly its tensors in reach and the memory it asks for.
+class Call {
+ public:
+  explicit Call(const Device& device) {
+    global_memory().clear();
+    queue_.allocate = &Call::allocate;
+    queue_.owner = this;
+    queue_.processors = device.processors, queue_.capability = device.capability, queue_.seed = device.seed;
+  }
+  ~Call() { global_memory().clear(); }
+
+  void reads(std::initializer_list<std::pair<const char*, View>> views) {
+    for (const auto& [name, view] : views) {
+      if (view) global_memory().add_input(name, view.data, bytes_of(view));
     }
   }
-  simt::host::bank_conflicts() = 0;
-  simt::Stream stream{seed};
-  launch(stream);
-  memory.check_all_written();
+  void writes(std::initializer_list<std::pair<const char*, View>> views) {
+    for (const auto& [name, view] : views) {
+      if (view) global_memory().add_output(name, view.data, bytes_of(view));
+    }
+  }
+  const Queue& queue() const { return queue_; }
+  void finish() { global_memory().check_all_written(); }
+
+ private:
+  static void* allocate(void* owner, const char* name, std::size_t bytes) {
+    constexpr std::size_t ALIGNMENT = 256;
+    auto& memory = static_cast<Call*>(owner)->memory_;
+    memory.emplace_back(bytes + ALIGNMENT, static_cast<unsigned char>(0xff));
+    void* data = memory.back().data();
+    std::size_t room = memory.back().size();
+    std::align(ALIGNMENT, bytes, data, room);
+    global_memory().add_scratch(name, data, bytes);
+    return data;
+  }
+
+  Queue queue_;
+  std::deque<std::vector<unsigned char>> memory_;
+};
+
+void run_patch_embed(const Device& device, const PatchEmbedInputs& inputs, const View& tokens) {
+  Call call(device);
+  call.reads({{"images", inputs.images}, {"weight", inputs.weight}, {"bias", inputs.bias},
+              {"positions", inputs.positions}, {"prefix", inputs.prefix}, {"keep", inputs.keep},
+              {"constants", inputs.constants}});
+  call.writes({{"tokens", tokens}});
+  patch_embed(inputs, tokens, call.queue());
+  call.finish();
 }
 
-void run_add_position(const std::vector<Buffer>& buffers, uint64_t seed, Type in, Type out, Address tokens,
-                  Address positions, Type positions_type, int position_rows, Address prefix, Type prefix_type,
-                  int prefix_rows, Address result, std::tuple<int, int, int> shape,
-                  std::tuple<int64_t, int64_t, int64_t> strides) {
-  AddPosition p{};
-  p.tokens = at(tokens), p.positions = at(positions), p.prefix = at(prefix), p.out = at(result);
-  std::tie(p.batch, p.patches, p.width) = shape;
-  std::tie(p.batch_stride, p.token_stride, p.width_stride) = strides;
-  p.prefix_rows = prefix_rows, p.position_rows = position_rows;
-  p.positions_type = positions_type, p.prefix_type = prefix_type;
-  checked(buffers, seed, [&](simt::Stream& stream) { launch(p, in, out, stream); });
+void run_patch_embed_backward(const Device& device, const PatchEmbedInputs& inputs, int prefix_rows,
+                              const PatchEmbedGradients& gradients) {
+  Call call(device);
+  call.reads({{"images", inputs.images}, {"weight", inputs.weight}, {"keep", inputs.keep},
+              {"constants", inputs.constants}, {"grad", gradients.grad}, {"product_grad", gradients.product_grad},
+              {"constants_of_images", gradients.constants_of_images}});
+  call.writes({{"d_images", gradients.d_images}, {"d_weight", gradients.d_weight}, {"d_bias", gradients.d_bias},
+               {"d_rows", gradients.d_rows}});
+  patch_embed_backward(inputs, prefix_rows, gradients, call.queue());
+  call.finish();
 }
 
-void run_sum_rows(const std::vector<Buffer>& buffers, uint64_t seed, Type type, Address matrix, Address sums, int rows,
-              int64_t columns, int rows_per_split) {
-  const SumRows p{at(matrix), at<float>(sums), columns, rows, rows_per_split};
-  checked(buffers, seed, [&](simt::Stream& stream) { launch(p, type, stream); });
+void run_add_position(const Device& device, const View& tokens, const View& positions, const View& prefix,
+                      const View& out) {
+  Call call(device);
+  call.reads({{"tokens", tokens}, {"positions", positions}, {"prefix", prefix}});
+  call.writes({{"out", out}});
+  add_position(tokens, positions, prefix, out, call.queue());
+  call.finish();
 }
 
-using Addresses = std::map<std::string, Address>;
-using Sizes = std::map<std::string, int64_t>;
-
-PatchEmbed patch_embed_of(const Addresses& addresses, const Sizes& sizes, float scale) {
-  const auto pointer = [&](const char* name) { return addresses.count(name) ? addresses.at(name) : 0; };
-  const auto size = [&](const char* name) { return static_cast<int>(sizes.at(name)); };
-  PatchEmbed p{};
-  p.images = at(pointer("images")), p.weight = at(pointer("weight")), p.tokens = at(pointer("tokens"));
-  p.table = at<float>(pointer("table")), p.normaliser = at<float>(pointer("normaliser"));
-  p.keep = at<int64_t>(pointer("keep"));
-  p.batch_stride = sizes.at("batch_stride"), p.plane_stride = sizes.at("plane_stride");
-  p.row_stride = sizes.at("row_stride");
-  p.batch = size("batch"), p.grid_width = size("grid_width"), p.patches = size("patches"), p.kept = size("kept");
-  p.prefix_rows = size("prefix_rows"), p.width = size("width"), p.stretch = size("stretch");
-  p.patch_height = size("patch_height"), p.k_length = size("k_length"), p.k_padded = size("k_padded");
-  p.scale = scale;
-  return p;
+void run_add_position_backward(const Device& device, const View& grad, const View& d_rows) {
+  Call call(device);
+  call.reads({{"grad", grad}});
+  call.writes({{"d_rows", d_rows}});
+  add_position_backward(grad, d_rows, call.queue());
+  call.finish();
 }
 
-void run_patch_embed(const std::vector<Buffer>& buffers, uint64_t seed, Type image, Type compute, Type out,
-                     const Addresses& addresses, const Sizes& sizes, float scale) {
-  const PatchEmbed p = patch_embed_of(addresses, sizes, scale);
-  checked(buffers, seed, [&](simt::Stream& stream) { launch(p, image, compute, out, stream); });
-}
-
-void run_weight_gradient(const std::vector<Buffer>& buffers, uint64_t seed, Type image, Type compute,
-                         const Addresses& addresses, const Sizes& sizes, int rows_per_split) {
-  const WeightGradient p{patch_embed_of(addresses, sizes, 1.0f), at(addresses.at("grad")),
-                         at<float>(addresses.at("parts")), rows_per_split};
-  checked(buffers, seed, [&](simt::Stream& stream) { launch(p, image, compute, stream); });
+void run_one_primitive(const Device& device, int which, const View& input, const View& output) {
+  Call call(device);
+  call.reads({{"input", input}});
+  call.writes({{"output", output}});
+  run_primitive(which, input.data, output.data, call.queue());
+  call.finish();
 }
 
 }  // namespace
@@ -104,11 +143,34 @@ PYBIND11_MODULE(fastvit_emulated, m) {
       .value("float32", Type::FLOAT32)
       .value("float16", Type::FLOAT16)
       .value("bfloat16", Type::BFLOAT16)
-      .value("uint8", Type::UINT8);
+      .value("uint8", Type::UINT8)
+      .value("int64", Type::INT64);
   py::register_local_exception<simt::host::Fault>(m, "Fault", PyExc_RuntimeError);
-  m.def("add_position", &run_add_position);
-  m.def("sum_rows", &run_sum_rows);
+  py::class_<Device>(m, "Device", py::module_local())
+      .def(py::init([](uint64_t seed, int processors, int capability) { return Device{seed, processors, capability}; }));
+  py::class_<View>(m, "View", py::module_local()).def(py::init<>()).def(py::init(&view_of));
+  py::class_<PatchEmbedInputs>(m, "PatchEmbedInputs", py::module_local())
+      .def(py::init([](View images, View weight, View bias, View positions, View prefix, View keep, View constants,
+                       Type compute, bool tf32, bool has_mean) {
+        return PatchEmbedInputs{images, weight, bias, positions, prefix, keep, constants, compute, tf32, has_mean};
+      }));
+  py::class_<PatchEmbedGradients>(m, "PatchEmbedGradients", py::module_local())
+      .def(py::init([](View grad, View product_grad, View constants_of_images, View d_images, View d_weight,
+                       View d_bias, View d_rows) {
+        return PatchEmbedGradients{grad, product_grad, constants_of_images, d_images, d_weight, d_bias, d_rows};
+      }));
+  m.def("can_read", &can_read);
   m.def("patch_embed", &run_patch_embed);
-  m.def("weight_gradient", &run_weight_gradient);
-  m.def("bank_conflicts", [] { return simt::host::bank_conflicts(); });
+  m.def("patch_embed_backward", &run_patch_embed_backward);
+  m.def("add_position", &run_add_position);
+  m.def("add_position_backward", &run_add_position_backward);
+  m.def("bank_conflicts", [] { return std::exchange(simt::host::bank_conflicts(), 0); });
+  m.def("primitives", [] {
+    std::vector<std::tuple<std::string, int64_t, int64_t>> found;
+    for (int i = 0; i < primitive_count(); i++) {
+      found.emplace_back(primitive_name(i), primitive_input_bytes(i), primitive_output_bytes(i));
+    }
+    return found;
+  });
+  m.def("run_primitive", &run_one_primitive);
 }

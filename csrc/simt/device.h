@@ -27,6 +27,14 @@ SIMT_DEVICE uint32_t shuffle_xor(uint32_t value, int lanes) { return __shfl_xor_
 
 SIMT_DEVICE uint32_t bits(float value) { return __float_as_uint(value); }
 SIMT_DEVICE float from_bits(uint32_t value) { return __uint_as_float(value); }
+
+// To the upper 19 bits, nearest, ties away from zero.
+SIMT_DEVICE uint32_t round_to_tf32(uint32_t word) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(from_bits(word)));
+  return rounded;
+}
+
 SIMT_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
 }
@@ -191,6 +199,78 @@ SIMT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t 
     SIMT_MMA("bf16.bf16");
   }
 #undef SIMT_MMA
+}
+
+// sum += a [16, 8] x b [8, 8] of float32 bits, the lower 13 of which are ignored; fragments as for mma.m16n8k8.
+SIMT_DEVICE void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The tensor cores of a warpgroup: four warps multiply operands that lie in shared memory, while their threads go on.
+// sm_90a alone has them; elsewhere they trap, so that one source compiles for all.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SIMT_WARPGROUP(...) asm volatile(__VA_ARGS__)
+#else
+#define SIMT_WARPGROUP(...) __trap()
+#endif
+
+// What this thread has written to shared memory becomes visible to products behind the next barrier.
+SIMT_DEVICE void publish_shared() { SIMT_WARPGROUP("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before the first product, and before the next one whenever the thread has had its sums.
+SIMT_DEVICE void warpgroup_arrive() { SIMT_WARPGROUP("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Of a matrix of 16-bit values in rows of 128 bytes, eight of which take 1024 aligned bytes, from an address in the
+// first row. Bits 4 to 6 of every value's address are changed by bits 7 to 9: the 128-byte swizzle.
+SIMT_DEVICE uint64_t matrix_descriptor(shared_address address) {
+  constexpr uint64_t ROWS = uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32, SWIZZLE = uint64_t{1} << 62;
+  return (address & 0x3ffff) >> 4 | ROWS | SWIZZLE;
+}
+
+// sums += a [64, 16] x b [128, 16] transposed; they may not be touched until the wait. In warp w of the four, with
+// g = lane / 4 and t = 2 (lane % 4), sums[j][i] is that of row 16 w + g + 8 (i / 2) and column 8 j + t + i % 2.
+template <class T>
+SIMT_DEVICE void warpgroup_multiply_add(float (&sums)[16][4], uint64_t a, uint64_t b) {
+#define SIMT_FOUR(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
+#define SIMT_WGMMA(types)                                                                                             \
+  SIMT_WARPGROUP("wgmma.mma_async.sync.aligned.m64n128k16.f32." types " "                                             \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                            \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                  \
+                 "%64, %65, 1, 1, 1, 0, 0;"                                                                           \
+                 : SIMT_FOUR(0), SIMT_FOUR(1), SIMT_FOUR(2), SIMT_FOUR(3), SIMT_FOUR(4), SIMT_FOUR(5), SIMT_FOUR(6),  \
+                   SIMT_FOUR(7), SIMT_FOUR(8), SIMT_FOUR(9), SIMT_FOUR(10), SIMT_FOUR(11), SIMT_FOUR(12),             \
+                   SIMT_FOUR(13), SIMT_FOUR(14), SIMT_FOUR(15)                                                        \
+                 : "l"(a), "l"(b))
+  if constexpr (std::is_same_v<T, half>) {
+    SIMT_WGMMA("f16.f16");
+  } else {
+    static_assert(std::is_same_v<T, bfloat16>, "products of float16 and bfloat16");
+    SIMT_WGMMA("bf16.bf16");
+  }
+#undef SIMT_WGMMA
+#undef SIMT_FOUR
+}
+
+SIMT_DEVICE void warpgroup_commit() { SIMT_WARPGROUP("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most PENDING of the committed groups of products are in flight.
+template <int PENDING>
+SIMT_DEVICE void warpgroup_wait() {
+  SIMT_WARPGROUP("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+#undef SIMT_WARPGROUP
+
+// Behind the wait: the compiler, to which the wait names no registers, does not read sums before it.
+SIMT_DEVICE void warpgroup_done(float (&sums)[16][4]) {
+  SIMT_UNROLL for (int j = 0; j < 16; j++) {
+    asm volatile("" : "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])::"memory");
+  }
 }
 
 }  // namespace simt

@@ -1,7 +1,8 @@
 // The primitives that kernels are written with: PTX under nvcc, an emulation of it under a host compiler.
 //
 // Kernels reach threads, barriers and shared memory through namespace simt alone, so that one source is compiled for a
-// GPU and run, checked access by access, on a machine that has none. See host/block.h for what the emulation checks.
+// GPU and run, checked access by access, on a machine that has none. See host/block.h for what the emulation checks,
+// and ../primitives.cu for the kernels that hold it to a GPU.
 #pragma once
 
 #include <cstdint>
@@ -24,4 +25,5 @@ struct alignas(4 * WORDS) Vector {
 #include "device.h"
 #else
 #include "host/primitives.h"
+#include "host/warpgroup.h"
 #endif

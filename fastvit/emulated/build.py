@@ -5,32 +5,34 @@ Needs a C++ compiler and pybind11, nothing of CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas")
-# What each of the two sources is compiled from. The binding takes longer than all kernels; it sees none of them.
-SEEN = {
-    "kernels": ("emulated/kernels.*", "**/*.h"),
-    "binding": ("emulated/binding.cpp", "emulated/kernels.h", "parameters.h", "simt/**/*.h"),
-}
+DEFINES = ("-DFASTVIT_HAS_SM90A",)  # the kernels of every GPU
 
 
 def why_unavailable() -> str:
     """The reason why the emulated kernels can't be built here, "" if they can."""
     if not (SOURCES / "emulated").exists():
         return "it is built from a checkout of the repository, which this installation is not"
+    if importlib.util.find_spec("fcntl") is None:
+        return "it can be built on Linux and macOS alone"
     if compiler() is None:
         return "it needs a C++ compiler: c++, g++ or clang++"
     if importlib.util.find_spec("pybind11") is None:
@@ -55,16 +57,26 @@ def library() -> ModuleType:
     reason = why_unavailable()
     if reason:
         raise RuntimeError(f"the emulated kernels can't be built: {reason}")
-    return build(SOURCES, cache_folder())
+    return build(units_of(SOURCES), cache_folder())
 
 
-def build(sources: Path, folder: Path, *, few_types: bool = False) -> ModuleType:
-    """Compile csrc/ or a changed copy of it into `folder`, or load what was compiled from the same text before.
+def is_built() -> bool:
+    """Whether `library` need not compile anything."""
+    return all(object_of(unit, cache_folder()).exists() for unit in units_of(SOURCES))
 
-    With `few_types` the tensor-core kernels are there for bfloat16 alone, which compiles several times faster.
+
+def units_of(sources: Path) -> list[Path]:
+    """The files of csrc/ that are compiled."""
+    return [*sorted(sources.glob("*.cu")), sources / "emulated" / "binding.cpp"]
+
+
+def build(units: Sequence[Path], folder: Path, *, few_types: bool = False) -> ModuleType:
+    """Compile files of csrc/, or of a changed copy, into `folder`, or load what was compiled from the same texts.
+
+    With `few_types` there are kernels for bfloat16 and float32 alone, which compile in half the time.
     """
-    defines = ["-DFASTVIT_FEW_TYPES"] if few_types else []
-    objects = [_compiled(sources, name, folder, defines if name == "kernels" else []) for name in SEEN]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda unit: _compiled(unit, folder, few_types), units))
     name = f"fastvit_emulated_{_digest(*(path.name.encode() for path in objects))}"
     target = folder / (name + importlib.machinery.EXTENSION_SUFFIXES[0])
     if not target.exists():
@@ -78,16 +90,51 @@ def build(sources: Path, folder: Path, *, few_types: bool = False) -> ModuleType
     return module
 
 
-def _compiled(sources: Path, name: str, folder: Path, defines: list[str]) -> Path:
-    """The object file of a source in csrc/emulated/."""
+def _compiled(unit: Path, folder: Path, few_types: bool) -> Path:
+    """The object file of a source, compiled if it is not there."""
     import pybind11
 
-    paths = sorted(path for pattern in SEEN[name] for path in sources.glob(pattern))
-    target = folder / f"{name}_{_digest(*(path.read_bytes() for path in paths), *map(str.encode, defines))}.o"
-    if not target.exists():
-        includes = [pybind11.get_include(), sysconfig.get_path("include")] if name == "binding" else []
-        _run([*defines, "-c", str(sources / f"emulated/{name}.cpp"), *(f"-isystem{path}" for path in includes)], target)
+    target = object_of(unit, folder, few_types=few_types)
+    with _alone(target):
+        if not target.exists():
+            language = ["-x", "c++"] if unit.suffix == ".cu" else []
+            paths = [pybind11.get_include(), sysconfig.get_path("include")] if unit.suffix == ".cpp" else []
+            defines = _defines(few_types)
+            _run([*defines, *(f"-isystem{path}" for path in paths), "-c", *language, str(unit)], target)
     return target
+
+
+def object_of(unit: Path, folder: Path, *, few_types: bool = False) -> Path:
+    """Where the object file of a source is kept: named after the text of all that it includes."""
+    seen: dict[Path, bytes] = {}
+    _read(unit, seen)
+    return folder / f"{unit.stem}_{_digest(*seen.values(), *map(str.encode, _defines(few_types)))}.o"
+
+
+def _defines(few_types: bool) -> list[str]:
+    return [*DEFINES, "-DFASTVIT_FEW_TYPES"] if few_types else [*DEFINES]
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Inside the block no other process compiles the same file."""
+    import fcntl  # not on every system that the package can be imported on
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_suffix(".lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    lock.unlink(missing_ok=True)
+
+
+def _read(path: Path, seen: dict[Path, bytes]) -> None:
+    """Add the texts of a file and of what it includes from csrc/ to `seen`."""
+    if path in seen or not path.exists():
+        return
+    seen[path] = path.read_bytes()
+    for included in re.findall(rb'^#include "([^"]+)"', seen[path], re.MULTILINE):
+        _read((path.parent / included.decode()).resolve(), seen)
 
 
 def _digest(*texts: bytes) -> str:
@@ -99,7 +146,6 @@ def _digest(*texts: bytes) -> str:
 
 def _run(arguments: list[str], target: Path) -> None:
     """Run the compiler; the target appears whole or not at all, for several processes may build at once."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         partial = Path(scratch) / target.name
         command = [str(compiler()), *FLAGS, *arguments, "-o", str(partial)]

@@ -1,7 +1,8 @@
-// Small kernels, right ones and wrong ones, run by the emulation. Prints a line for each: name, tab, fault ("" if none).
+// Small kernels, right ones and wrong ones, run by the emulation. Prints a line for each: name, tab, fault or nothing.
 #include <cstdio>
-#include <functional>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "simt/launch.h"
 
@@ -150,22 +151,256 @@ void product() {
   }
 }
 
-void run(const char* name, const std::function<void()>& body) {
+// The same with TF32: the lower 13 bits of a register mean nothing.
+void product_tf32() {
+  const int lane = thread_index() % 32, group = lane / 4, k = lane % 4;
+  uint32_t a[4], b[2], noise = 0x9e37u * (lane + 1);
+  const auto operand = [&](float number) { return bits(number) | ((noise = noise * 5 + 1) & 0x1fff); };
+  for (int i = 0; i < 4; i++) a[i] = operand(value(group + i % 2 * 8, k + i / 2 * 4));
+  for (int i = 0; i < 2; i++) b[i] = operand(value(group, k + i * 4 + 3));
+  float sum[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  multiply_add_tf32(sum, a, b[0], b[1]);
+  for (int i = 0; i < 4; i++) {
+    const int row = group + i / 2 * 8, column = k * 2 + i % 2;
+    float expected = 1.0f;
+    for (int depth = 0; depth < 8; depth++) expected += value(row, depth) * value(column, depth + 3);
+    expect(sum[i] == expected, "wrong product");
+  }
+}
+
+float scratch[THREADS];
+
+void write_scratch() { store_element(scratch + thread_index(), 1.0f + thread_index()); }
+void write_output() { store_element(output + thread_index(), 1.0f + thread_index()); }
+void read_scratch() { expect(load_element(scratch + thread_index() / 2) == 1.0f + thread_index() / 2, "wrong value"); }
+void copy_scratch() { copy_async<4>(4 * thread_index(), scratch + thread_index(), true); }
+void read_output() { expect(load_element(output + thread_index() / 2) == 1.0f + thread_index() / 2, "wrong value"); }
+void write_and_read_scratch() {
+  write_scratch();
+  sync_threads();
+  read_scratch();
+}
+void write_some_scratch() {
+  if (thread_index() != 9) write_scratch();
+}
+
+// Loads of WORDS words, STRIDE words from lane to lane.
+template <int WORDS, int STRIDE>
+void strided_loads() {
+  for (int index = thread_index(); index < SHARED_BYTES / 4; index += THREADS) store_shared<1>(4 * index, word(index));
+  sync_threads();
+  load_shared<WORDS>(4 * STRIDE * thread_index());
+}
+
+// Lanes that a branch has parted are no access of a warp; behind the next barrier they are again.
+template <bool REUNITED>
+void parted_loads() {
+  strided_loads<1, 1>();
+  sync_warp();
+  if (thread_index() % 2) shared_word(thread_index() % 32 * 8);
+  if (REUNITED) sync_warp();
+  shared_word(thread_index() % 32 * 8);
+}
+
+void different_loads() {
+  strided_loads<1, 1>();
+  sync_warp();
+  if (thread_index() % 2) {
+    load_shared<2>(32 * thread_index());
+  } else {
+    load_shared<1>(32 * thread_index());
+  }
+}
+
+// Rows of matrices, all of them in the same banks.
+void matrices_in_the_same_banks() {
+  strided_loads<1, 1>();
+  uint32_t fragments[4];
+  load_matrices(fragments, thread_index() % 16 * 128);
+}
+
+// A warpgroup multiplies [64, 64] by the transpose of [128, 64], twice into the same sums.
+constexpr int DEPTH = 64, FIRST_ROWS = 64, SECOND_ROWS = 128, WARPGROUP_BYTES = (FIRST_ROWS + SECOND_ROWS) * DEPTH * 2;
+constexpr shared_address FIRST = 0, SECOND = FIRST_ROWS * DEPTH * 2;
+uint16_t operands[(FIRST_ROWS + SECOND_ROWS) * DEPTH];
+int waited;  // how many threads have
+
+enum Wrong {
+  NOTHING, NOT_PUBLISHED, ONE_NOT_PUBLISHED, PUBLISHED_LATE, PUBLISHED_BEFORE_THE_COPY, NO_BARRIER, NO_ARRIVE,
+  ARRIVES_ONCE, NO_COMMIT, NO_WAIT, WAITS_FOR_TOO_LITTLE, WRITES_SUMS, OVERWRITES, COPIES_OVER, OVERWRITES_AFTER_WAIT,
+  LAST_OVERWRITES, DIFFERENT_DESCRIPTORS, MISALIGNED, SECOND_ROW, LEAVES_ROW, OUT_OF_RANGE, LANES_APART, WARPS_APART,
+  THREE_WARPS,
+};
+
+template <Wrong WRONG, bool COPIES>
+void fill_operands() {
+  const int me = thread_index();
+  for (int piece = me; piece < (FIRST_ROWS + SECOND_ROWS) * DEPTH / 8; piece += 128) {
+    const int row = piece / 8, chunk = piece % 8;
+    const shared_address target = row * DEPTH * 2 + ((chunk ^ row % 8) << 4);
+    if (COPIES) {
+      copy_async<16>(target, operands + piece * 8, true);
+    } else {
+      store_shared<4>(target, load_global<4>(operands + piece * 8));
+    }
+  }
+  copy_commit();
+  if (WRONG == PUBLISHED_BEFORE_THE_COPY) publish_shared();
+  copy_wait<0>();
+  const bool is_late = WRONG == PUBLISHED_LATE || WRONG == PUBLISHED_BEFORE_THE_COPY;
+  if (WRONG != NOT_PUBLISHED && !is_late && (WRONG != ONE_NOT_PUBLISHED || me != 77)) publish_shared();
+  if (WRONG != NO_BARRIER) sync_threads();
+  if (WRONG == PUBLISHED_LATE) publish_shared();
+}
+
+template <Wrong WRONG>
+uint64_t first_descriptor(int k) {
+  const int me = thread_index();
+  if (WRONG == DIFFERENT_DESCRIPTORS && me == 99) k ^= 16;
+  if (WRONG == MISALIGNED) return matrix_descriptor(FIRST + k * 2 + 8);
+  if (WRONG == SECOND_ROW) return matrix_descriptor(FIRST + k * 2 + 128);
+  if (WRONG == LEAVES_ROW) return matrix_descriptor(FIRST + k * 2 + 16);
+  if (WRONG == OUT_OF_RANGE) return matrix_descriptor(FIRST + k * 2 + 3 * 8192);
+  return matrix_descriptor(FIRST + k * 2);
+}
+
+template <Wrong WRONG, class T>
+void warpgroup_multiply(float (&sums)[16][4], int k) {
+  using Other = std::conditional_t<std::is_same_v<T, half>, bfloat16, half>;
+  const uint64_t a = first_descriptor<WRONG>(k), b = matrix_descriptor(SECOND + k * 2);
+  if (WRONG == LANES_APART && thread_index() % 2) return sync_warp();
+  if (WRONG == WARPS_APART && thread_index() / 32 == 2) return warpgroup_multiply_add<Other>(sums, a, b);
+  warpgroup_multiply_add<T>(sums, a, b);
+}
+
+void expect_products(const float (&sums)[16][4], int times) {
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  for (int j = 0; j < 16; j++) {
+    for (int i = 0; i < 4; i++) {
+      const int row = warp * 16 + lane / 4 + i / 2 * 8, column = j * 8 + lane % 4 * 2 + i % 2;
+      float expected = 1.0f;
+      for (int k = 0; k < DEPTH; k++) expected += times * value(row, k) * value(FIRST_ROWS + column, k);
+      expect(sums[j][i] == expected, "wrong product");
+    }
+  }
+}
+
+template <Wrong WRONG, class T, bool COPIES = false>
+void warpgroup_product() {
+  float sums[16][4];
+  for (auto& four : sums) {
+    for (float& sum : four) sum = 1.0f;
+  }
+  for (int round = 0; round < 2; round++) {
+    fill_operands<WRONG, COPIES>();
+    if (WRONG == THREE_WARPS && thread_index() / 32 == 3) return;
+    if (WRONG != NO_ARRIVE && (WRONG != ARRIVES_ONCE || round == 0)) warpgroup_arrive();
+    for (int k = 0; k < DEPTH; k += 16) warpgroup_multiply<WRONG, T>(sums, k);
+    if (WRONG == NO_COMMIT && round == 1) return;
+    warpgroup_commit();
+    if (WRONG == WRITES_SUMS) sums[3][1] = 2.0f;
+    if (WRONG == OVERWRITES && thread_index() == 5) store_shared<1>(SECOND, word(0));
+    if (WRONG == COPIES_OVER && thread_index() == 5) copy_async<16>(FIRST, operands, true);
+    if (WRONG == NO_WAIT && round == 1) return;
+    if (WRONG == WAITS_FOR_TOO_LITTLE) {
+      warpgroup_wait<1>();
+    } else {
+      warpgroup_wait<0>();
+    }
+    expect_products(sums, round + 1);
+    if (WRONG == LAST_OVERWRITES && ++waited == 128) store_shared<1>(SECOND, word(0));
+    if (WRONG != OVERWRITES_AFTER_WAIT) sync_threads();
+  }
+}
+
+// Two groups in flight: the first has finished once one is left.
+void two_groups_of_products() {
+  float first[16][4] = {}, second[16][4] = {};
+  fill_operands<NOTHING, false>();
+  warpgroup_arrive();
+  for (int k = 0; k < DEPTH; k += 16) warpgroup_multiply<NOTHING, bfloat16>(first, k);
+  warpgroup_commit();
+  for (int k = 0; k < DEPTH; k += 16) warpgroup_multiply<NOTHING, bfloat16>(second, k);
+  warpgroup_commit();
+  warpgroup_wait<1>();
+  expect(second[0][0] != second[0][0], "sums of a product in flight are there");
+  for (auto& four : first) {
+    for (float& sum : four) sum += 1.0f;
+  }
+  expect_products(first, 1);
+  warpgroup_wait<0>();
+  for (auto& four : second) {
+    for (float& sum : four) sum += 1.0f;
+  }
+  expect_products(second, 1);
+}
+
+void half_a_warpgroup() {
+  warpgroup_arrive();
+  float sums[16][4] = {};
+  warpgroup_multiply<NOTHING, bfloat16>(sums, 0);
+}
+
+struct Body {
+  void (*run)();
+};
+
+void one_block(Body body) {
+  if (block_x() == 0) body.run();
+}
+
+struct Case {
+  const char* name;
+  std::vector<void (*)()> launches;
+  int threads = THREADS;
+  int shared_bytes = SHARED_BYTES;
+  bool is_complete = false;  // all memory must have been written at the end
+  int64_t bank_conflicts = -1;
+};
+
+void run_once(const Case& test, uint64_t seed) {
   host::GlobalMemory& memory = host::global_memory();
+  memory.clear();
+  memory.add_input("source", source, sizeof source);
+  memory.add_input("operands", operands, sizeof operands);
+  memory.add_output("output", output, 4 * THREADS);
+  memory.add_scratch("scratch", scratch, sizeof scratch);
+  host::bank_conflicts() = 0;
+  waited = 0;
+  Queue queue;
+  queue.seed = seed;
+  for (void (*body)() : test.launches) launch(queue, one_block, 2, 1, test.threads, test.shared_bytes, Body{body});
+  if (test.is_complete) memory.check_all_written();
+  if (test.bank_conflicts >= 0 && host::bank_conflicts() != test.bank_conflicts) {
+    host::fail(std::to_string(host::bank_conflicts()) + " bank conflicts");
+  }
+}
+
+void run(const Case& test) {
   std::string fault;
   for (uint64_t seed = 0; seed < 8 && fault.empty(); seed++) {
-    memory.clear();
-    memory.add_input("source", source, sizeof source);
-    memory.add_output("output", output, 4 * THREADS);
     try {
-      host::Block block;
-      block.run({2, 1}, THREADS, SHARED_BYTES, seed, [&] { if (block_x() == 0) body(); });
-      if (std::string(name) == "incomplete") memory.check_all_written();
+      run_once(test, seed);
     } catch (const host::Fault& caught) {
       fault = caught.what();
     }
   }
-  std::printf("%s\t%s\n", name, fault.c_str());
+  std::printf("%s\t%s\n", test.name, fault.c_str());
+}
+
+void run(const char* name, void (*body)()) { run(Case{name, {body}}); }
+
+void run_banks(const char* name, int64_t conflicts, void (*body)()) {
+  run(Case{name, {body}, THREADS, SHARED_BYTES, false, conflicts});
+}
+
+void run_warpgroup(const char* name, void (*body)()) { run(Case{name, {body}, 128, WARPGROUP_BYTES}); }
+
+template <class T>
+void fill(uint16_t* to) {
+  for (int row = 0; row < FIRST_ROWS + SECOND_ROWS; row++) {
+    for (int k = 0; k < DEPTH; k++) to[row * DEPTH + k] = round_to<T>(value(row, k)).raw;
+  }
 }
 
 }  // namespace
@@ -195,10 +430,61 @@ int main() {
   run("misaligned", misaligned);
   run("shared outside", shared_outside);
   run("never written", never_written);
-  run("incomplete", incomplete);
+  run({"incomplete", {incomplete}, THREADS, SHARED_BYTES, true});
   run("product float16", product<half, false>);
   run("product bfloat16", product<bfloat16, false>);
   run("product transposed", product<bfloat16, true>);
+  run("product tf32", product_tf32);
+  run({"two launches", {write_scratch, read_scratch}});
+  run({"complete", {write_scratch, write_output, read_output}, THREADS, SHARED_BYTES, true});
+  run({"scratch incomplete", {write_output, write_some_scratch}, THREADS, SHARED_BYTES, true});
+  run("scratch never written", read_scratch);
+  run({"scratch partly written", {write_some_scratch, read_scratch}});
+  run("scratch of the same launch", write_and_read_scratch);
+  run("copy of scratch never written", copy_scratch);
+  run({"scratch written by two launches", {write_scratch, write_scratch}});
+  run_banks("banks of words", 0, strided_loads<1, 1>);
+  run_banks("banks of one word", 0, strided_loads<1, 0>);
+  run_banks("banks of every second word", 2, strided_loads<1, 2>);
+  run_banks("banks of pairs", 0, strided_loads<2, 2>);
+  run_banks("banks of every second pair", 4, strided_loads<2, 4>);
+  run_banks("banks of fours", 0, strided_loads<4, 4>);
+  run_banks("banks of every second four", 8, strided_loads<4, 8>);
+  run_banks("banks of parted lanes", 0, parted_loads<false>);
+  run_banks("banks of reunited lanes", 14, parted_loads<true>);
+  run_banks("banks of different loads", 0, different_loads);
+  run_banks("banks of matrices", 56, matrices_in_the_same_banks);
+  fill<half>(operands);
+  run_warpgroup("wgmma float16", warpgroup_product<NOTHING, half>);
+  run_warpgroup("wgmma warps apart", warpgroup_product<WARPS_APART, half>);
+  fill<bfloat16>(operands);
+  run_warpgroup("wgmma bfloat16", warpgroup_product<NOTHING, bfloat16>);
+  run_warpgroup("wgmma of copies", warpgroup_product<NOTHING, bfloat16, true>);
+  run_warpgroup("wgmma in two groups", two_groups_of_products);
+  run_warpgroup("wgmma not published", warpgroup_product<NOT_PUBLISHED, bfloat16>);
+  run_warpgroup("wgmma copies not published", warpgroup_product<NOT_PUBLISHED, bfloat16, true>);
+  run_warpgroup("wgmma one thread not published", warpgroup_product<ONE_NOT_PUBLISHED, bfloat16>);
+  run_warpgroup("wgmma published late", warpgroup_product<PUBLISHED_LATE, bfloat16>);
+  run_warpgroup("wgmma published before the copy", warpgroup_product<PUBLISHED_BEFORE_THE_COPY, bfloat16, true>);
+  run_warpgroup("wgmma without barrier", warpgroup_product<NO_BARRIER, bfloat16>);
+  run_warpgroup("wgmma without arrive", warpgroup_product<NO_ARRIVE, bfloat16>);
+  run_warpgroup("wgmma arrives once", warpgroup_product<ARRIVES_ONCE, bfloat16>);
+  run_warpgroup("wgmma without commit", warpgroup_product<NO_COMMIT, bfloat16>);
+  run_warpgroup("wgmma without wait", warpgroup_product<NO_WAIT, bfloat16>);
+  run_warpgroup("wgmma waits for too little", warpgroup_product<WAITS_FOR_TOO_LITTLE, bfloat16>);
+  run_warpgroup("wgmma sums written", warpgroup_product<WRITES_SUMS, bfloat16>);
+  run_warpgroup("wgmma operand overwritten", warpgroup_product<OVERWRITES, bfloat16>);
+  run_warpgroup("wgmma operand copied over", warpgroup_product<COPIES_OVER, bfloat16>);
+  run_warpgroup("wgmma operand overwritten after wait", warpgroup_product<OVERWRITES_AFTER_WAIT, bfloat16>);
+  run_warpgroup("wgmma operand overwritten by the last", warpgroup_product<LAST_OVERWRITES, bfloat16>);
+  run_warpgroup("wgmma different descriptors", warpgroup_product<DIFFERENT_DESCRIPTORS, bfloat16>);
+  run_warpgroup("wgmma misaligned", warpgroup_product<MISALIGNED, bfloat16>);
+  run_warpgroup("wgmma second row", warpgroup_product<SECOND_ROW, bfloat16>);
+  run_warpgroup("wgmma leaves row", warpgroup_product<LEAVES_ROW, bfloat16>);
+  run_warpgroup("wgmma out of range", warpgroup_product<OUT_OF_RANGE, bfloat16>);
+  run_warpgroup("wgmma lanes apart", warpgroup_product<LANES_APART, bfloat16>);
+  run_warpgroup("wgmma three warps", warpgroup_product<THREE_WARPS, bfloat16>);
+  run("wgmma half a warpgroup", half_a_warpgroup);
   // Conversions: a checksum of all 16-bit numbers there and back, for the test to compare with PyTorch's.
   for (uint32_t raw = 0; raw < 0x10000; raw += 0x10) {
     const half h{static_cast<uint16_t>(raw)};
@@ -207,7 +493,8 @@ int main() {
     std::printf("bfloat16 %u\t%08x\n", raw, bits(to_float(b)));
   }
   for (uint32_t raw = 0; raw < 0x7f800000u; raw += 0x00010fb1u) {
-    std::printf("round %u\t%04x %04x\n", raw, round_to<half>(from_bits(raw)).raw, round_to<bfloat16>(from_bits(raw)).raw);
+    const float wide = from_bits(raw);
+    std::printf("round %u\t%04x %04x\n", raw, round_to<half>(wide).raw, round_to<bfloat16>(wide).raw);
   }
   return 0;
 }

@@ -1,25 +1,27 @@
 // Runs a kernel on the host, one block after another, each CUDA thread of a block on a fiber of its own.
 //
 // A thread runs until it waits; which one goes on is drawn from the seed. Checked on the way: barriers that not all
-// threads reach, warp operations that lanes reach differently, threads that end with copies in flight, every shared
-// access for order (shared_memory.h), every global access for range, alignment and a second write (global_memory.h).
+// threads reach, warp operations that lanes reach differently, threads that end with copies or products in flight,
+// every shared access for order (shared_memory.h) and banks (banks.h), every global access for range, alignment and a
+// second write (global_memory.h), and the rules of wgmma (warpgroup.h).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "banks.h"
 #include "fault.h"
 #include "fiber.h"
 #include "global_memory.h"
 #include "shared_memory.h"
+#include "thread.h"
 
 namespace simt::host {
 
-constexpr int WARP = 32;
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
 struct Grid {
@@ -27,32 +29,9 @@ struct Grid {
   int y = 1;
 };
 
-// One cp.async of one thread.
-struct Copy {
-  uint32_t target;
-  const void* source;  // null where zeros are to arrive
-  int bytes;
-  bool arrived;
-};
-
-// Executes a warp operation once all lanes have brought their operands.
-using WarpOperation = void (*)(void* const (&operands)[WARP]);
-
-struct Thread {
-  Context context;
-  int index = 0;
-  bool ended = false;
-  uint32_t block_epoch = 0;
-  uint32_t warp_epoch = 0;
-  std::vector<Copy> open;                  // started, not yet committed
-  std::deque<std::vector<Copy>> groups;    // committed, not yet waited for
-  WarpOperation operation = nullptr;       // what it waits to do with its warp
-  void* operands = nullptr;
-
-  Actor actor() const { return {index, block_epoch, warp_epoch}; }
-  int warp() const { return index / WARP; }
-  int lane() const { return index % WARP; }
-};
+// Executes an operation of a warp or a warpgroup once all its threads have brought their operands.
+template <int THREADS>
+using Operation = void (*)(void* const (&operands)[THREADS]);
 
 class Block {
  public:
@@ -84,32 +63,20 @@ class Block {
     if (++waiting_ < alive_) return wait();
     waiting_ = 0;
     for (Thread& thread : threads_) thread.block_epoch++;
-    for (uint32_t& lanes : runnable_) lanes = ALL_LANES;
+    for (int warp = 0; warp < warps(); warp++) resume(warp);
     yield();
   }
 
-  // Brings this lane's operands to an operation of the whole warp, and returns when it is done.
-  void with_warp(WarpOperation operation, void* operands) {
-    Thread& thread = current();
-    const int warp = thread.warp();
-    if (live_[warp] != ALL_LANES) fail("warp operation after a lane has ended");
-    thread.operation = operation;
-    thread.operands = operands;
-    arrived_[warp] |= 1u << thread.lane();
-    if (arrived_[warp] != ALL_LANES) return wait();
-    void* all[WARP];
-    for (int lane = 0; lane < WARP; lane++) {
-      const Thread& other = lane_of(warp, lane);
-      if (other.operation != operation) fail("lanes of a warp are at different warp operations");
-      all[lane] = other.operands;
-    }
-    operation(all);
-    arrived_[warp] = 0;
-    runnable_[warp] = ALL_LANES;
-    if (draw(4) == 0) yield();
+  // Brings this thread's operands to an operation of its whole warp, or warpgroup, and returns when it is done.
+  void with_warp(Operation<WARP> operation, void* operands) { together(operation, operands); }
+  void with_warpgroup(Operation<WARPGROUP> operation, void* operands) {
+    if (threads_.size() % WARPGROUP) fail("wgmma in a block that is not whole warpgroups");
+    together(operation, operands);
   }
 
+  Thread& thread(int index) { return threads_[index]; }
   Thread& lane_of(int warp, int lane) { return threads_[warp * WARP + lane]; }
+  int warps() const { return static_cast<int>(live_.size()); }
 
  private:
   void run_block(int threads, int shared_bytes) {
@@ -141,6 +108,69 @@ class Block {
     if (alive_) fail("deadlock: " + std::to_string(alive_) + " threads wait for ever" + place + ")");
   }
 
+  template <int THREADS>
+  void together(Operation<THREADS> operation, void* operands) {
+    Thread& mine = current();
+    const int first = mine.index / THREADS * THREADS;
+    const int first_warp = first / WARP, last_warp = first_warp + THREADS / WARP;
+    mine.operation = reinterpret_cast<void (*)()>(operation);
+    mine.operands = operands;
+    arrived_[mine.warp()] |= 1u << mine.lane();
+    for (int warp = first_warp; warp < last_warp; warp++) {
+      if (live_[warp] != ALL_LANES) fail("warp operation after a lane has ended");
+    }
+    check_same_operation(mine.warp());
+    for (int warp = first_warp; warp < last_warp; warp++) {
+      if (arrived_[warp] != ALL_LANES) return wait();
+    }
+    void* all[THREADS];
+    for (int i = 0; i < THREADS; i++) {
+      if (threads_[first + i].operation != mine.operation) fail("warps of a warpgroup are at different operations");
+      all[i] = threads_[first + i].operands;
+    }
+    operation(all);
+    for (int warp = first_warp; warp < last_warp; warp++) {
+      arrived_[warp] = 0;
+      resume(warp);
+    }
+    if (draw(4) == 0) yield();
+  }
+
+  // Once all lanes of a warp have come: to one and the same operation.
+  void check_same_operation(int warp) {
+    if (arrived_[warp] != ALL_LANES) return;
+    for (int lane = 1; lane < WARP; lane++) {
+      if (lane_of(warp, lane).operation != lane_of(warp, 0).operation) {
+        fail("lanes of a warp are at different warp operations");
+      }
+    }
+  }
+
+  // All lanes of a warp stand at the same point, and go on.
+  void resume(int warp) {
+    count_loads(warp);
+    runnable_[warp] = ALL_LANES;
+  }
+
+  // Lanes that loaded in step since they last met did so as a warp. Where a branch parted them, nothing is counted.
+  void count_loads(int warp) {
+    const std::vector<SharedLoad>& first = lane_of(warp, 0).loads;
+    bool in_step = true;
+    for (int lane = 1; lane < WARP && in_step; lane++) {
+      const std::vector<SharedLoad>& other = lane_of(warp, lane).loads;
+      in_step = std::equal(first.begin(), first.end(), other.begin(), other.end(),
+                           [](const SharedLoad& a, const SharedLoad& b) { return a.bytes == b.bytes; });
+    }
+    for (std::size_t load = 0; in_step && load < first.size(); load++) {
+      uint32_t addresses[WARP];
+      for (int lane = 0; lane < WARP; lane++) addresses[lane] = lane_of(warp, lane).loads[load].address;
+      // A warp's wide loads are done by halves, 8 bytes, or quarters, 16 bytes.
+      const int bytes = first[load].bytes, lanes = 128 / bytes;
+      for (int part = 0; part < WARP; part += lanes) count_conflicts(addresses + part, lanes, bytes);
+    }
+    for (int lane = 0; lane < WARP; lane++) lane_of(warp, lane).loads.clear();
+  }
+
   // Where every fiber starts. A fault ends the block: the other fibers are left where they are.
   static void enter() {
     Block& block = *running();
@@ -156,17 +186,14 @@ class Block {
 
   void leave() {
     Thread& thread = current();
-    if (!thread.open.empty()) fail("a thread ends with copies that were not committed");
-    for (const auto& group : thread.groups) {
-      if (!group.empty()) fail("a thread ends with copies in flight");
-    }
-    thread.ended = true;
+    thread.check_finished();
     alive_--;
     const uint32_t lane = 1u << thread.lane();
     runnable_[thread.warp()] &= ~lane;
     live_[thread.warp()] &= ~lane;
     if (waiting_) fail("a thread ends while others wait at __syncthreads");
     if (arrived_[thread.warp()]) fail("a lane ends while others wait for a warp operation");
+    if (!live_[thread.warp()]) count_loads(thread.warp());
   }
 
   void wait() {
@@ -177,7 +204,7 @@ class Block {
   void yield() { Context::go(current_->context, scheduler_); }
 
   void shuffle() {
-    for (int last = static_cast<int>(order_.size()) - 1; last > 0; last--) std::swap(order_[last], order_[draw(last + 1)]);
+    for (int last = warps() - 1; last > 0; last--) std::swap(order_[last], order_[draw(last + 1)]);
   }
 
   // A runnable thread: of the first runnable warp in an order that seldom changes, so that warps run far ahead of one

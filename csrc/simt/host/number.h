@@ -56,6 +56,13 @@ inline uint16_t bfloat16_bits(float value) {
   return static_cast<uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
 
+// To the upper 19 bits, nearest, ties away from zero. What is not finite is cut, as the instructions that nvcc makes of
+// cvt.rna.tf32 do.
+inline uint32_t tf32_bits(uint32_t word) {
+  const bool is_finite = (word & ~SIGN) < INFINITE;
+  return (is_finite ? word + 0x1000 : word) & 0xffffe000u;
+}
+
 }  // namespace host
 
 inline float to_float(float value) { return value; }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "banks.h"
 #include "block.h"
 #include "number.h"
 
@@ -48,6 +49,8 @@ SIMT_DEVICE uint32_t shuffle_xor(uint32_t value, int lanes) {
 SIMT_DEVICE uint32_t bits(float value) { return host::bits_of(value); }
 SIMT_DEVICE float from_bits(uint32_t word) { return host::float_of(word); }
 
+SIMT_DEVICE uint32_t round_to_tf32(uint32_t word) { return host::tf32_bits(word); }
+
 SIMT_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t result = 0;
@@ -91,7 +94,9 @@ SIMT_DEVICE void store_element(T* address, T value) {
 template <int WORDS>
 SIMT_DEVICE Vector<WORDS> load_shared(shared_address address) {
   Vector<WORDS> value;
-  host::block().shared().read(address, &value, sizeof value, host::block().current().actor());
+  host::Thread& thread = host::block().current();
+  host::block().shared().read(address, &value, sizeof value, thread.actor());
+  thread.loads.push_back({address, sizeof value});
   return value;
 }
 
@@ -114,25 +119,25 @@ SIMT_DEVICE void copy_async(shared_address target, const void* source, bool vali
   block.shared().start_copy(target, BYTES, block.current().actor());
   host::Copy copy{target, valid ? source : nullptr, BYTES, block.draw(2) == 0};
   if (copy.arrived) block.shared().arrive(copy.target, copy.source, copy.bytes);
-  block.current().open.push_back(copy);
+  block.current().open_copies.push_back(copy);
 }
 
 SIMT_DEVICE void copy_commit() {
   host::Thread& thread = host::block().current();
-  thread.groups.push_back(std::move(thread.open));
-  thread.open.clear();
+  thread.copies.push_back(std::move(thread.open_copies));
+  thread.open_copies.clear();
 }
 
 template <int PENDING>
 SIMT_DEVICE void copy_wait() {
   host::Block& block = host::block();
   host::Thread& thread = block.current();
-  while (static_cast<int>(thread.groups.size()) > PENDING) {
-    for (const host::Copy& copy : thread.groups.front()) {
+  while (static_cast<int>(thread.copies.size()) > PENDING) {
+    for (const host::Copy& copy : thread.copies.front()) {
       if (!copy.arrived) block.shared().arrive(copy.target, copy.source, copy.bytes);
       block.shared().finish_copy(copy.target, copy.bytes, thread.actor());
     }
-    thread.groups.pop_front();
+    thread.copies.pop_front();
   }
 }
 
@@ -145,26 +150,18 @@ struct MatrixRow {
   uint32_t* out;
 };
 
-// Reads of a row that had to wait for another: shared memory gives 128 bytes at a time, each bank once.
-inline int64_t& bank_conflicts() {
-  static int64_t count = 0;
-  return count;
-}
-
 template <bool TRANSPOSED>
 void load_matrices(void* const (&lanes)[WARP]) {
   const int warp = block().current().warp();
   for (int matrix = 0; matrix < 4; matrix++) {
     uint16_t value[8][8];
-    uint32_t busy = 0;  // a bit for each 16 bytes of the 128
+    shared_address addresses[8];
     for (int row = 0; row < 8; row++) {
       const int lane = matrix * 8 + row;
-      const shared_address address = static_cast<const MatrixRow*>(lanes[lane])->row;
-      const uint32_t banks = 1u << (address / 16 % 8);
-      if (busy & banks) bank_conflicts()++;
-      busy |= banks;
-      block().shared().read(address, value[row], 16, block().lane_of(warp, lane).actor());
+      addresses[row] = static_cast<const MatrixRow*>(lanes[lane])->row;
+      block().shared().read(addresses[row], value[row], 16, block().lane_of(warp, lane).actor());
     }
+    count_conflicts(addresses, 8, 16);
     for (int lane = 0; lane < WARP; lane++) {
       const int row = lane / 4, column = lane % 4 * 2;
       const uint16_t low = TRANSPOSED ? value[column][row] : value[row][column];
@@ -180,9 +177,24 @@ struct Fragments {
   uint32_t b[2];
 };
 
-// Fragments of mma.m16n8k16 (PTX ISA): with g = lane / 4 and t = 2 (lane % 4), register i of A holds rows g + 8 (i % 2),
-// columns t + 8 (i / 2) and the next; register i of B rows t + 8 i and the next, column g; sum i row g + 8 (i / 2),
-// column t + i % 2.
+// Adds the products of rows of A and columns of B to the sums of each lane. With g = lane / 4 and t = 2 (lane % 4), sum
+// i is that of row g + 8 (i / 2) and column t + i % 2.
+template <int K>
+void add_products(void* const (&lanes)[WARP], const float (&a)[16][K], const float (&b)[8][K]) {
+  for (int lane = 0; lane < WARP; lane++) {
+    float* sum = static_cast<const Fragments*>(lanes[lane])->sum;
+    for (int i = 0; i < 4; i++) {
+      const float* row = a[lane / 4 + i / 2 * 8];
+      const float* column = b[lane % 4 * 2 + i % 2];
+      float products = 0;
+      for (int k = 0; k < K; k++) products += row[k] * column[k];
+      sum[i] += products;
+    }
+  }
+}
+
+// mma.m16n8k16 (PTX ISA): register i of A holds row g + 8 (i % 2), columns t + 8 (i / 2) and the next; register i of B
+// rows t + 8 i and the next, column g.
 template <class T>
 void multiply_add(void* const (&lanes)[WARP]) {
   float a[16][16], b[8][16];  // B by columns
@@ -196,17 +208,21 @@ void multiply_add(void* const (&lanes)[WARP]) {
       for (int i = 0; i < 2; i++) b[group][pair + i * 8 + which] = half_of<T>(fragments->b[i], which);
     }
   }
+  add_products(lanes, a, b);
+}
+
+// mma.m16n8k8 of TF32: register i of A holds row g + 8 (i % 2), column lane % 4 + 4 (i / 2); register i of B row
+// lane % 4 + 4 i, column g. The lower 13 bits of a register are ignored.
+inline void multiply_add_tf32(void* const (&lanes)[WARP]) {
+  const auto upper = [](uint32_t word) { return float_of(word & 0xffffe000u); };
+  float a[16][8], b[8][8];  // B by columns
   for (int lane = 0; lane < WARP; lane++) {
-    float* sum = static_cast<const Fragments*>(lanes[lane])->sum;
-    const int group = lane / 4, pair = lane % 4 * 2;
-    for (int i = 0; i < 4; i++) {
-      const float* row = a[group + i / 2 * 8];
-      const float* column = b[pair + i % 2];
-      float products = 0;
-      for (int k = 0; k < 16; k++) products += row[k] * column[k];
-      sum[i] += products;
-    }
+    const auto* fragments = static_cast<const Fragments*>(lanes[lane]);
+    const int group = lane / 4, k = lane % 4;
+    for (int i = 0; i < 4; i++) a[group + i % 2 * 8][k + i / 2 * 4] = upper(fragments->a[i]);
+    for (int i = 0; i < 2; i++) b[group][k + i * 4] = upper(fragments->b[i]);
   }
+  add_products(lanes, a, b);
 }
 
 }  // namespace host
@@ -225,6 +241,11 @@ template <class T>
 SIMT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   host::Fragments mine{sum, a, {b0, b1}};
   host::block().with_warp(host::multiply_add<T>, &mine);
+}
+
+SIMT_DEVICE void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  host::Fragments mine{sum, a, {b0, b1}};
+  host::block().with_warp(host::multiply_add_tf32, &mine);
 }
 
 }  // namespace simt

@@ -1,0 +1,54 @@
+// The ops, as both bindings call them: torch/ for tensors of PyTorch, emulated/ for tests on a machine without a GPU.
+//
+// Callers have checked shapes and types, as fastvit/checks.py does, and have made every tensor contiguous but images,
+// d_images and the tokens of add_position, which may have any strides that `can_read` accepts. Outputs are allocated by
+// the caller; memory that is needed for the length of a call comes from the queue.
+#pragma once
+
+#include "simt/queue.h"
+#include "views.h"
+
+namespace fastvit {
+
+using simt::Queue;
+
+struct PatchEmbedInputs {
+  View images;     // [B, C, H, W] uint8 or a float type
+  View weight;     // [D, C, P_h, P_w]
+  View bias;       // [D], or none
+  View positions;  // [N, D] or [R+N, D], or none
+  View prefix;     // [R, D], or none
+  View keep;       // [B, kept] int64, or none
+  View constants;  // [4, C] float32: the rows of fastvit/kernels/normalisation.py
+  Type compute;    // the type that is multiplied: float32, float16 or bfloat16
+  bool tf32;       // whether float32 may be multiplied at TF32 precision
+  bool has_mean;   // whether a mean is subtracted: without one the sums for it are left out
+};
+
+// Whether the strides of [B, C, H, W] images, or d_images, can be read in place: NCHW or NHWC, any distance apart.
+bool can_read(const View& images);
+
+// tokens: [B, R+N, D], or [B, R+kept, D] with keep. A place of keep that is out of range becomes a row of NaN.
+void patch_embed(const PatchEmbedInputs& inputs, const View& tokens, const Queue& queue);
+
+struct PatchEmbedGradients {
+  View grad;          // [B, R+N, D]: the gradient of the tokens, which bias and table rows are summed from
+  View product_grad;  // the same in the compute type, for the two products
+  View constants_of_images;  // [4, C] float32: the constants of the image gradient; needed with d_images
+  View d_images;      // as the images, or none; written everywhere, zero where a patch was not kept
+  View d_weight;      // as the weight, or none
+  View d_bias;        // [D] float32, or none
+  View d_rows;        // [R+N, D] float32, or none: the gradient of every row of the table
+};
+
+// Of the inputs, bias, positions and prefix are not read; prefix_rows is R.
+void patch_embed_backward(const PatchEmbedInputs& inputs, int prefix_rows, const PatchEmbedGradients& gradients,
+                          const Queue& queue);
+
+// tokens: [B, N, D], any strides; positions: [N, D] or [R+N, D]; prefix: [R, D] or none; out: [B, R+N, D].
+void add_position(const View& tokens, const View& positions, const View& prefix, const View& out, const Queue& queue);
+
+// grad: [B, T, D] → d_rows: [T, D] float32, the sum over the batch.
+void add_position_backward(const View& grad, const View& d_rows, const Queue& queue);
+
+}  // namespace fastvit

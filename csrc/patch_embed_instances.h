@@ -1,0 +1,152 @@
+// Which kernels exist, and which of them runs. Included by the files that compile them, one for each compute type.
+#pragma once
+
+#include <initializer_list>
+#include <stdexcept>
+
+#include "patch_embed_forward.h"
+#include "patch_embed_launch.h"
+#include "patch_embed_weight_gradient.h"
+#include "simt/launch.h"
+
+namespace fastvit {
+
+// Calls `use(Image{})` with the type of the images.
+template <class Compute, class Use>
+void with_image(Type type, Use use) {
+#if defined(FASTVIT_FEW_TYPES)  // builds in which a fault is planted: images of the compute type, or uint8
+  type == Type::UINT8 ? use(uint8_t{}) : use(Compute{});
+#else
+  switch (type) {
+    case Type::FLOAT32: return use(float{});
+    case Type::FLOAT16: return use(half{});
+    case Type::BFLOAT16: return use(bfloat16{});
+    case Type::UINT8: return use(uint8_t{});
+    default: throw std::invalid_argument("images: no kernel for this type");
+  }
+#endif
+}
+
+// Calls `use` with the widest vector of pixels there are kernels for, as a std::integral_constant.
+template <class Image, class Compute, class Use>
+void with_vector(const Patches& p, Use use) {
+  if constexpr (sizeof(Compute) == 2) {
+    const int vector = pixel_vector(p, sizeof(Image), {8, 2});
+    if (vector == 8) return use(std::integral_constant<int, 8>{});
+    if (vector == 2) return use(std::integral_constant<int, 2>{});
+  } else {
+    if (pixel_vector(p, sizeof(Image), {4}) == 4) return use(std::integral_constant<int, 4>{});
+  }
+  use(std::integral_constant<int, 1>{});
+}
+
+// Rows a block, columns, values of the reduction; of a warp; stages; blocks a multiprocessor.
+template <class Compute>
+using SmallTile = std::conditional_t<sizeof(Compute) == 2, Tile<Compute, 64, 64, 32, 32, 32, 3, 2>,
+                                     Tile<Compute, 64, 64, 16, 32, 32, 3, 2>>;
+template <class Compute>
+using LargeTile = Tile<Compute, 128, 128, 64, 64, 32, 3, 1>;
+
+// Whether large tiles are enough to keep every multiprocessor busy.
+inline bool fills(const Queue& queue, int rows, int columns) {
+  return static_cast<int64_t>(simt::blocks_for(rows, 128)) * simt::blocks_for(columns, 128) >= queue.processors;
+}
+
+template <class Image, int VECTOR, class Tile, class Product>
+void launch_forward_tile(const PatchEmbed& p, const Queue& queue) {
+  const int prefix = p.pixels.batch * p.prefix_rows;
+  const int tiles = simt::blocks_for(p.pixels.rows(), Tile::BM) + simt::blocks_for(prefix, Tile::BM);
+  simt::launch(queue, patch_embed_forward<Image, VECTOR, Tile, Product>, tiles * simt::blocks_for(p.width, Tile::BN), 1,
+               Tile::THREADS, ForwardMemory<Tile>::BYTES, p);
+}
+
+template <class Compute>
+void launch_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& queue) {
+  using Small = SmallTile<Compute>;
+#if defined(FASTVIT_HAS_SM90A)
+  if constexpr (sizeof(Compute) == 2) {
+    if (queue.capability == 90 && launch_forward_sm90a<Compute>(image, p, queue)) return;
+  }
+#endif
+  with_image<Compute>(image, [&](auto pixel) {
+    using Image = decltype(pixel);
+    with_vector<Image, Compute>(p.pixels, [&](auto vector) {
+      constexpr int VECTOR = decltype(vector)::value;
+      if constexpr (sizeof(Compute) == 2) {
+        if constexpr (VECTOR == 8) {
+          using Large = LargeTile<Compute>;
+          if (fills(queue, p.pixels.rows(), p.width)) {
+            return launch_forward_tile<Image, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
+          }
+        }
+        launch_forward_tile<Image, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
+      } else if (tf32) {
+        launch_forward_tile<Image, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
+      } else {
+        launch_forward_tile<Image, VECTOR, Small, MultiplyAddsByRows<Small>>(p, queue);
+      }
+    });
+  });
+}
+
+template <class Compute, int VECTOR, class Tile, class Product>
+void launch_image_gradient_tile(const ImageGradient& p, const Queue& queue) {
+  const int tiles = simt::blocks_for(p.target.rows(), Tile::BM) * simt::blocks_for(p.target.k_length, Tile::BN);
+  simt::launch(queue, patch_embed_image_gradient<Compute, VECTOR, Tile, Product>, tiles, 1, Tile::THREADS,
+               ForwardMemory<Tile>::BYTES, p);
+}
+
+template <class Compute>
+void launch_image_gradient(bool tf32, const ImageGradient& given, const Queue& queue) {
+  using Small = SmallTile<Compute>;
+  ImageGradient p = given;
+  p.is_wide = pixel_vector(p.target, bytes_of(p.target_type), {8}) == 8;
+  with_vector<Compute, Compute>(p.gradients, [&](auto vector) {
+    constexpr int VECTOR = decltype(vector)::value;
+    if constexpr (sizeof(Compute) == 2) {
+      if constexpr (VECTOR == 8) {
+        using Large = LargeTile<Compute>;
+        if (fills(queue, p.target.rows(), p.target.k_length)) {
+          return launch_image_gradient_tile<Compute, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
+        }
+      }
+      launch_image_gradient_tile<Compute, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
+    } else if (tf32) {
+      launch_image_gradient_tile<Compute, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
+    } else {
+      launch_image_gradient_tile<Compute, VECTOR, Small, MultiplyAddsByRows<Small>>(p, queue);
+    }
+  });
+}
+
+template <class Image, int VECTOR, class Tile, class Product>
+void launch_weight_gradient_tile(const WeightGradient& p, const Queue& queue) {
+  static_assert(WEIGHT_GRADIENT_STEP % Tile::BK == 0, "a split is whole steps");
+  const int tiles = simt::blocks_for(p.width, Tile::BM) * simt::blocks_for(p.pixels.k_padded, Tile::BN);
+  simt::launch(queue, patch_embed_weight_gradient<Image, VECTOR, Tile, Product>, tiles,
+               simt::blocks_for(p.pixels.rows(), p.rows_per_split), Tile::THREADS, Tile::PIPELINE_BYTES, p);
+}
+
+template <class Compute>
+void launch_weight_gradient(Type image, bool tf32, const WeightGradient& p, const Queue& queue) {
+  using Small = SmallTile<Compute>;
+  with_image<Compute>(image, [&](auto pixel) {
+    using Image = decltype(pixel);
+    with_vector<Image, Compute>(p.pixels, [&](auto vector) {
+      constexpr int VECTOR = decltype(vector)::value;
+      if constexpr (sizeof(Compute) == 2) {
+        if constexpr (VECTOR == 8) {
+          using Large = LargeTile<Compute>;
+          if (is_large(p)) return launch_weight_gradient_tile<Image, VECTOR, Large, TensorCoresByColumns<Large>>(p, queue);
+        }
+        launch_weight_gradient_tile<Image, VECTOR, Small, TensorCoresByColumns<Small>>(p, queue);
+      } else if (tf32) {
+        launch_weight_gradient_tile<Image, VECTOR, Small, TensorCoresByColumns<Small>>(p, queue);
+      } else {
+        launch_weight_gradient_tile<Image, VECTOR, Small, MultiplyAddsByColumns<Small>>(p, queue);
+      }
+    });
+  });
+}
+
+}  // namespace fastvit

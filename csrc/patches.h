@@ -1,0 +1,188 @@
+// Patches where they lie: where each starts, how k walks through it, and pixels on their way into shared memory.
+#pragma once
+
+#include "pipeline.h"
+
+namespace fastvit {
+
+constexpr int64_t NO_PATCH = -1;   // a row beyond the last patch
+constexpr int64_t BAD_PATCH = -2;  // an index in keep that is out of range
+
+// Where the patch of row m starts in the images, in elements.
+SIMT_DEVICE int64_t patch_origin(const Patches& p, int m) {
+  if (m >= p.rows()) return NO_PATCH;
+  const int image = p.over_kept.quotient(m);
+  int patch = p.over_kept.remainder(m, image);
+  if (p.keep) {
+    const int64_t chosen = simt::load_element(p.keep + m);
+    if (chosen < 0 || chosen >= p.patches) return BAD_PATCH;
+    patch = static_cast<int>(chosen);
+  }
+  const int y = p.over_grid_width.quotient(patch), x = p.over_grid_width.remainder(patch, y);
+  return image * p.batch_stride + static_cast<int64_t>(y) * p.patch_height * p.row_stride +
+         static_cast<int64_t>(x) * p.stretch;
+}
+
+// The row of the sequence, in a batch of sequences with prefix rows, that holds the token of patch row m.
+SIMT_DEVICE int64_t token_row(const Patches& p, int prefix_rows, int m) {
+  return m + (static_cast<int64_t>(p.over_kept.quotient(m)) + 1) * prefix_rows;
+}
+
+// Walks through k in equal steps: the offset of a value inside its patch, without a division after the first.
+struct PixelWalk {
+  int plane, row, value;
+  int plane_step, row_step, value_step;
+
+  SIMT_DEVICE void start(const Patches& p, int k, int step) {
+    split(p, k, plane, row, value);
+    split(p, step, plane_step, row_step, value_step);
+  }
+  SIMT_DEVICE void advance(const Patches& p) {
+    value += value_step, row += row_step, plane += plane_step;
+    if (value >= p.stretch) value -= p.stretch, row++;
+    if (row >= p.patch_height) row -= p.patch_height, plane++;
+  }
+  SIMT_DEVICE void next(const Patches& p) {
+    if (++value == p.stretch) value = 0, row++;
+    if (row == p.patch_height) row = 0, plane++;
+  }
+  SIMT_DEVICE int64_t offset(const Patches& p) const { return plane * p.plane_stride + row * p.row_stride + value; }
+
+ private:
+  static SIMT_DEVICE void split(const Patches& p, int k, int& plane, int& row, int& value) {
+    const int per_plane = p.patch_height * p.stretch;
+    plane = k / per_plane;
+    row = (k - plane * per_plane) / p.stretch;
+    value = k - plane * per_plane - row * p.stretch;
+  }
+};
+
+// VECTOR pixels as they lie in memory, by the widest load.
+template <class Image, int VECTOR>
+struct RawPixels {
+  static constexpr int BYTES = VECTOR * static_cast<int>(sizeof(Image));
+  uint32_t word[BYTES < 4 ? 1 : BYTES / 4];
+
+  SIMT_DEVICE void load(const Image* from) {
+    if constexpr (BYTES == 1) {
+      word[0] = simt::load_element(reinterpret_cast<const uint8_t*>(from));
+    } else if constexpr (BYTES == 2) {
+      word[0] = simt::load_element(reinterpret_cast<const uint16_t*>(from));
+    } else {
+      constexpr int WORDS = BYTES < 16 ? BYTES / 4 : 4;
+      SIMT_UNROLL for (int first = 0; first < BYTES / 4; first += WORDS) {
+        const auto words = simt::load_global<WORDS>(from + first * 4 / sizeof(Image));
+        SIMT_UNROLL for (int i = 0; i < WORDS; i++) word[first + i] = words.word[i];
+      }
+    }
+  }
+  SIMT_DEVICE void clear() {
+    SIMT_UNROLL for (uint32_t& w : word) w = 0;
+  }
+  SIMT_DEVICE float value(int i) const {
+    if constexpr (std::is_same_v<Image, uint8_t>) {
+      return static_cast<float>(word[i / 4] >> (8 * (i % 4)) & 0xff);
+    } else if constexpr (sizeof(Image) == 2) {
+      return simt::half_of<Image>(word[i / 2], i % 2);
+    } else {
+      return simt::from_bits(word[i]);
+    }
+  }
+};
+
+// PIECE pixels at consecutive k of each of PASSES rows, on their way into a tile of Compute values. Where they are of
+// the compute type and lie side by side they are copied asynchronously; others pass through registers, where they are
+// normalised and rounded. Where vectors do not fit, a piece is as many single pixels as make a word.
+template <class Image, class Compute, int VECTOR, int PASSES>
+struct PixelCopier {
+  static constexpr int SIZE = sizeof(Compute);
+  static constexpr int PIECE = VECTOR * SIZE < 4 ? 4 / SIZE : VECTOR, WORDS = PIECE * SIZE / 4;
+  static constexpr bool SINGLE = VECTOR < PIECE;
+  static constexpr bool ASYNC = std::is_same_v<Image, Compute> && !SINGLE;
+  RawPixels<Image, PIECE> raw[ASYNC ? 1 : PASSES];
+
+  // `origin` < 0: no such patch, zeros.
+  SIMT_DEVICE void start(const Patches& p, const PixelWalk& walk, int k, int64_t origin, int pass, shared_address to) {
+    const Image* images = static_cast<const Image*>(p.images);
+    const bool is_inside = origin >= 0 && k < p.k_length;
+    const Image* from = is_inside ? images + origin + walk.offset(p) : images;
+    if constexpr (ASYNC) {
+      simt::copy_async<PIECE * SIZE>(to, from, is_inside);
+    } else {
+      raw[pass].clear();
+      if (!is_inside) return;
+      if constexpr (SINGLE) {
+        load_pair(p, walk, k, images + origin, raw[pass]);
+      } else {
+        raw[pass].load(from);
+      }
+    }
+  }
+
+  // Converts what `start` left in registers; `place(pass)` is where each pass goes.
+  template <class Place>
+  SIMT_DEVICE void finish(const Patches& p, int k, Place place) {
+    if constexpr (!ASYNC) {
+      float shift[PIECE] = {}, scale[PIECE] = {};
+      if (p.normaliser && k < p.k_padded) {
+        load_piece(p.normaliser + k, shift);
+        load_piece(p.normaliser + p.k_padded + k, scale);
+      }
+      SIMT_UNROLL for (int pass = 0; pass < PASSES; pass++) {
+        float value[PIECE];
+        SIMT_UNROLL for (int i = 0; i < PIECE; i++) {
+          value[i] = raw[pass].value(i);
+          if (p.normaliser) value[i] = (value[i] - shift[i]) * scale[i];
+        }
+        simt::Vector<WORDS> words;
+        SIMT_UNROLL for (int i = 0; i < WORDS; i++) {
+          if constexpr (SIZE == 2) {
+            words.word[i] = simt::pack<Compute>(value[2 * i], value[2 * i + 1]);
+          } else {
+            words.word[i] = simt::bits(value[i]);
+          }
+        }
+        simt::store_shared<WORDS>(place(pass), words);
+      }
+    }
+  }
+
+ private:
+  // Pixels that may lie in different rows, at any address.
+  static SIMT_DEVICE void load_pair(const Patches& p, PixelWalk walk, int k, const Image* patch,
+                                    RawPixels<Image, PIECE>& to) {
+    constexpr int BITS = 8 * static_cast<int>(sizeof(Image)), PER_WORD = BITS < 32 ? 32 / BITS : 1;
+    SIMT_UNROLL for (int i = 0; i < PIECE; i++) {
+      if (k + i < p.k_length) {
+        RawPixels<Image, 1> one;
+        one.load(patch + walk.offset(p));
+        to.word[i / PER_WORD] |= one.word[0] << (BITS * (i % PER_WORD));
+      }
+      walk.next(p);
+    }
+  }
+
+  static SIMT_DEVICE void load_piece(const float* from, float (&values)[PIECE]) {
+    if constexpr (PIECE == 8) {
+      load(from, values);
+    } else if constexpr (PIECE == 4 || PIECE == 2) {
+      const auto words = simt::load_global<PIECE>(from);
+      SIMT_UNROLL for (int i = 0; i < PIECE; i++) values[i] = simt::from_bits(words.word[i]);
+    } else {
+      values[0] = simt::load_element(from);
+    }
+  }
+};
+
+// The widest of the given vectors of pixels that every row of a patch consists of, else 1.
+inline int pixel_vector(const Patches& p, int element_bytes, std::initializer_list<int> vectors) {
+  for (const int vector : vectors) {
+    const bool fits = p.stretch % vector == 0 && p.row_stride % vector == 0 && p.plane_stride % vector == 0 &&
+                      p.batch_stride % vector == 0;
+    const int bytes = vector * element_bytes < 16 ? vector * element_bytes : 16;
+    if (fits && reinterpret_cast<uintptr_t>(p.images) % bytes == 0) return vector;
+  }
+  return 1;
+}
+
+}  // namespace fastvit

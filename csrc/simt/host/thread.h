@@ -1,0 +1,83 @@
+// A thread of the emulated block: its fiber, and what it has started and not yet waited for.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "fiber.h"
+#include "shared_memory.h"
+
+namespace simt::host {
+
+constexpr int WARP = 32;
+constexpr int WARPGROUP = 128;
+
+// One cp.async of one thread.
+struct Copy {
+  uint32_t target;
+  const void* source;  // null where zeros are to arrive
+  int bytes;
+  bool arrived;
+};
+
+// One load from shared memory.
+struct SharedLoad {
+  uint32_t address;
+  int bytes;
+};
+
+// One wgmma of a warpgroup. Its operands are read until the last of the threads has waited.
+struct Product {
+  std::vector<uint32_t> operands;  // addresses, each of 16 bytes
+  int waiting = WARPGROUP;
+};
+
+// The share of one thread in a wgmma.
+struct ProductShare {
+  std::shared_ptr<Product> product;
+  float* sums;
+};
+
+// Sums of one thread that products in flight add to. They are kept here, and those of the kernel are NaN until then.
+struct PendingSums {
+  static constexpr int COUNT = 64;
+  float* place;
+  std::vector<float> values;
+  int products;
+};
+
+struct Thread {
+  Context context;
+  int index = 0;
+  uint32_t block_epoch = 0;
+  uint32_t warp_epoch = 0;
+  std::vector<Copy> open_copies;              // started, not yet committed
+  std::deque<std::vector<Copy>> copies;       // committed, not yet waited for
+  bool has_arrived = false;                   // a wgmma may start: its sums are where the tensor cores may find them
+  std::vector<ProductShare> open_products;
+  std::deque<std::vector<ProductShare>> products;
+  std::vector<PendingSums> sums;
+  std::vector<SharedLoad> loads;              // since the last operation of the warp or barrier
+  void (*operation)() = nullptr;              // what it waits to do with its warp or warpgroup
+  void* operands = nullptr;
+
+  Actor actor() const { return {index, block_epoch, warp_epoch}; }
+  int warp() const { return index / WARP; }
+  int lane() const { return index % WARP; }
+
+  // A thread must have waited for all that it has started.
+  void check_finished() const {
+    if (!open_copies.empty()) fail("a thread ends with copies that were not committed");
+    for (const auto& group : copies) {
+      if (!group.empty()) fail("a thread ends with copies in flight");
+    }
+    if (!open_products.empty()) fail("a thread ends with a wgmma that was not committed");
+    for (const auto& group : products) {
+      if (!group.empty()) fail("a thread ends with a wgmma in flight");
+    }
+  }
+};
+
+}  // namespace simt::host

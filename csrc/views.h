@@ -1,0 +1,27 @@
+// A tensor as the ops see it: where it lies and how, without knowing whose it is.
+#pragma once
+
+#include <cstdint>
+
+namespace fastvit {
+
+// Element types; the numbers are part of the interface to Python.
+enum class Type : int { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, UINT8 = 3, INT64 = 4 };
+
+constexpr int bytes_of(Type type) {
+  return type == Type::FLOAT32 ? 4 : type == Type::UINT8 ? 1 : type == Type::INT64 ? 8 : 2;
+}
+
+struct View {
+  bool is_given = false;  // else there is no such tensor; one without elements is given, and may have no data
+  void* data = nullptr;   // of the first element
+  Type type = Type::FLOAT32;
+  int dimensions = 0;
+  int64_t sizes[4] = {};
+  int64_t strides[4] = {};  // in elements
+
+  explicit operator bool() const { return is_given; }
+  int size(int dimension) const { return static_cast<int>(sizes[dimension]); }
+};
+
+}  // namespace fastvit

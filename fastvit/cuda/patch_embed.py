@@ -1,0 +1,147 @@
+"""`patch_embed` by the C++/CUDA extension: what the library's ops need beside the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.kernels.layout import INT32_LIMIT
+from fastvit.kernels.normalisation import channel_constants, constants_on_device, image_gradient_constants
+
+Normalisation = Sequence[float] | None
+
+
+def forward(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: Normalisation,
+    std: Normalisation,
+    keep: Tensor | None,
+    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, C, H, W] images, [D, C, P_h, P_w] weight → [B, R+N, D] tokens in dtype; [B, R+N_keep, D] with keep.
+
+    Arguments as in `fastvit.functional.patch_embed`, already checked. An index in `keep` that is out of range gives a
+    row of NaN.
+    """
+    ops = torch.ops.fastvit
+    return run_forward(
+        ops.patch_embed_cuda, images, weight, bias, pos_embed, prefix, mean, std, keep, compute_dtype, dtype, is_tf32()
+    )
+
+
+def backward(
+    grad: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    mean: Normalisation,
+    std: Normalisation,
+    keep: Tensor | None,
+    compute_dtype: torch.dtype,
+    prefix_rows: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of images, weight, bias and table rows, each where needs has it, else of size 0.
+
+    grad is [B, R+N, D], or [B, R+N_keep, D] with keep. d_images and d_weight have the shape and dtype of images and
+    weight; d_bias is [D] and d_rows [R+N, D], both float32: the gradient summed over patches, and over the batch.
+    """
+    op = torch.ops.fastvit.patch_embed_backward_cuda
+    return run_backward(op, grad, images, weight, mean, std, keep, compute_dtype, prefix_rows, needs, is_tf32())
+
+
+def is_tf32() -> bool:
+    """Whether float32 products may be made at TF32 precision: as torch's convolutions, since one is replaced."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def run_forward(
+    op: Any,
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: Normalisation,
+    std: Normalisation,
+    keep: Tensor | None,
+    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
+    tf32: bool,
+) -> Tensor:
+    """`forward` through `op`: the library's, or the emulated one."""
+    patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
+    _check_sizes(images, weight, max(patches, 0 if keep is None else keep.shape[1]), prefix)
+    constants = _constants(mean, std, images, compute_dtype)
+    return op(images, weight, bias, pos_embed, prefix, keep, constants, compute_dtype, dtype, tf32)
+
+
+def run_backward(
+    op: Any,
+    grad: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    mean: Normalisation,
+    std: Normalisation,
+    keep: Tensor | None,
+    compute_dtype: torch.dtype,
+    prefix_rows: int,
+    needs: Sequence[bool],
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward` through `op`: the library's, or the emulated one."""
+    need_images, need_weight, _, _ = needs
+    product_grad = grad.to(compute_dtype) if need_images or need_weight else grad
+    constants = _constants(mean, std, images, compute_dtype)
+    of_images = _image_constants(None if std is None else tuple(std), images.shape[1])
+    of_images = constants_on_device(of_images, images.device) if need_images else constants
+    results = op(
+        grad,
+        product_grad,
+        images,
+        weight,
+        keep,
+        constants,
+        of_images,
+        compute_dtype,
+        prefix_rows,
+        tf32,
+        mean is not None,
+        list(needs),
+    )
+    d_images = results[0]
+    if need_images and d_images.stride() != images.stride() and d_images.numel():
+        # The kernels write NCHW and NHWC alone; the gradient of another layout is laid out as its images.
+        d_images = torch.empty_like(images).copy_(d_images)
+    return d_images, *results[1:]
+
+
+def _constants(mean: Normalisation, std: Normalisation, images: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    means, stds = (None if values is None else tuple(values) for values in (mean, std))
+    constants = _channel_constants(means, stds, images.shape[1], images.dtype, compute_dtype)
+    return constants_on_device(constants, images.device)
+
+
+@lru_cache(maxsize=64)
+def _channel_constants(*arguments: Any) -> tuple[Any, ...]:
+    return tuple(channel_constants(*arguments))
+
+
+@lru_cache(maxsize=64)
+def _image_constants(std: Normalisation, channels: int) -> tuple[Any, ...]:
+    return tuple(image_gradient_constants(std, channels))
+
+
+def _check_sizes(images: Tensor, weight: Tensor, patches: int, prefix: Tensor | None) -> None:
+    length = patches + (0 if prefix is None else prefix.shape[0])
+    batch, dim = images.shape[0], weight.shape[0]
+    if batch * length >= INT32_LIMIT or length * dim >= INT32_LIMIT:
+        raise ValueError(f"images: {batch} x {length} tokens of width {dim}; rows and values a sample must be < 2^31")

@@ -1,0 +1,117 @@
+"""The ops of the C++/CUDA extension over emulated kernels: the arguments of `torch.ops.fastvit.*_cuda`, on the CPU.
+
+Every access of a kernel is checked, and each output must be written whole and once.
+
+Raises:
+    RuntimeError: a kernel raced, read or wrote out of bounds, or left an output incomplete; or it can't be built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastvit.emulated.call import device, library, type_of, view
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    keep: Tensor | None,
+    constants: Tensor,
+    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
+    tf32: bool,
+) -> Tensor:
+    """[B, R+N, D] tokens, or [B, R+N_keep, D] with `keep`."""
+    images, weight = _readable(images), weight.contiguous()
+    patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
+    rows = (0 if prefix is None else prefix.shape[0]) + (patches if keep is None else keep.shape[1])
+    tokens = images.new_empty((images.shape[0], rows, weight.shape[0]), dtype=dtype)
+    if tokens.numel() == 0:
+        return tokens
+    held = [_contiguous(tensor) for tensor in (bias, pos_embed, prefix, keep)]
+    inputs = library().PatchEmbedInputs(
+        view(images), view(weight), *map(view, held), view(constants), type_of(compute_dtype), tf32, False
+    )
+    library().patch_embed(device(), inputs, view(tokens))
+    return tokens
+
+
+def patch_embed_backward(
+    grad: Tensor,
+    product_grad: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    keep: Tensor | None,
+    constants: Tensor,
+    constants_of_images: Tensor,
+    compute_dtype: torch.dtype,
+    prefix_rows: int,
+    tf32: bool,
+    has_mean: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_images, d_weight, d_bias [D] and d_rows [R+N, D], the last two float32; of size 0 where not needed."""
+    need_images, need_weight, need_bias, need_rows = needs
+    dim, _, height, width = weight.shape
+    rows = prefix_rows + (images.shape[2] // height) * (images.shape[3] // width)
+    d_images = torch.empty_like(images) if need_images else images.new_empty(0)
+    if need_images and not library().can_read(view(d_images)):
+        d_images = torch.empty_like(images, memory_format=torch.contiguous_format)
+    d_weight = torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype)
+    d_bias = torch.empty(dim if need_bias else 0, dtype=torch.float32)
+    d_rows = torch.empty((rows, dim) if need_rows else (0,), dtype=torch.float32)
+    grad, product_grad, images = grad.contiguous(), product_grad.contiguous(), _readable(images)
+    weight, keep = weight.contiguous(), _contiguous(keep)
+    none = view(None)
+    inputs = library().PatchEmbedInputs(
+        view(images),
+        view(weight),
+        none,
+        none,
+        none,
+        view(keep),
+        view(constants),
+        type_of(compute_dtype),
+        tf32,
+        has_mean,
+    )
+    wanted = zip((d_images, d_weight, d_bias, d_rows), needs, strict=True)
+    results = (view(tensor if is_needed else None) for tensor, is_needed in wanted)
+    gradients = library().PatchEmbedGradients(view(grad), view(product_grad), view(constants_of_images), *results)
+    library().patch_embed_backward(device(), inputs, prefix_rows, gradients)
+    return d_images, d_weight, d_bias, d_rows
+
+
+def add_position(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, N, D] → [B, R+N, D]."""
+    pos_embed, prefix = pos_embed.contiguous(), _contiguous(prefix)
+    batch, patches, dim = tokens.shape
+    out = tokens.new_empty((batch, patches + (0 if prefix is None else prefix.shape[0]), dim), dtype=dtype)
+    if out.numel():
+        library().add_position(device(), view(tokens), view(pos_embed), view(prefix), view(out))
+    return out
+
+
+def add_position_backward(grad: Tensor) -> Tensor:
+    """[B, T, D] → [T, D] float32, the sum over the batch."""
+    grad = grad.contiguous()
+    d_rows = grad.new_empty(grad.shape[1:], dtype=torch.float32)
+    if grad.numel() == 0:
+        return d_rows.zero_()
+    library().add_position_backward(device(), view(grad), view(d_rows))
+    return d_rows
+
+
+def _readable(images: Tensor) -> Tensor:
+    return images if images.numel() == 0 or library().can_read(view(images)) else images.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
