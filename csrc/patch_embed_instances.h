@@ -52,8 +52,11 @@ inline bool fills(const Queue& queue, int rows, int columns) {
   return static_cast<int64_t>(simt::blocks_for(rows, 128)) * simt::blocks_for(columns, 128) >= queue.processors;
 }
 
+constexpr int MOST_SHARED_BYTES = 99 * 1024;  // of a block on sm_86, sm_89 and sm_120; others have more
+
 template <class Image, int VECTOR, class Tile, class Product>
 void launch_forward_tile(const PatchEmbed& p, const Queue& queue) {
+  static_assert(ForwardMemory<Tile>::BYTES <= MOST_SHARED_BYTES, "too much shared memory");
   const int prefix = p.pixels.batch * p.prefix_rows;
   const int tiles = simt::blocks_for(p.pixels.rows(), Tile::BM) + simt::blocks_for(prefix, Tile::BM);
   simt::launch(queue, patch_embed_forward<Image, VECTOR, Tile, Product>, tiles * simt::blocks_for(p.width, Tile::BN), 1,
@@ -122,6 +125,7 @@ void launch_image_gradient(bool tf32, const ImageGradient& given, const Queue& q
 template <class Image, int VECTOR, class Tile, class Product>
 void launch_weight_gradient_tile(const WeightGradient& p, const Queue& queue) {
   static_assert(WEIGHT_GRADIENT_STEP % Tile::BK == 0, "a split is whole steps");
+  static_assert(Tile::PIPELINE_BYTES <= MOST_SHARED_BYTES, "too much shared memory");
   const int tiles = simt::blocks_for(p.width, Tile::BM) * simt::blocks_for(p.pixels.k_padded, Tile::BN);
   simt::launch(queue, patch_embed_weight_gradient<Image, VECTOR, Tile, Product>, tiles,
                simt::blocks_for(p.pixels.rows(), p.rows_per_split), Tile::THREADS, Tile::PIPELINE_BYTES, p);

@@ -85,7 +85,7 @@ def resolve(requested: str | None, device_type: str, float64: bool) -> str:
     source = "backend" if requested is not None else "use_backend" if _forced is not None else "FASTVIT_BACKEND"
     name = requested or _forced or _environment
     if name is None:
-        return "reference" if float64 else _automatic(device_type)
+        return "reference" if float64 else _automatic(device_type, False)
     check_known(name, source)
     reason = why_unavailable(name, device_type)
     if not reason and float64 and name != "reference":
@@ -98,7 +98,8 @@ def resolve(requested: str | None, device_type: str, float64: bool) -> str:
 def choose(
     requested: str | None, device: torch.device, float64: bool, problem: tuple[Any, ...], rows: int | None
 ) -> str:
-    """The backend for a call: as :func:`resolve`, but where nothing is forced, what was measured to be the fastest.
+    """The backend for a call: as :func:`resolve`, but where nothing is forced, what was measured to be the fastest, and
+    where nothing was measured, what suits the shape.
 
     Args:
         requested, float64: as in :func:`resolve`.
@@ -120,7 +121,7 @@ def choose(
         name = _fastest_of_all_batches(device, op, mode, image, compute, out, sizes, keep)
     else:
         name = ""
-    return name or _automatic(device.type)
+    return name or _automatic(device.type, _suits_triton(problem, rows) and _is_hopper(device))
 
 
 def check_known(name: str, source: str) -> None:
@@ -136,10 +137,34 @@ def _constant_when_traced(function: Callable[..., Constant]) -> Callable[..., Co
 
 
 @_constant_when_traced
-def _automatic(device_type: str) -> str:
+def _automatic(device_type: str, prefers_triton: bool) -> str:
+    """Without a measurement: of the two that run on a GPU, the extension, whose launch costs less and whose kernels
+    have no shape to be compiled for, but for what Triton is preferred for."""
     if device_type in ("cpu", "meta"):
         return "cpu"
-    return "triton" if device_type == "cuda" and not why_unavailable("triton", "cuda") else "reference"
+    if device_type != "cuda":
+        return "reference"
+    order = ("triton", "cuda") if prefers_triton else ("cuda", "triton")
+    return next((name for name in order if not why_unavailable(name, "cuda")), "reference")
+
+
+LARGE = 132 * 128 * 128  # values of the tokens: a tile of 128 x 128 for every multiprocessor of an H100
+
+
+def _suits_triton(problem: tuple[Any, ...], rows: int | None) -> bool:
+    """Whether a call is a large product for tensor cores, with rows that 16-byte copies divide.
+
+    A graph, in which `rows` is None, is taken for large: its launches are not what it waits for.
+    """
+    op, _, _, compute, _, shape, _ = problem
+    if op != "patch_embed" or compute not in (torch.float16, torch.bfloat16):
+        return False
+    return shape[3] % 8 == 0 and shape[0] % 8 == 0 and (rows is None or rows * shape[0] >= LARGE)
+
+
+@_constant_when_traced
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @_constant_when_traced

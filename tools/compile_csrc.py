@@ -2,10 +2,10 @@
 
     python tools/compile_csrc.py [--target 80 --target 90a --target 100] [--json]
 
-A row is one instantiation on one target: registers, stack, spilled bytes, shared memory, matrix instructions and the
-widths of asynchronous copies, read from the machine code. Fails on any stack or spill, on a tensor-core kernel without
-HMMA, and, where pixels are loaded eight at a time, on copies narrower than 16 bytes. Without nvcc nothing is checked,
-which is said, and is no failure: the package needs no CUDA toolkit.
+A row is one instantiation on one target: registers, stack, spilled bytes, shared memory (of the products: what they
+are launched with), matrix instructions and the widths of asynchronous copies, read from the machine code. Fails on any
+stack or spill, on a product without the instructions it is named after, and on copies narrower than its vectors.
+Without nvcc nothing is checked, which is said, and is no failure: the package needs no CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 TARGETS = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-cubin")
+ONLY_SM90A = "_sm90a.cu"  # the end of the name of a file that is compiled for that target alone
 SHORT = (
     ("fastvit::", ""), ("void ", ""), ("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("unsigned char", "u8"),
     ("float", "fp32"), ("(int)", ""),
@@ -42,6 +43,7 @@ class Row:
     registers: int
     stack: int
     spills: int
+    shared: int
     mma: str = "-"
     copies: str = "-"
     loads: str = "-"
@@ -52,11 +54,12 @@ def compile_file(source: Path, target: str, nvcc: str) -> list[Row]:
     """All kernels of a source for one target."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = [nvcc, *FLAGS, f"-arch=sm_{target}", "-o", str(cubin), str(source)]
+        defines = ["-DFASTVIT_HAS_SM90A"] if target == "90a" else []
+        command = [nvcc, *FLAGS, *defines, f"-arch=sm_{target}", "-o", str(cubin), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             message = (done.stderr.strip().splitlines() or ["no message"])[0]
-            return [Row(target, source.name, 0, 0, 0, problems=[f"does not compile: {message}"])]
+            return [Row(target, source.name, 0, 0, 0, 0, problems=[f"does not compile: {message}"])]
         sass = subprocess.run([disassembler(nvcc), str(cubin)], capture_output=True, text=True, check=True)
     code = dict(_functions(sass.stdout))
     rows = list(_usage(done.stderr, target))
@@ -70,14 +73,66 @@ def problems(row: Row) -> Iterator[str]:
     """The rules a kernel breaks."""
     if row.stack or row.spills:
         yield f"{row.stack} bytes of stack, {row.spills} bytes spilled"
-    if not row.kernel.startswith("patch_embed_forward"):
+    product = Product.of(row.kernel)
+    if product is None:
         return
-    if not row.mma.startswith("HMMA"):
-        yield "no HMMA"
-    image, compute, _, vector = re.findall(r"[\w]+", row.kernel.split("<", 1)[1])[:4]
-    least = "16" if vector == "8" or image != compute else ("4" if vector == "2" else "16")
-    if row.copies.split(", ")[0] != least:
-        yield f"copies of {row.copies} bytes, {least} and more are expected"
+    if not row.mma.startswith(product.instruction):
+        yield f"no {product.instruction}"
+    if row.copies != product.copies():
+        yield f"copies of {row.copies} bytes, {product.copies()} are expected"
+
+
+@dataclass(frozen=True)
+class Product:
+    """What the name of a product's instantiation says: op<image, vector, compute tile, way of multiplying>."""
+
+    op: str
+    image: str
+    vector: int
+    compute: str
+    tile: tuple[int, ...]  # BM, BN, BK, WARP_M, WARP_N, STAGES, BLOCKS
+    way: str
+
+    @staticmethod
+    def of(kernel: str) -> Product | None:
+        """None for a kernel that is no product."""
+        parts = re.fullmatch(r"patch_embed_(\w+)<(\w+), (\d+), (\w+) ([\dx]+), (\w+)>", kernel)
+        if parts is None:
+            return None
+        tile = tuple(int(size) for size in parts[5].split("x"))
+        return Product(parts[1], parts[2], int(parts[3]), parts[4], tile, parts[6])
+
+    @property
+    def size(self) -> int:
+        return 4 if self.compute == "fp32" else 2
+
+    @property
+    def instruction(self) -> str:
+        """What the machine code must hold."""
+        if self.way.startswith("Warpgroup"):
+            return "HGMMA.64x128x16"
+        if self.way.startswith("MultiplyAdds"):
+            return "FFMA"
+        return "HMMA.16816" if self.size == 2 else "HMMA.1688"
+
+    def copies(self) -> str:
+        """Widths of the asynchronous copies: weights by 16 bytes, pixels of the compute type by their vectors."""
+        widths = {16}
+        if self.image == self.compute and self.vector * self.size >= 4:
+            widths.add(min(16, self.vector * self.size))
+        if self.op == "weight_gradient" and self.size == 4:
+            widths.add(4)  # gradients of widths that no vector divides
+        return ", ".join(map(str, sorted(widths)))
+
+    @property
+    def shared_bytes(self) -> int:
+        """As csrc/pipeline.h and ForwardMemory in csrc/patch_embed_forward.h have it."""
+        rows, columns, depth, warp_rows, warp_columns, stages, _ = self.tile
+        pipeline = stages * (rows + columns) * depth * self.size
+        if self.op == "weight_gradient":
+            return pipeline
+        warps = rows // warp_rows * (columns // warp_columns)
+        return max(pipeline, warps * 16 * (warp_columns + 8) * 4) + rows * 8
 
 
 def _usage(log: str, target: str) -> Iterator[tuple[str, Row]]:
@@ -89,7 +144,9 @@ def _usage(log: str, target: str) -> Iterator[tuple[str, Row]]:
         if name is None or registers is None or stack is None:
             raise RuntimeError(f"ptxas reports no resource usage: {part[:300]!r}")
         spills = int(stack[2]) + int(stack[3])
-        yield name[1], Row(target, name[1], int(registers[1]), int(stack[1]), spills)
+        static = re.search(r"(\d+) bytes smem", part)
+        shared = int(static[1]) if static else 0
+        yield name[1], Row(target, name[1], int(registers[1]), int(stack[1]), spills, shared)
 
 
 def _functions(sass: str) -> Iterator[tuple[str, str]]:
@@ -99,11 +156,13 @@ def _functions(sass: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_code(row: Row, code: str) -> None:
-    mma = sorted(set(re.findall(r"HMMA\.\d+", code)))
-    row.mma = ", ".join(mma) or "-"
+    mma = sorted(set(re.findall(r"HGMMA\.\d+x\d+x\d+|HMMA\.\d+", code)))
+    row.mma = ", ".join(mma) or ("FFMA" if "FFMA" in code else "-")
     row.copies = _widths(re.findall(r"LDGSTS\.E(?:\.\w+)*", code))
     row.loads = _widths(re.findall(r"\bLDG\.E(?:\.\w+)*", code))
     row.kernel = _readable(row.kernel)
+    product = Product.of(row.kernel)
+    row.shared += product.shared_bytes if product else 0
 
 
 def _widths(instructions: Sequence[str]) -> str:
@@ -121,7 +180,9 @@ def _readable(mangled: str) -> str:
     name = name.rpartition("(")[0]
     for long, short in SHORT:
         name = name.replace(long, short)
-    return re.sub(r"\w+Tile<([^>]*)>", lambda tile: tile[1].replace(", ", "x"), name).replace(" >", ">")
+    name = re.sub(r"(\w+)<Tile<[^>]*> ?>", r"\1", name)  # a way of multiplying, whose tile is named before it
+    tile = r"Tile<(\w+), ([^>]*)>"
+    return re.sub(tile, lambda found: f"{found[1]} {found[2].replace(', ', 'x')}", name).replace(" >", ">")
 
 
 def disassembler(nvcc: str) -> str:
@@ -139,9 +200,14 @@ def disassembler(nvcc: str) -> str:
     raise FileNotFoundError("nvdisasm is neither in the CUDA toolkit nor in a Triton wheel (pip install triton)")
 
 
+def _size(source: Path) -> int:
+    """Of a source, in instantiations, roughly: those of the products are compiled for minutes."""
+    return source.read_text().count("template void launch_")
+
+
 def print_table(rows: Sequence[Row]) -> None:
     """Plain text, so that a log keeps it whole."""
-    header = ("target", "kernel", "registers", "stack", "spills", "mma", "copies", "loads")
+    header = ("target", "kernel", "registers", "stack", "spills", "shared", "mma", "copies", "loads")
     table = [header, *(tuple(str(getattr(row, name)) for name in header) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
     for line in table:
@@ -159,7 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("csrc: not compiled, nvcc is not here (the package works without it)")
         return 0
     sources = sorted(SOURCES.glob("*.cu"))
-    jobs = [(source, target, nvcc) for target in options.target or TARGETS for source in sources]
+    jobs = [
+        (source, target, nvcc)
+        for target in options.target or TARGETS
+        for source in sorted(sources, key=_size, reverse=True)  # the longest first, so that all cores end together
+        if target == "90a" or not source.name.endswith(ONLY_SM90A)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = [row for found in pool.map(lambda job: compile_file(*job), jobs) for row in found]
     rows.sort(key=lambda row: (row.target, row.kernel))

@@ -172,5 +172,6 @@ PYBIND11_MODULE(fastvit_emulated, m) {
     }
     return found;
   });
+  m.def("has_primitive", [](const Device& device, int which) { return has_primitive(which, Call(device).queue()); });
   m.def("run_primitive", &run_one_primitive);
 }

@@ -9,12 +9,15 @@ from .common import check_choices, console, progress_bar, split_commas
 
 def validate(
     backend: list[str] | None = typer.Option(
-        None, help="A backend: cpu, triton, cuda, emulated. Repeat or separate by commas. Default: all but the truth."
+        None, help="A backend: cpu, triton, cuda, emulated. Repeat or separate by commas. Default: all but emulated."
     ),
     op: list[str] | None = typer.Option(None, help="An op: patch_embed, add_position. Default: both."),
     dtype: list[str] | None = typer.Option(None, help="A compute dtype: fp32, bf16, fp16. Default: all."),
     quick: bool = typer.Option(False, "--quick", help="A few cases of each op, in fp32 and bf16."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N. Default: a GPU where a backend runs on one."),
+    primitives: bool = typer.Option(
+        False, "--primitives", help="Instead, hold the GPU's primitives (mma, ldmatrix, ...) to the emulation of them."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON for each case and tensor."),
 ) -> None:
     """Hold every backend to the float64 reference: forward and each gradient, on random images and photographs.
@@ -30,8 +33,13 @@ def validate(
       fastvit validate --backend cpu --op patch_embed --dtype fp32,bf16
 
       TRITON_INTERPRET=1 fastvit validate --backend triton --quick
+
+      fastvit validate --backend emulated --quick
+
+      fastvit validate --primitives
     """
     from fastvit.backend import BACKENDS
+    from fastvit.validation import check_primitives
     from fastvit.validation import validate as run
     from fastvit.validation.cases import DTYPES, OPS, SHORT_NAMES
 
@@ -39,9 +47,14 @@ def validate(
     check_choices("--backend", backends, BACKENDS)
     check_choices("--op", ops, list(OPS))
     check_choices("--dtype", dtypes, [*DTYPES, *SHORT_NAMES])
+    if primitives and (backends or ops or dtypes or quick):
+        raise typer.BadParameter("accepted alone or with --device and --json", param_hint="--primitives")
     check_device(device)
     with progress_bar(shown=True) as progress:
-        report = run(backends or None, ops or None, dtypes or None, quick, device, progress)
+        if primitives:
+            report = check_primitives(device, progress)
+        else:
+            report = run(backends or None, ops or None, dtypes or None, quick, device, progress)
     if as_json:
         print(report.to_json_lines(), end="")
     else:

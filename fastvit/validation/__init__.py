@@ -10,6 +10,7 @@ from fastvit.validation.cases import (
     make_inputs,
     photographs,
 )
+from fastvit.validation.primitives import check_primitives
 from fastvit.validation.report import Report, Row
 from fastvit.validation.runner import Progress, poisoned, validate, validate_function
 from fastvit.validation.tolerance import Comparison, assert_close, compare, relative_error
@@ -24,6 +25,7 @@ __all__ = [
     "Row",
     "assert_close",
     "cases_for",
+    "check_primitives",
     "compare",
     "make_inputs",
     "photographs",

@@ -53,6 +53,7 @@ class Report:
     """All rows of a validation."""
 
     rows: tuple[Row, ...] = field(default_factory=tuple)
+    title: str = "Validation against float64"
 
     @property
     def passed(self) -> int:
@@ -98,7 +99,7 @@ class Report:
         """
         from rich.table import Table
 
-        table = Table(title="Validation against float64", caption=self.summary())
+        table = Table(title=self.title, caption=self.summary())
         for heading in ("backend", "device", "op", "dtype"):
             table.add_column(heading)
         for heading in ("cases", "passed", "failed", "skipped", "of bound"):

@@ -75,7 +75,8 @@ def validate(
     did not launch, as counted by `fastvit.backend.launch_counts`, has failed whatever its numbers.
 
     Args:
-        backends: names; default: every backend but the reference, which is the truth and is never held to itself.
+        backends: names; default: every backend but the reference, which is the truth and is never held to itself, and
+            the emulated one, which is slow and compiles its kernels first.
         ops: of "patch_embed" and "add_position"; default: both.
         dtypes: compute dtypes, as torch dtypes or as "float32" / "fp32" and so on; default: float32, bfloat16 and
             float16, with `quick` the first two. Image dtypes, uint8 among them, are part of the cases.
@@ -97,6 +98,8 @@ def validate(
     work: list[tuple[Candidate, Case, str]] = []
     for name in names:
         where, reason = _device_for(name, device)
+        if not backends and name == "emulated":
+            reason = reason or "slow: it runs where it is named (--backend emulated)"
         large = where.type == "cuda" or name == "cpu"
         plan = _plan(ops, chosen_dtypes, large, quick)
         if reason:
@@ -104,6 +107,8 @@ def validate(
         else:
             candidate = Candidate(name, where, _backend_forward(name), counts_launches=True)
             work += [(candidate, case, dtype) for case, dtype in plan]
+    if any(candidate.name == "emulated" for candidate, _, _ in work):
+        _compile_emulated(len(work), progress)
     return Report((*_run(work, progress), *rows))
 
 
@@ -240,6 +245,14 @@ def _device_for(backend: str, device: str | torch.device | None) -> tuple[torch.
         if not reason:
             return choice, ""
     return choices[0], reasons[0]
+
+
+def _compile_emulated(total: int, progress: Progress | None) -> None:
+    from fastvit.emulated import build
+
+    if progress and not build.is_built():
+        progress(0, total, "compiling the emulated kernels, once: about a minute")
+    build.library()
 
 
 def _plan(

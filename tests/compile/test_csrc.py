@@ -11,8 +11,13 @@ from types import ModuleType
 import pytest
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "compile_csrc.py"
-ALIGNED = "patch_embed_forward<bf16, bf16, bf16, 8, 64x64x32x32x32x3x2>"
-PATCH_14 = "patch_embed_forward<bf16, bf16, bf16, 2, 64x64x32x32x32x3x2>"
+SMALL, FP32 = "bf16 64x64x32x32x32x3x2", "fp32 64x64x16x32x32x3x2"
+ALIGNED = f"patch_embed_forward<bf16, 8, {SMALL}, TensorCoresByRows>"
+PATCH_14 = f"patch_embed_forward<bf16, 2, {SMALL}, TensorCoresByRows>"
+RAW = f"patch_embed_forward<u8, 8, {SMALL}, TensorCoresByRows>"
+TF32 = f"patch_embed_weight_gradient<fp32, 4, {FP32}, TensorCoresByColumns>"
+FFMA = f"patch_embed_image_gradient<fp32, 1, {FP32}, MultiplyAddsByRows>"
+HOPPER = "patch_embed_forward<u8, 8, bf16 128x128x64x16x128x3x1, WarpgroupByRows>"
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +36,23 @@ def tool() -> ModuleType:
         (ALIGNED, {}, ""),
         (ALIGNED, {"stack": 8}, "8 bytes of stack"),
         (ALIGNED, {"spills": 16}, "16 bytes spilled"),
-        (ALIGNED, {"mma": "-"}, "no HMMA"),
-        (ALIGNED, {"copies": "8, 16"}, "copies of 8, 16 bytes, 16 and more are expected"),
+        (ALIGNED, {"mma": "-"}, "no HMMA.16816"),
+        (ALIGNED, {"copies": "8, 16"}, "copies of 8, 16 bytes, 16 are expected"),
         (ALIGNED, {"copies": "-"}, "copies of - bytes"),
         (PATCH_14, {"copies": "4, 16"}, ""),
-        (PATCH_14, {"copies": "16"}, "4 and more are expected"),
+        (PATCH_14, {"copies": "16"}, "4, 16 are expected"),
+        (RAW, {}, ""),
+        (TF32, {"mma": "HMMA.1688", "copies": "4, 16"}, ""),
+        (TF32, {"mma": "HMMA.16816", "copies": "4, 16"}, "no HMMA.1688"),
+        (FFMA, {"mma": "FFMA", "copies": "4, 16"}, ""),
+        (FFMA, {"mma": "-", "copies": "4, 16"}, "no FFMA"),
+        (HOPPER, {"mma": "HGMMA.64x128x16"}, ""),
+        (HOPPER, {}, "no HGMMA"),
         ("sum_rows<fp16, 8>", {"mma": "-", "copies": "-"}, ""),
     ],
 )
 def test_a_broken_rule_is_named(tool: ModuleType, kernel: str, row: dict[str, object], problem: str) -> None:
-    values = {"registers": 96, "stack": 0, "spills": 0, "mma": "HMMA.16816", "copies": "16", **row}
+    values = {"registers": 96, "stack": 0, "spills": 0, "shared": 0, "mma": "HMMA.16816", "copies": "16", **row}
     found = list(tool.problems(tool.Row("90a", kernel, **values)))
     assert (problem in found[0] and len(found) == 1) if problem else not found
 
@@ -50,7 +62,7 @@ def test_what_nvcc_made_is_read(tool: ModuleType) -> None:
     rows = tool.compile_file(tool.SOURCES / "add_position.cu", "90a", shutil.which("nvcc"))
     by_name = {row.kernel: row for row in rows}
     wide, scalar = by_name["add_position_forward<bf16, fp32, 8>"], by_name["add_position_forward<bf16, fp32, 1>"]
-    assert len(rows) == 24 and all(row.registers and not row.problems for row in rows)
+    assert len(rows) == 18 and all(row.registers and not row.problems for row in rows)
     assert wide.loads == "16" and scalar.loads.startswith("2")
 
 
@@ -60,3 +72,9 @@ def test_a_source_that_does_not_compile_is_a_failed_row(tool: ModuleType, tmp_pa
     source.write_text("this is no C++\n")
     (row,) = tool.compile_file(source, "90a", shutil.which("nvcc"))
     assert row.problems and "does not compile" in row.problems[0]
+
+
+def test_the_shared_memory_of_a_product_is_its_stages_and_origins(tool: ModuleType) -> None:
+    product = tool.Product.of(ALIGNED)
+    assert product.shared_bytes == 3 * (64 + 64) * 32 * 2 + 64 * 8
+    assert tool.Product.of("sum_rows<fp16, 8>") is None
