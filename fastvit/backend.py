@@ -222,8 +222,11 @@ def triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-def _extension_reason(device_type: str) -> str:
-    return "the C++/CUDA extension is not part of this version"
+@lru_cache
+def _cuda_reason(device_type: str) -> str:
+    from fastvit.cuda import why_unavailable
+
+    return why_unavailable(device_type)
 
 
 def _emulated_reason(device_type: str) -> str:
@@ -238,7 +241,7 @@ _REASONS: dict[str, Callable[[str], str]] = {
     "reference": _reference_reason,
     "cpu": _cpu_reason,
     "triton": _triton_reason,
-    "cuda": _extension_reason,
+    "cuda": _cuda_reason,
     "emulated": _emulated_reason,
 }
 

@@ -58,7 +58,7 @@ def test_info_says_what_is_here_and_why_not(run: Cli) -> None:
     found = json.loads(out)
     assert code == 0
     assert found["versions"]["torch"] and found["versions"]["python"]
-    assert found["backends"]["cpu"]["cpu"] == "" and found["backends"]["cpu"]["emulated"] != ""
+    assert found["backends"]["cpu"]["cpu"] == "" and found["backends"]["cpu"]["cuda"] != ""
     assert "sm_80, sm_90, sm_100" in found["compiled_targets"]["triton"]
     code, out, _ = run("info")
     assert code == 0
@@ -94,8 +94,8 @@ def test_validate_prints_a_table_or_json_lines(run: Cli) -> None:
 
 
 def test_validate_fails_where_nothing_ran(run: Cli) -> None:
-    code, out, err = run("validate", "--quick", "--device", "cpu", "--backend", "emulated")
-    assert code == 1 and "nothing ran" in err and "emulated" in out
+    code, out, err = run("validate", "--quick", "--device", "cpu", "--backend", "cuda")
+    assert code == 1 and "nothing ran" in err and "cuda" in out
 
 
 def test_validate_fails_on_a_wrong_backend(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
