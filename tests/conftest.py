@@ -40,7 +40,7 @@ def runnable_backends() -> list[str]:
     With Triton's interpreter on, that is Triton alone: the others have a process of their own.
     """
     names = [name for name, reason in available_backends(DEVICE).items() if not reason and name != "reference"]
-    return ["triton"] if "triton" in names else names
+    return ["triton"] if DEVICE == "cpu" and "triton" in names else names
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
