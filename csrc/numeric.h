@@ -22,9 +22,9 @@ SIMT_DEVICE void load(const T* from, float (&values)[COUNT]) {
     const auto words = simt::load_global<4>(from);
     SIMT_UNROLL for (int i = 0; i < EIGHT; i++) values[i] = simt::half_of<T>(words.word[i / 2], i % 2);
   } else {
-    SIMT_UNROLL for (int half = 0; half < 2; half++) {
-      const auto words = simt::load_global<4>(from + 4 * half);
-      SIMT_UNROLL for (int i = 0; i < 4; i++) values[4 * half + i] = simt::from_bits(words.word[i]);
+    SIMT_UNROLL for (int part = 0; part < 2; part++) {
+      const auto words = simt::load_global<4>(from + 4 * part);
+      SIMT_UNROLL for (int i = 0; i < 4; i++) values[4 * part + i] = simt::from_bits(words.word[i]);
     }
   }
 }
@@ -39,10 +39,10 @@ SIMT_DEVICE void store(T* to, const float (&values)[COUNT]) {
     SIMT_UNROLL for (int i = 0; i < 4; i++) words.word[i] = simt::pack<T>(values[2 * i], values[2 * i + 1]);
     simt::store_global<4>(to, words);
   } else {
-    SIMT_UNROLL for (int half = 0; half < 2; half++) {
+    SIMT_UNROLL for (int part = 0; part < 2; part++) {
       simt::Vector<4> words;
-      SIMT_UNROLL for (int i = 0; i < 4; i++) words.word[i] = simt::bits(values[4 * half + i]);
-      simt::store_global<4>(to + 4 * half, words);
+      SIMT_UNROLL for (int i = 0; i < 4; i++) words.word[i] = simt::bits(values[4 * part + i]);
+      simt::store_global<4>(to + 4 * part, words);
     }
   }
 }

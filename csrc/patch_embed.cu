@@ -115,13 +115,15 @@ void sum_gradients(const PatchEmbedInputs& inputs, const Patches& patches, int p
 
 void weight_gradient(const PatchEmbedInputs& inputs, const Problem& problem, int prefix_rows, const Patches& patches,
                      const PatchEmbedGradients& gradients, const float* d_bias, const Queue& queue) {
-  // As many blocks as two for each multiprocessor of an H100: a constant, so that results are the same everywhere.
-  constexpr int BLOCKS = 264;
   WeightGradient p{};
   p.pixels = patches, p.grad = gradients.product_grad.data, p.prefix_rows = prefix_rows, p.width = problem.width;
-  const int side = is_large(p) ? 128 : 64, rows = patches.rows();
+  const bool has_large_tiles = is_large(p, inputs.images.type, inputs.compute);
+  const int side = has_large_tiles ? 128 : 64, rows = patches.rows();
+  // As many blocks as an H100 holds at once, one or two a multiprocessor: constants, so that results are the same on
+  // every GPU.
+  const int blocks = has_large_tiles ? 132 : 264;
   const int tiles = simt::blocks_for(p.width, side) * simt::blocks_for(problem.k_padded, side);
-  const int splits = std::max(1, std::min(BLOCKS / tiles, simt::blocks_for(rows, 4 * WEIGHT_GRADIENT_STEP)));
+  const int splits = std::max(1, std::min(blocks / tiles, simt::blocks_for(rows, 4 * WEIGHT_GRADIENT_STEP)));
   const int steps = std::max(1, simt::blocks_for(simt::blocks_for(rows, splits), WEIGHT_GRADIENT_STEP));
   p.rows_per_split = steps * WEIGHT_GRADIENT_STEP;
 

@@ -68,9 +68,11 @@ struct ForwardLoader {
 
   // Starts the loads of the next step.
   SIMT_DEVICE void start(shared_address stage) {
+    const int64_t offset = walk.offset(p);
     SIMT_UNROLL for (int pass = 0; pass < PASSES; pass++) {
       const int64_t origin = load_origin(origins, pixel_row + pass * ROWS);
-      pixels.start(p, walk, pixel_k, origin, pass, stage + pixel_place + pass * ROWS * Tile::ROW_BYTES);
+      const shared_address to = stage + pixel_place + pass * ROWS * Tile::ROW_BYTES;
+      pixels.start(p, walk, offset, pixel_k, origin, pass, to);
     }
     SIMT_UNROLL for (int pass = 0; pass < WEIGHT_PASSES; pass++) {
       const int row = first_column + weight_row + pass * WEIGHT_ROWS;
@@ -119,9 +121,9 @@ SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address memory, Put 
   const shared_address slab = memory + thread / 32 * Memory::SUMS_BYTES;
   SIMT_UNROLL for (int i = 0; i < Tile::WARP_M / 16; i++) {
     SIMT_UNROLL for (int j = 0; j < Tile::WARP_N / 8; j++) {
-      SIMT_UNROLL for (int half = 0; half < 2; half++) {
-        const int place = (lane / 4 + half * 8) * Memory::SUMS_STRIDE + j * 8 + lane % 4 * 2;
-        const float* pair = sums[i][j] + half * 2;
+      SIMT_UNROLL for (int part = 0; part < 2; part++) {
+        const int place = (lane / 4 + part * 8) * Memory::SUMS_STRIDE + j * 8 + lane % 4 * 2;
+        const float* pair = sums[i][j] + part * 2;
         simt::store_shared<2>(slab + place * 4, {{simt::bits(pair[0]), simt::bits(pair[1])}});
       }
     }
@@ -160,15 +162,17 @@ SIMT_DEVICE void finish_token(const PatchEmbed& p, int m, int64_t origin, int co
   store(p.tokens_type, p.tokens, token_row(pixels, p.prefix_rows, m) * p.width + column, value);
 }
 
-// Rows of the table as they are: class and register tokens.
-template <class Tile>
+// Rows of the table as they are: class and register tokens, COUNT columns at a time.
+template <int COUNT, class Tile>
 SIMT_DEVICE void copy_prefix(const PatchEmbed& p, int first_row, int first_column) {
+  constexpr int PIECES = Tile::BN / COUNT;
   const int rows = p.pixels.batch * p.prefix_rows;
-  for (int index = simt::thread_index(); index < Tile::BM * Tile::BN; index += Tile::THREADS) {
-    const int m = first_row + index / Tile::BN, column = first_column + index % Tile::BN;
+  for (int index = simt::thread_index(); index < Tile::BM * PIECES; index += Tile::THREADS) {
+    const int m = first_row + index / PIECES, column = first_column + index % PIECES * COUNT;
     if (m >= rows || column >= p.width) continue;
     const int image = m / p.prefix_rows, row = m - image * p.prefix_rows;
-    const float value[1] = {simt::load_element(p.table + static_cast<int64_t>(row) * p.width + column)};
+    float value[COUNT];
+    load(p.table + static_cast<int64_t>(row) * p.width + column, value);
     const int64_t token = static_cast<int64_t>(image) * (p.prefix_rows + p.pixels.kept) + row;
     store(p.tokens_type, p.tokens, token * p.width + column, value);
   }
@@ -177,18 +181,21 @@ SIMT_DEVICE void copy_prefix(const PatchEmbed& p, int first_row, int first_colum
 template <class Image, int VECTOR, class Tile, class Product>
 SIMT_KERNEL(Tile::THREADS, Tile::BLOCKS)
 patch_embed_forward(PatchEmbed p) {
-  // Blocks side by side in x share their patches; behind the tiles of patches come those of the prefix.
+  // Blocks side by side in x share their patches. Tiles of the prefix, which are short work, come first.
   const int tiles_n = (p.width + Tile::BN - 1) / Tile::BN, tile = simt::block_x() / tiles_n;
-  const int patch_tiles = (p.pixels.rows() + Tile::BM - 1) / Tile::BM;
+  const int prefix_tiles = (p.pixels.batch * p.prefix_rows + Tile::BM - 1) / Tile::BM;
   const int first_column = (simt::block_x() - tile * tiles_n) * Tile::BN;
-  if (tile >= patch_tiles) return copy_prefix<Tile>(p, (tile - patch_tiles) * Tile::BM, first_column);
+  const bool is_wide = p.width % EIGHT == 0 && is_aligned(p.tokens);
+  if (tile < prefix_tiles) {
+    if (is_wide) return copy_prefix<EIGHT, Tile>(p, tile * Tile::BM, first_column);
+    return copy_prefix<1, Tile>(p, tile * Tile::BM, first_column);
+  }
 
-  const int first_row = tile * Tile::BM;
+  const int first_row = (tile - prefix_tiles) * Tile::BM;
   const shared_address memory = simt::shared_base();
   Product product;
   multiply_tile<Image, VECTOR, Tile>(p.pixels, {p.weight, p.width, p.pixels.k_padded}, memory, first_row, first_column,
                                      product);
-  const bool is_wide = p.width % EIGHT == 0 && is_aligned(p.tokens);
   finish_tile<Tile>(product.sums, memory, [&](int row, int64_t origin, int column, const float* sums) {
     column += first_column;
     if (is_wide && column < p.width) return finish_token<EIGHT>(p, first_row + row, origin, column, sums);

@@ -1,7 +1,6 @@
 // Which kernels exist, and which of them runs. Included by the files that compile them, one for each compute type.
 #pragma once
 
-#include <initializer_list>
 #include <stdexcept>
 
 #include "patch_embed_forward.h"
@@ -11,11 +10,18 @@
 
 namespace fastvit {
 
+template <class T>
+constexpr Type type_of() {
+  return std::is_same_v<T, float> ? Type::FLOAT32 : std::is_same_v<T, half> ? Type::FLOAT16 : Type::BFLOAT16;
+}
+
 // Calls `use(Image{})` with the type of the images.
 template <class Compute, class Use>
 void with_image(Type type, Use use) {
 #if defined(FASTVIT_FEW_TYPES)  // builds in which a fault is planted: images of the compute type, or uint8
-  type == Type::UINT8 ? use(uint8_t{}) : use(Compute{});
+  if (type == Type::UINT8) return use(uint8_t{});
+  if (bytes_of(type) == sizeof(Compute)) return use(Compute{});
+  throw std::invalid_argument("images: this build has kernels for uint8 and the compute type alone");
 #else
   switch (type) {
     case Type::FLOAT32: return use(float{});
@@ -27,15 +33,15 @@ void with_image(Type type, Use use) {
 #endif
 }
 
-// Calls `use` with the widest vector of pixels there are kernels for, as a std::integral_constant.
-template <class Image, class Compute, class Use>
-void with_vector(const Patches& p, Use use) {
+// Calls `use` with the widest vector of pixels of `type` there are kernels for, as a std::integral_constant.
+template <class Compute, class Use>
+void with_vector(const Patches& p, Type type, Use use) {
   if constexpr (sizeof(Compute) == 2) {
-    const int vector = pixel_vector(p, sizeof(Image), {8, 2});
+    const int vector = pixel_vector(p, type, {8, 2});
     if (vector == 8) return use(std::integral_constant<int, 8>{});
     if (vector == 2) return use(std::integral_constant<int, 2>{});
   } else {
-    if (pixel_vector(p, sizeof(Image), {4}) == 4) return use(std::integral_constant<int, 4>{});
+    if (pixel_vector(p, type, {4}) == 4) return use(std::integral_constant<int, 4>{});
   }
   use(std::integral_constant<int, 1>{});
 }
@@ -45,7 +51,7 @@ template <class Compute>
 using SmallTile = std::conditional_t<sizeof(Compute) == 2, Tile<Compute, 64, 64, 32, 32, 32, 3, 2>,
                                      Tile<Compute, 64, 64, 16, 32, 32, 3, 2>>;
 template <class Compute>
-using LargeTile = Tile<Compute, 128, 128, 64, 64, 32, 3, 1>;
+using LargeTile = Tile<Compute, 128, 128, 128 / sizeof(Compute), 64, 32, 3, 1>;
 
 // Whether large tiles are enough to keep every multiprocessor busy.
 inline bool fills(const Queue& queue, int rows, int columns) {
@@ -73,21 +79,18 @@ void launch_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& que
 #endif
   with_image<Compute>(image, [&](auto pixel) {
     using Image = decltype(pixel);
-    with_vector<Image, Compute>(p.pixels, [&](auto vector) {
+    with_vector<Compute>(p.pixels, image, [&](auto vector) {
       constexpr int VECTOR = decltype(vector)::value;
-      if constexpr (sizeof(Compute) == 2) {
-        if constexpr (VECTOR == 8) {
-          using Large = LargeTile<Compute>;
-          if (fills(queue, p.pixels.rows(), p.width)) {
-            return launch_forward_tile<Image, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
-          }
-        }
-        launch_forward_tile<Image, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
-      } else if (tf32) {
-        launch_forward_tile<Image, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
-      } else {
-        launch_forward_tile<Image, VECTOR, Small, MultiplyAddsByRows<Small>>(p, queue);
+      if constexpr (sizeof(Compute) == 4) {
+        if (!tf32) return launch_forward_tile<Image, VECTOR, Small, MultiplyAddsByRows<Small>>(p, queue);
       }
+      if constexpr (VECTOR >= 4) {
+        using Large = LargeTile<Compute>;
+        if (fills(queue, p.pixels.rows(), p.width)) {
+          return launch_forward_tile<Image, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
+        }
+      }
+      launch_forward_tile<Image, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
     });
   });
 }
@@ -103,32 +106,29 @@ template <class Compute>
 void launch_image_gradient(bool tf32, const ImageGradient& given, const Queue& queue) {
   using Small = SmallTile<Compute>;
   ImageGradient p = given;
-  p.is_wide = pixel_vector(p.target, bytes_of(p.target_type), {8}) == 8;
-  with_vector<Compute, Compute>(p.gradients, [&](auto vector) {
+  p.is_wide = pixel_vector(p.target, p.target_type, {8}) == 8;
+  with_vector<Compute>(p.gradients, type_of<Compute>(), [&](auto vector) {
     constexpr int VECTOR = decltype(vector)::value;
-    if constexpr (sizeof(Compute) == 2) {
-      if constexpr (VECTOR == 8) {
-        using Large = LargeTile<Compute>;
-        if (fills(queue, p.target.rows(), p.target.k_length)) {
-          return launch_image_gradient_tile<Compute, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
-        }
-      }
-      launch_image_gradient_tile<Compute, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
-    } else if (tf32) {
-      launch_image_gradient_tile<Compute, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
-    } else {
-      launch_image_gradient_tile<Compute, VECTOR, Small, MultiplyAddsByRows<Small>>(p, queue);
+    if constexpr (sizeof(Compute) == 4) {
+      if (!tf32) return launch_image_gradient_tile<Compute, VECTOR, Small, MultiplyAddsByRows<Small>>(p, queue);
     }
+    if constexpr (VECTOR >= 4) {
+      using Large = LargeTile<Compute>;
+      if (fills(queue, p.target.rows(), p.target.k_length)) {
+        return launch_image_gradient_tile<Compute, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
+      }
+    }
+    launch_image_gradient_tile<Compute, VECTOR, Small, TensorCoresByRows<Small>>(p, queue);
   });
 }
 
 template <class Image, int VECTOR, class Tile, class Product>
 void launch_weight_gradient_tile(const WeightGradient& p, const Queue& queue) {
   static_assert(WEIGHT_GRADIENT_STEP % Tile::BK == 0, "a split is whole steps");
-  static_assert(Tile::PIPELINE_BYTES <= MOST_SHARED_BYTES, "too much shared memory");
+  static_assert(WeightGradientMemory<Tile>::BYTES <= MOST_SHARED_BYTES, "too much shared memory");
   const int tiles = simt::blocks_for(p.width, Tile::BM) * simt::blocks_for(p.pixels.k_padded, Tile::BN);
   simt::launch(queue, patch_embed_weight_gradient<Image, VECTOR, Tile, Product>, tiles,
-               simt::blocks_for(p.pixels.rows(), p.rows_per_split), Tile::THREADS, Tile::PIPELINE_BYTES, p);
+               simt::blocks_for(p.pixels.rows(), p.rows_per_split), Tile::THREADS, WeightGradientMemory<Tile>::BYTES, p);
 }
 
 template <class Compute>
@@ -136,19 +136,17 @@ void launch_weight_gradient(Type image, bool tf32, const WeightGradient& p, cons
   using Small = SmallTile<Compute>;
   with_image<Compute>(image, [&](auto pixel) {
     using Image = decltype(pixel);
-    with_vector<Image, Compute>(p.pixels, [&](auto vector) {
+    with_vector<Compute>(p.pixels, image, [&](auto vector) {
       constexpr int VECTOR = decltype(vector)::value;
-      if constexpr (sizeof(Compute) == 2) {
-        if constexpr (VECTOR == 8) {
-          using Large = LargeTile<Compute>;
-          if (is_large(p)) return launch_weight_gradient_tile<Image, VECTOR, Large, TensorCoresByColumns<Large>>(p, queue);
+      if constexpr (sizeof(Compute) == 4) {
+        if (!tf32) return launch_weight_gradient_tile<Image, VECTOR, Small, MultiplyAddsByColumns<Small>>(p, queue);
+      } else if constexpr (VECTOR == EIGHT) {
+        using Large = LargeTile<Compute>;
+        if (is_large(p, image, type_of<Compute>())) {
+          return launch_weight_gradient_tile<Image, VECTOR, Large, TensorCoresByColumns<Large>>(p, queue);
         }
-        launch_weight_gradient_tile<Image, VECTOR, Small, TensorCoresByColumns<Small>>(p, queue);
-      } else if (tf32) {
-        launch_weight_gradient_tile<Image, VECTOR, Small, TensorCoresByColumns<Small>>(p, queue);
-      } else {
-        launch_weight_gradient_tile<Image, VECTOR, Small, MultiplyAddsByColumns<Small>>(p, queue);
       }
+      launch_weight_gradient_tile<Image, VECTOR, Small, TensorCoresByColumns<Small>>(p, queue);
     });
   });
 }

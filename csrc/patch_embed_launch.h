@@ -2,6 +2,8 @@
 // depend on at run time is chosen there.
 #pragma once
 
+#include <initializer_list>
+
 #include "numeric.h"
 #include "parameters.h"
 #include "simt/queue.h"
@@ -23,8 +25,23 @@ void launch_weight_gradient(Type image, bool tf32, const WeightGradient& p, cons
 // Rows that a split of the weight gradient is a multiple of: those of a step of its largest tile.
 constexpr int WEIGHT_GRADIENT_STEP = 64;
 
-// Whether the weight gradient is made of tiles of 128 by 128, which a GPU has enough of after splitting the rows.
-inline bool is_large(const WeightGradient& p) { return p.width >= 128 && p.pixels.k_length >= 128; }
+// The widest of the given vectors of pixels that every row of a patch consists of, else 1.
+inline int pixel_vector(const Patches& p, Type type, std::initializer_list<int> vectors) {
+  for (const int vector : vectors) {
+    const bool fits = p.stretch % vector == 0 && p.row_stride % vector == 0 && p.plane_stride % vector == 0 &&
+                      p.batch_stride % vector == 0;
+    const int bytes = vector * bytes_of(type) < 16 ? vector * bytes_of(type) : 16;
+    if (fits && reinterpret_cast<uintptr_t>(p.images) % bytes == 0) return vector;
+  }
+  return 1;
+}
+
+// Whether the weight gradient is made of tiles of 128 by 128, of which splitting the rows makes enough: of 16-bit
+// products whose operands are both read eight values at a time.
+inline bool is_large(const WeightGradient& p, Type image, Type compute) {
+  return bytes_of(compute) == 2 && p.width >= 128 && p.width % EIGHT == 0 && is_aligned(p.grad) &&
+         p.pixels.k_length >= 128 && pixel_vector(p.pixels, image, {EIGHT}) == EIGHT;
+}
 
 #if defined(FASTVIT_HAS_SM90A)
 // By the warpgroups of sm_90a. False: the patches do not suit it, and nothing is launched.

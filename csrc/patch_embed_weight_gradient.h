@@ -10,6 +10,14 @@
 
 namespace fastvit {
 
+// Behind the pipeline, for the rows of as many steps: the origin of each row's patch and the row of its token. They are
+// found by one thread each, a step ahead, rather than by every thread that loads from the row.
+template <class Tile>
+struct WeightGradientMemory {
+  static constexpr int ROW_BYTES = 16, ROWS = Tile::PIPELINE_BYTES;
+  static constexpr int BYTES = ROWS + Tile::STAGES * Tile::BK * ROW_BYTES;
+};
+
 // The share of one thread in the loads of a step: some rows m, each a piece of the gradient and a piece of the pixels.
 template <class Image, int VECTOR, class Tile>
 struct WeightGradientLoader {
@@ -18,44 +26,78 @@ struct WeightGradientLoader {
   static constexpr int PIECE = VECTOR * SIZE < 4 ? 4 / SIZE : VECTOR;
   static constexpr int PIECES = Tile::BN / PIECE, ROWS = Tile::THREADS / PIECES, PASSES = Tile::BK / ROWS;
   static_assert(ROWS * PASSES == Tile::BK, "steps are whole passes");
+  static_assert(Tile::THREADS >= Tile::BK, "a thread for every row of a step");
 
   const WeightGradient& p;
+  shared_address rows_memory;
   int first_column, pixel_row, pixel_column, pixel_k;
-  int row;  // the first of the next step
+  int row;       // the first of the next step
+  int slot = 0;  // where its rows are noted
+  int steps_noted = Tile::STAGES;
   bool is_wide;
   PixelWalk walk;
   PixelCopier<Image, Compute, VECTOR, PASSES> pixels;
 
-  SIMT_DEVICE WeightGradientLoader(const WeightGradient& p, int first_column, int first_k, int first_row)
-      : p(p), first_column(first_column), row(first_row) {
+  // The rows of the first steps are noted when all threads have passed a barrier.
+  SIMT_DEVICE WeightGradientLoader(const WeightGradient& p, shared_address memory, int first_column, int first_k,
+                                   int first_row)
+      : p(p), rows_memory(memory + WeightGradientMemory<Tile>::ROWS), first_column(first_column), row(first_row) {
     const int thread = simt::thread_index();
     pixel_row = thread / PIECES, pixel_column = thread % PIECES * PIECE, pixel_k = first_k + pixel_column;
     is_wide = p.width % EIGHT == 0 && is_aligned(p.grad);
     walk.start(p.pixels, pixel_k < p.pixels.k_length ? pixel_k : 0, 0);
+    for (int i = thread; i < Tile::STAGES * Tile::BK; i += Tile::THREADS) note_row(i, first_row + i);
   }
 
   SIMT_DEVICE void start(shared_address stage) {
-    if (is_wide) {
+    note_ahead();
+    if (Tile::BM >= 128 || is_wide) {  // large tiles are for wide gradients alone: is_large
       load_grad<16 / SIZE>(stage);
     } else {
       load_grad<4 / SIZE>(stage);
     }
+    const int64_t offset = walk.offset(p.pixels);
     SIMT_UNROLL for (int pass = 0; pass < PASSES; pass++) {
-      // A split is whole steps, so that it ends where the next begins.
-      const int64_t origin = patch_origin(p.pixels, row + pixel_row + pass * ROWS);
-      pixels.start(p.pixels, walk, pixel_k, origin, pass, pixel_place(stage, pass));
+      const int64_t origin = noted(pixel_row + pass * ROWS, 0);
+      pixels.start(p.pixels, walk, offset, pixel_k, origin, pass, pixel_place(stage, pass));
     }
-    if constexpr (pixels.ASYNC) row += Tile::BK;
+    row += Tile::BK;
+    slot = next_slot();
   }
 
   SIMT_DEVICE void finish(shared_address stage) {
-    if constexpr (!pixels.ASYNC) {
-      pixels.finish(p.pixels, pixel_k, [&](int pass) { return pixel_place(stage, pass); });
-      row += Tile::BK;
-    }
+    pixels.finish(p.pixels, pixel_k, [&](int pass) { return pixel_place(stage, pass); });
   }
 
  private:
+  SIMT_DEVICE int next_slot() const { return slot + 1 == Tile::STAGES ? 0 : slot + 1; }
+
+  // A split is whole steps, so that rows behind its last are those of the next split, or of nobody.
+  SIMT_DEVICE void note_row(int index, int m) {
+    const auto origin = static_cast<uint64_t>(patch_origin(p.pixels, m));
+    const auto token = static_cast<uint64_t>(token_row(p.pixels, p.prefix_rows, m));
+    simt::store_shared<4>(rows_memory + index * WeightGradientMemory<Tile>::ROW_BYTES,
+                          {{static_cast<uint32_t>(origin), static_cast<uint32_t>(origin >> 32),
+                            static_cast<uint32_t>(token), static_cast<uint32_t>(token >> 32)}});
+  }
+
+  // Notes the rows of the step after the next: a barrier stands between this and their use, and between the last use of
+  // their place and this.
+  SIMT_DEVICE void note_ahead() {
+    if (steps_noted > 1) {
+      steps_noted--;
+    } else if (simt::thread_index() < Tile::BK) {
+      note_row(next_slot() * Tile::BK + simt::thread_index(), row + Tile::BK + simt::thread_index());
+    }
+  }
+
+  // Of a row of the next step, the origin of its patch (0) or the row of its token (1).
+  SIMT_DEVICE int64_t noted(int tile_row, int which) const {
+    const int place = (slot * Tile::BK + tile_row) * WeightGradientMemory<Tile>::ROW_BYTES + which * 8;
+    const auto words = simt::load_shared<2>(rows_memory + place);
+    return static_cast<int64_t>(static_cast<uint64_t>(words.word[1]) << 32 | words.word[0]);
+  }
+
   SIMT_DEVICE shared_address pixel_place(shared_address stage, int pass) const {
     return stage + Tile::second_place(pixel_row + pass * ROWS, pixel_column * SIZE);
   }
@@ -68,9 +110,9 @@ struct WeightGradientLoader {
     const int tile_column = simt::thread_index() % PIECES * COUNT, column = first_column + tile_column;
     SIMT_UNROLL for (int pass = 0; pass < Tile::BK / ROWS; pass++) {
       const int tile_row = simt::thread_index() / PIECES + pass * ROWS;
-      const bool is_inside = column < p.width && patch_origin(p.pixels, row + tile_row) >= 0;
+      const bool is_inside = column < p.width && noted(tile_row, 0) >= 0;
       const Compute* from = static_cast<const Compute*>(p.grad);
-      if (is_inside) from += token_row(p.pixels, p.prefix_rows, row + tile_row) * p.width + column;
+      if (is_inside) from += noted(tile_row, 1) * p.width + column;
       const shared_address to = stage + Tile::first_place(tile_row, tile_column * SIZE);
       if constexpr (COUNT * SIZE == 16 || COUNT == 1) {
         simt::copy_async<COUNT * SIZE>(to, from, is_inside);
@@ -93,19 +135,21 @@ patch_embed_weight_gradient(WeightGradient p) {
   const int first_row = simt::block_y() * p.rows_per_split, rows = p.pixels.rows() - first_row;
   const int steps = ((rows < p.rows_per_split ? rows : p.rows_per_split) + Tile::BK - 1) / Tile::BK;
 
-  WeightGradientLoader<Image, VECTOR, Tile> loader(p, first_column, first_k, first_row);
+  const shared_address memory = simt::shared_base();
+  WeightGradientLoader<Image, VECTOR, Tile> loader(p, memory, first_column, first_k, first_row);
+  simt::sync_threads();
   Product product;
-  run_pipeline<Tile>(simt::shared_base(), steps, loader, product);
+  run_pipeline<Tile>(memory, steps, loader, product);
 
   const int lane = simt::thread_index() % 32;
   float* part = p.parts + static_cast<int64_t>(simt::block_y()) * p.width * k_padded;
   SIMT_UNROLL for (int i = 0; i < Tile::WARP_M / 16; i++) {
     SIMT_UNROLL for (int j = 0; j < Tile::WARP_N / 8; j++) {
-      SIMT_UNROLL for (int half = 0; half < 2; half++) {
-        const int column = first_column + Tile::warp_row() + i * 16 + half * 8 + lane / 4;
+      SIMT_UNROLL for (int pair_row = 0; pair_row < 2; pair_row++) {
+        const int column = first_column + Tile::warp_row() + i * 16 + pair_row * 8 + lane / 4;
         const int k = first_k + Tile::warp_column() + j * 8 + lane % 4 * 2;
         if (column >= p.width || k >= k_padded) continue;
-        const float* pair = product.sums[i][j] + half * 2;
+        const float* pair = product.sums[i][j] + pair_row * 2;
         simt::store_global<2>(part + static_cast<int64_t>(column) * k_padded + k,
                               {{simt::bits(pair[0]), simt::bits(pair[1])}});
       }

@@ -81,7 +81,8 @@ struct RawPixels {
   }
   SIMT_DEVICE float value(int i) const {
     if constexpr (std::is_same_v<Image, uint8_t>) {
-      return static_cast<float>(word[i / 4] >> (8 * (i % 4)) & 0xff);
+      // The byte as the lowest of the mantissa of 2^23, which is subtracted: shorter than a shift, a mask and a conversion.
+      return simt::from_bits(simt::permute_bytes(word[i / 4], 0x4b000000u, 0x7440u | (i % 4))) - 0x1p23f;
     } else if constexpr (sizeof(Image) == 2) {
       return simt::half_of<Image>(word[i / 2], i % 2);
     } else {
@@ -101,11 +102,12 @@ struct PixelCopier {
   static constexpr bool ASYNC = std::is_same_v<Image, Compute> && !SINGLE;
   RawPixels<Image, PIECE> raw[ASYNC ? 1 : PASSES];
 
-  // `origin` < 0: no such patch, zeros.
-  SIMT_DEVICE void start(const Patches& p, const PixelWalk& walk, int k, int64_t origin, int pass, shared_address to) {
+  // `offset` is the walk's, the same for every pass; `origin` < 0: no such patch, zeros.
+  SIMT_DEVICE void start(const Patches& p, const PixelWalk& walk, int64_t offset, int k, int64_t origin, int pass,
+                         shared_address to) {
     const Image* images = static_cast<const Image*>(p.images);
     const bool is_inside = origin >= 0 && k < p.k_length;
-    const Image* from = is_inside ? images + origin + walk.offset(p) : images;
+    const Image* from = is_inside ? images + (origin + offset) : images;
     if constexpr (ASYNC) {
       simt::copy_async<PIECE * SIZE>(to, from, is_inside);
     } else {
@@ -132,7 +134,8 @@ struct PixelCopier {
         float value[PIECE];
         SIMT_UNROLL for (int i = 0; i < PIECE; i++) {
           value[i] = raw[pass].value(i);
-          if (p.normaliser) value[i] = (value[i] - shift[i]) * scale[i];
+          if (p.normaliser) value[i] -= shift[i];
+          if (p.normaliser && !std::is_same_v<Image, uint8_t>) value[i] *= scale[i];  // of uint8 it is 1
         }
         simt::Vector<WORDS> words;
         SIMT_UNROLL for (int i = 0; i < WORDS; i++) {
@@ -173,16 +176,5 @@ struct PixelCopier {
     }
   }
 };
-
-// The widest of the given vectors of pixels that every row of a patch consists of, else 1.
-inline int pixel_vector(const Patches& p, int element_bytes, std::initializer_list<int> vectors) {
-  for (const int vector : vectors) {
-    const bool fits = p.stretch % vector == 0 && p.row_stride % vector == 0 && p.plane_stride % vector == 0 &&
-                      p.batch_stride % vector == 0;
-    const int bytes = vector * element_bytes < 16 ? vector * element_bytes : 16;
-    if (fits && reinterpret_cast<uintptr_t>(p.images) % bytes == 0) return vector;
-  }
-  return 1;
-}
 
 }  // namespace fastvit

@@ -4,6 +4,15 @@
 #include "dispatch.h"
 
 namespace fastvit {
+namespace {
+
+// For the weight's gradient, which needs nothing else of it.
+SIMT_KERNEL(WEIGHT_THREADS, 2)
+write_normaliser(PrepareWeight p) {
+  fill_normaliser(p, simt::thread_index(), WEIGHT_THREADS);
+}
+
+}  // namespace
 
 void prepare_weight(Type compute, const PrepareWeight& p, const simt::Queue& queue) {
   const int blocks = simt::blocks_for(p.width, WEIGHT_ROWS), shared_bytes = 4 * WEIGHT_ROWS;
@@ -17,7 +26,7 @@ void prepare_normaliser(const PrepareWeight& p, const simt::Queue& queue) {
 }
 
 void transpose_weight(Type compute, const TransposeWeight& p, const simt::Queue& queue) {
-  const int x = simt::blocks_for(p.width_padded, TRANSPOSED), y = simt::blocks_for(p.k_length, TRANSPOSED);
+  const int x = simt::blocks_for(p.k_length, TRANSPOSED), y = simt::blocks_for(p.width_padded, TRANSPOSED);
   const int shared_bytes = 4 * TRANSPOSED * (TRANSPOSED + 1);
   with_type(compute, [&](auto c) {
     simt::launch(queue, transpose_weight<decltype(c)>, x, y, WEIGHT_THREADS, shared_bytes, p);

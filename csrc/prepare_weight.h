@@ -62,7 +62,7 @@ SIMT_DEVICE float prepare_row(const PrepareWeight& p, const Weight* weight, int 
     SIMT_UNROLL for (int i = 0; i < AHEAD; i++) {
       const int k = first + i * 32;
       const Compute rounded = simt::round_to<Compute>(k < p.k_length ? scaled[i] : 0.0f);
-      correction += simt::to_float(rounded) * shift[i];
+      if (shift[i] != 0) correction += simt::to_float(rounded) * shift[i];  // infinite weights times 0 are no number
       if (k < p.k_padded) simt::store_element(prepared + k, rounded);
     }
   }
@@ -133,19 +133,13 @@ prepare_weight(PrepareWeight p) {
   if (p.normaliser) fill_normaliser(p, simt::block_x() * WEIGHT_THREADS + thread, blocks * WEIGHT_THREADS);
 }
 
-// For the weight's gradient, which needs nothing else of it.
-SIMT_KERNEL(WEIGHT_THREADS, 2)
-write_normaliser(PrepareWeight p) {
-  fill_normaliser(p, simt::thread_index(), WEIGHT_THREADS);
-}
-
 // A square of the weight by way of shared memory, so that both sides are read and written along their rows.
 template <class Compute>
 SIMT_KERNEL(WEIGHT_THREADS, 2)
 transpose_weight(TransposeWeight p) {
   constexpr int STEP = WEIGHT_THREADS / TRANSPOSED;
   const int across = simt::thread_index() % TRANSPOSED, down = simt::thread_index() / TRANSPOSED;
-  const int first_d = simt::block_x() * TRANSPOSED, first_k = simt::block_y() * TRANSPOSED;
+  const int first_k = simt::block_x() * TRANSPOSED, first_d = simt::block_y() * TRANSPOSED;
   // Rows of an odd number of words, so that those of a column lie in different banks.
   const auto word = [](int d, int k) { return simt::shared_base() + 4 * (d * (TRANSPOSED + 1) + k); };
 
@@ -161,7 +155,7 @@ transpose_weight(TransposeWeight p) {
       simt::store_shared<1>(word(row + down, across), {{simt::bits(value)}});
     }
   });
-  if (has_k && simt::block_x() == 0 && down == 0) {
+  if (has_k && simt::block_y() == 0 && down == 0) {
     simt::store_element(p.scale + first_k + across, constant_of(p, PIXEL_SCALE, place.channel));
   }
   simt::sync_threads();

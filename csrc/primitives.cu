@@ -224,7 +224,7 @@ warpgroup_multiply_add(Primitive p) {
     simt::warpgroup_multiply_add<T>(sums, simt::matrix_descriptor(a + k * 2), simt::matrix_descriptor(b + k * 2));
   }
   simt::warpgroup_commit();
-  simt::warpgroup_wait<0>();
+  simt::warpgroup_wait<0>(sums);
   SIMT_UNROLL for (int j = 0; j < 16; j++) output_sums(p, thread * 16 + j, sums[j]);
 }
 

@@ -120,10 +120,7 @@ struct WarpgroupByRows {
     }
     simt::warpgroup_commit();
   }
-  SIMT_DEVICE void complete() {
-    simt::warpgroup_wait<0>();
-    simt::warpgroup_done(sums[0]);
-  }
+  SIMT_DEVICE void complete() { simt::warpgroup_wait<0>(sums[0]); }
 };
 
 template <class Tile>

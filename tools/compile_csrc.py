@@ -126,11 +126,11 @@ class Product:
 
     @property
     def shared_bytes(self) -> int:
-        """As csrc/pipeline.h and ForwardMemory in csrc/patch_embed_forward.h have it."""
+        """As csrc/pipeline.h, ForwardMemory and WeightGradientMemory in csrc/ have it."""
         rows, columns, depth, warp_rows, warp_columns, stages, _ = self.tile
         pipeline = stages * (rows + columns) * depth * self.size
         if self.op == "weight_gradient":
-            return pipeline
+            return pipeline + stages * depth * 16
         warps = rows // warp_rows * (columns // warp_columns)
         return max(pipeline, warps * 16 * (warp_columns + 8) * 4) + rows * 8
 

@@ -258,19 +258,16 @@ SIMT_DEVICE void warpgroup_multiply_add(float (&sums)[16][4], uint64_t a, uint64
 
 SIMT_DEVICE void warpgroup_commit() { SIMT_WARPGROUP("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most PENDING of the committed groups of products are in flight.
+// Waits until at most PENDING of the committed groups of products are in flight. The instruction names no registers:
+// that the sums are not read before it must be said to the compiler.
 template <int PENDING>
-SIMT_DEVICE void warpgroup_wait() {
+SIMT_DEVICE void warpgroup_wait(float (&sums)[16][4]) {
   SIMT_WARPGROUP("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-#undef SIMT_WARPGROUP
-
-// Behind the wait: the compiler, to which the wait names no registers, does not read sums before it.
-SIMT_DEVICE void warpgroup_done(float (&sums)[16][4]) {
   SIMT_UNROLL for (int j = 0; j < 16; j++) {
     asm volatile("" : "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])::"memory");
   }
 }
+
+#undef SIMT_WARPGROUP
 
 }  // namespace simt

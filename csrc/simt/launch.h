@@ -4,10 +4,8 @@
 #include "queue.h"
 #include "simt.h"
 
-#if defined(__CUDACC__)
 #include <stdexcept>
 #include <string>
-#endif
 
 namespace simt {
 
@@ -23,13 +21,21 @@ void launch(const Queue& queue, void (*kernel)(Parameters), int x, int y, int th
 #if defined(SIMT_NO_LAUNCH)  // all of a call but the kernels: what the host costs
   (void)queue, (void)kernel, (void)threads, (void)shared_bytes, (void)parameters;
 #elif defined(__CUDACC__)
+  cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
-  kernel<<<dim3(x, y), threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(parameters);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("fastvit: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) {
+    kernel<<<dim3(x, y), threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(parameters);
+    error = cudaGetLastError();
+  }
+  if (error != cudaSuccess) {
+    throw std::runtime_error("fastvit: CUDA refuses a launch of " + std::to_string(x) + " x " + std::to_string(y) +
+                             " blocks of " + std::to_string(threads) + " threads and " +
+                             std::to_string(shared_bytes) + " bytes of shared memory: " + cudaGetErrorString(error));
+  }
 #else
+  if (y > 65535) throw std::runtime_error("a grid of more than 65535 blocks in y");
   host::global_memory().start_launch();
   host::Block block;
   block.run({x, y}, threads, shared_bytes, queue.seed, [&] { kernel(parameters); });

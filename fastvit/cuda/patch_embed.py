@@ -118,9 +118,11 @@ def run_backward(
         list(needs),
     )
     d_images = results[0]
-    if need_images and d_images.stride() != images.stride() and d_images.numel():
-        # The kernels write NCHW and NHWC alone; the gradient of another layout is laid out as its images.
-        d_images = torch.empty_like(images).copy_(d_images)
+    # The kernels write NCHW and NHWC alone; the gradient of another layout is laid out as torch lays out its like.
+    if need_images and not images.is_contiguous():
+        strides = torch.empty_like(images, device="meta").stride()
+        if d_images.stride() != strides:
+            d_images = torch.empty_like(images).copy_(d_images)
     return d_images, *results[1:]
 
 
@@ -143,5 +145,8 @@ def _image_constants(std: Normalisation, channels: int) -> tuple[Any, ...]:
 def _check_sizes(images: Tensor, weight: Tensor, patches: int, prefix: Tensor | None) -> None:
     length = patches + (0 if prefix is None else prefix.shape[0])
     batch, dim = images.shape[0], weight.shape[0]
-    if batch * length >= INT32_LIMIT or length * dim >= INT32_LIMIT:
-        raise ValueError(f"images: {batch} x {length} tokens of width {dim}; rows and values a sample must be < 2^31")
+    # Less a tile, to which the kernels round the rows up.
+    if batch * length >= INT32_LIMIT - 1024 or length * dim >= INT32_LIMIT:
+        raise ValueError(
+            f"images: {batch} x {length} tokens of width {dim}; rows and values a sample must be < 2^31 - 1024"
+        )

@@ -65,7 +65,10 @@ def _compared(which: int, name: str, input_bytes: int, output_bytes: int, device
         emulated = torch.empty(output_bytes, dtype=torch.uint8)
         library.run_primitive(emulated_device, which, call.view(given), call.view(emulated))
         found = torch.full_like(emulated, 0xA5, device=device)
-        torch.ops.fastvit.run_primitive_cuda(which, given.to(device), found)
+        try:
+            torch.ops.fastvit.run_primitive_cuda(which, given.to(device), found)
+        except RuntimeError as error:  # the library may have been compiled for other architectures
+            return _row(device, name, FAILED, reason=str(error).partition("\n")[0])
         differing = (found.cpu() != emulated).nonzero().flatten()
         if len(differing):
             where = f"from byte {int(differing[0])} on, draw {draw}"

@@ -303,9 +303,9 @@ void warpgroup_product() {
     if (WRONG == COPIES_OVER && thread_index() == 5) copy_async<16>(FIRST, operands, true);
     if (WRONG == NO_WAIT && round == 1) return;
     if (WRONG == WAITS_FOR_TOO_LITTLE) {
-      warpgroup_wait<1>();
+      warpgroup_wait<1>(sums);
     } else {
-      warpgroup_wait<0>();
+      warpgroup_wait<0>(sums);
     }
     expect_products(sums, round + 1);
     if (WRONG == LAST_OVERWRITES && ++waited == 128) store_shared<1>(SECOND, word(0));
@@ -322,13 +322,13 @@ void two_groups_of_products() {
   warpgroup_commit();
   for (int k = 0; k < DEPTH; k += 16) warpgroup_multiply<NOTHING, bfloat16>(second, k);
   warpgroup_commit();
-  warpgroup_wait<1>();
+  warpgroup_wait<1>(first);
   expect(second[0][0] != second[0][0], "sums of a product in flight are there");
   for (auto& four : first) {
     for (float& sum : four) sum += 1.0f;
   }
   expect_products(first, 1);
-  warpgroup_wait<0>();
+  warpgroup_wait<0>(second);
   for (auto& four : second) {
     for (float& sum : four) sum += 1.0f;
   }

@@ -134,7 +134,7 @@ SIMT_DEVICE void warpgroup_commit() {
 }
 
 template <int PENDING>
-SIMT_DEVICE void warpgroup_wait() {
+SIMT_DEVICE void warpgroup_wait(float (&)[16][4]) {
   host::Thread& thread = host::block().current();
   while (static_cast<int>(thread.products.size()) > PENDING) {
     for (const host::ProductShare& share : thread.products.front()) host::finish_product(thread, share);
@@ -142,7 +142,5 @@ SIMT_DEVICE void warpgroup_wait() {
   }
   thread.has_arrived = false;
 }
-
-SIMT_DEVICE void warpgroup_done(float (&)[16][4]) {}
 
 }  // namespace simt
