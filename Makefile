@@ -23,7 +23,7 @@ COMPILED := $(wildcard tests/compile)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-full test-core test-interpreter test-compile compile-check gpu lint clean
+.PHONY: help install demo test test-full test-core test-interpreter test-compile test-abi compile-check extension gpu lint clean
 
 help: ## Print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -45,7 +45,8 @@ $(STAMP):
 	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)' \
 	|| { echo "Installing $(TRITON_FOR_CPU)"; $(PIP) install --no-compile -c constraints.txt "$(TRITON_FOR_CPU)"; };; esac
 	@echo "Installing fastvit and the other dependencies"
-	@$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e '.[test]'
+	@FASTVIT_BUILD_CUDA=$${FASTVIT_BUILD_CUDA:-0} \
+	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
 	@echo "Ready: $(BIN)/fastvit --help"
 
@@ -75,8 +76,15 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/python tools/typecheck.py
 
+# Six architectures take minutes on many cores, so that no other target does it: FASTVIT_CUDA_ARCHS=90a for one.
+extension: install ## Build the C++/CUDA extension in place, for the GPUs of FASTVIT_CUDA_ARCHS, such as 80;90a
+	FASTVIT_BUILD_CUDA=1 $(BIN)/python tools/build_extension.py
+
+test-abi: install ## One binary of the binding under torch 2.11 and 2.14, each in an environment of its own (large)
+	$(BIN)/python tools/test_abi.py
+
 # A machine with a GPU has its own torch and Triton and may have no network: the package alone is installed, into an
-# environment that sees the packages of $(PYTHON).
+# environment that sees the packages of $(PYTHON). The extension is built by a stage, which may fail.
 gpu: ## Test, measure and profile on the GPU of this machine with its own python3 (STAGE=a,b: parts); writes $OUT
 	$(PYTHON) tools/gpu_env.py build/gpu-env
 	OUT="$(OUT)" build/gpu-env/bin/python -m fastvit.benchmarks.campaign $(if $(STAGE),--stage $(STAGE))

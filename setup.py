@@ -1,4 +1,4 @@
-"""Packaging: which folder becomes which module, and the version. Everything else is in pyproject.toml.
+"""Packaging: which folder becomes which module, the version, and the C++/CUDA extension. The rest: pyproject.toml.
 
 Two folders at the top of the repository are installed under other names:
 
@@ -8,17 +8,31 @@ Two folders at the top of the repository are installed under other names:
 Neither has an ``__init__.py``. A regular package called ``kernels`` in the working directory would be imported in
 place of the PyPI package of that name, which transformers uses; a folder without ``__init__.py`` yields to it.
 An editable install finds the two folders through fastvit/kernels/__init__.py and fastvit/benchmarks/__init__.py.
+
+The extension is built where nvcc, ninja, a C++ compiler and torch's headers are: tools/build_extension.py, which also
+tells the variables that it heeds.
 """
 
 from __future__ import annotations
 
 import re
+import sys
+from functools import lru_cache
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Command, Distribution, find_packages, setup
+from setuptools.command.build import build
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 RENAMED = {"kernels": "fastvit.kernels", "benchmarks": "fastvit.benchmarks"}
+
+sys.path.insert(0, str(ROOT / "tools"))
+import build_extension as extension  # noqa: E402
 
 
 def version() -> str:
@@ -41,6 +55,69 @@ def renamed_packages() -> dict[str, str]:
     return found
 
 
+@lru_cache
+def is_built() -> bool:
+    """Whether the extension will be part of this; a variable without a meaning ends everything."""
+    try:
+        return extension.plan()[0] is not None
+    except extension.BuildError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+class FastViT(Distribution):
+    """Bound to a platform where it will have the library."""
+
+    def has_ext_modules(self) -> bool:
+        return is_built()
+
+
+class BuildCUDA(Command):
+    """The library, and what is to be known of it, in fastvit/cuda/: of the wheel, or of the tree in an editable one."""
+
+    user_options: list[tuple[str, str, str]] = []
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.build_lib = ""
+
+    def finalize_options(self) -> None:
+        self.build_lib = self.get_finalized_command("build").build_lib
+
+    def run(self) -> None:
+        folder = (ROOT if self.editable_mode else Path(self.build_lib)) / extension.PACKAGE
+        try:
+            reason = extension.build_extension(folder)
+        except extension.BuildError as error:
+            raise SystemExit(f"error: {error}; FASTVIT_BUILD_CUDA=0 installs without it") from None
+        if reason:
+            self.announce(f"the C++/CUDA extension is not built: {reason}", level=2)
+
+    def get_source_files(self) -> list[str]:
+        return [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
+
+    def get_outputs(self) -> list[str]:
+        folder = Path(self.build_lib) / extension.PACKAGE
+        names = (extension.INFO, *([extension.LIBRARY] if is_built() else []))
+        return [] if self.editable_mode else [str(folder / name) for name in names]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Build(build):
+    """With the extension, after the Python files."""
+
+    sub_commands = [*build.sub_commands, ("build_cuda", None)]
+
+
+class BuildWheel(bdist_wheel):
+    """The library knows nothing of Python, so that one wheel serves every version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+is_built()
 renamed = renamed_packages()
 setup(
     version=version(),
@@ -48,4 +125,7 @@ setup(
     packages=sorted({*find_packages(include=["fastvit", "fastvit.*"]), *renamed}),
     package_dir={"fastvit": "fastvit", **renamed},
     package_data={"": ["py.typed", "*.json"]},
+    exclude_package_data={"fastvit.cuda": [extension.INFO]},
+    distclass=FastViT,
+    cmdclass={"build": Build, "build_cuda": BuildCUDA, "bdist_wheel": BuildWheel},
 )

@@ -2,13 +2,16 @@
 
     python3 tools/gpu_env.py FOLDER
 
-Needs no network. ``venv --system-site-packages`` would see the packages of the base interpreter only, and so none of
-them where python3 is itself in a virtual environment; a .pth file names them in either case, pip included.
+Needs no network. The C++/CUDA extension is left to the campaign, which goes on where it can't be built.
+
+``venv --system-site-packages`` would see the packages of the base interpreter only, and so none of them where python3
+is itself in a virtual environment; a .pth file names them in either case, pip included.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import sysconfig
@@ -39,7 +42,7 @@ def main() -> int:
     (Path(inside.stdout.strip()) / "outer_packages.pth").write_text(lines, encoding="utf-8")
     command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index"]
     command += ["--no-build-isolation", "--no-deps", "--editable", str(ROOT)]
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run(command, env={**os.environ, "FASTVIT_BUILD_CUDA": "0"}, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -34,7 +34,18 @@ def forward(
     """
     ops = torch.ops.fastvit
     return run_forward(
-        ops.patch_embed_cuda, images, weight, bias, pos_embed, prefix, mean, std, keep, compute_dtype, dtype, is_tf32()
+        ops.patch_embed_cuda,
+        images,
+        weight,
+        bias,
+        pos_embed,
+        prefix,
+        mean,
+        std,
+        keep,
+        compute_dtype,
+        dtype,
+        tf32=compute_dtype == torch.float32 and is_tf32(),
     )
 
 
@@ -54,8 +65,8 @@ def backward(
     grad is [B, R+N, D], or [B, R+N_keep, D] with keep. d_images and d_weight have the shape and dtype of images and
     weight; d_bias is [D] and d_rows [R+N, D], both float32: the gradient summed over patches, and over the batch.
     """
-    op = torch.ops.fastvit.patch_embed_backward_cuda
-    return run_backward(op, grad, images, weight, mean, std, keep, compute_dtype, prefix_rows, needs, is_tf32())
+    op, tf32 = torch.ops.fastvit.patch_embed_backward_cuda, compute_dtype == torch.float32 and is_tf32()
+    return run_backward(op, grad, images, weight, mean, std, keep, compute_dtype, prefix_rows, needs, tf32=tf32)
 
 
 def is_tf32() -> bool:
@@ -75,6 +86,7 @@ def run_forward(
     keep: Tensor | None,
     compute_dtype: torch.dtype,
     dtype: torch.dtype,
+    *,
     tf32: bool,
 ) -> Tensor:
     """`forward` through `op`: the library's, or the emulated one."""
@@ -95,14 +107,17 @@ def run_backward(
     compute_dtype: torch.dtype,
     prefix_rows: int,
     needs: Sequence[bool],
+    *,
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`backward` through `op`: the library's, or the emulated one."""
     need_images, need_weight, _, _ = needs
     product_grad = grad.to(compute_dtype) if need_images or need_weight else grad
     constants = _constants(mean, std, images, compute_dtype)
-    of_images = _image_constants(None if std is None else tuple(std), images.shape[1])
-    of_images = constants_on_device(of_images, images.device) if need_images else constants
+    of_images = constants
+    if need_images:
+        stds = None if std is None else tuple(std)
+        of_images = constants_on_device(_image_constants(stds, images.shape[1]), images.device)
     results = op(
         grad,
         product_grad,

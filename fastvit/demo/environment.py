@@ -36,7 +36,8 @@ def collect() -> dict[str, Any]:
         "gpus": gpus(),
         "backends": {kind: available_backends(kind) for kind in kinds},
         "compiled_targets": compiled_targets(),
-        "warnings": version_warnings(versions()),
+        "extension": extension(),
+        "warnings": version_warnings(versions()) + extension_warnings(),
     }
 
 
@@ -104,13 +105,31 @@ def gpus() -> list[dict[str, Any]]:
 
 def compiled_targets() -> dict[str, str]:
     """For each kind of kernel, the GPU targets it is compiled for, and when."""
-    from fastvit.backend import available_backends
+    from fastvit import cuda
 
-    extension = available_backends("cuda")["cuda"]
     return {
         "triton": ", ".join(f"sm_{target}" for target in triton_targets()) + " (compiled at first use)",
-        "cuda": f"none: {extension}" if extension else "as built",
+        "cuda": ", ".join(cuda.architectures()) if not cuda.why_missing() else "none",
     }
+
+
+def extension() -> dict[str, str]:
+    """The library of the C++/CUDA extension, or why there is none and the command that builds it."""
+    from fastvit import cuda
+
+    missing = cuda.why_missing()
+    if missing:
+        return {"library": "", "why_missing": missing, "how_to_get": cuda.how_to_get()}
+    return {"library": str(cuda.LIBRARY), "why_missing": "", "how_to_get": ""}
+
+
+def extension_warnings() -> list[str]:
+    """A line where the library is older than the sources beside it."""
+    from fastvit import cuda
+
+    if not cuda.is_outdated():
+        return []
+    return [f"the C++/CUDA extension was built from other sources than those in csrc/. Run: {cuda.how_to_get()}"]
 
 
 def triton_targets() -> tuple[int, ...]:
@@ -138,6 +157,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
         about.add_row("GPU", "none found by torch")
     for name, targets in found["compiled_targets"].items():
         about.add_row(f"{name} targets", targets)
+    library = found["extension"]
+    missing = f"{library['why_missing']}; to get it: {library['how_to_get']}"
+    about.add_row("cuda extension", library["library"] or missing)
     backends = Table("backend", "device", "runs here", "why not", title="Backends", title_justify="left")
     for kind, reasons in found["backends"].items():
         for name, reason in reasons.items():

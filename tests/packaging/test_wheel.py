@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -26,19 +27,43 @@ def python_files() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel, built from a copy, so that nothing is written into the tree under test."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("fastvit", *RENAMED):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel without the C++/CUDA extension."""
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*command, "-w", out, source], capture_output=True, text=True, check=False)
+    variables = {**os.environ, "FASTVIT_BUILD_CUDA": "0"}
+    done = subprocess.run([*command, "-w", out, tree], capture_output=True, text=True, check=False, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.glob("*.whl")
     return built
+
+
+def test_wheel_without_the_extension_serves_every_platform(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    archive = zipfile.ZipFile(wheel)
+    assert not [name for name in archive.namelist() if name.endswith((".so", ".cu", ".h"))]
+    info = json.loads(archive.read("fastvit/cuda/_fastvit_cuda.json"))
+    assert info == {"built": False, "reason": "it was left out: FASTVIT_BUILD_CUDA=0"}
+
+
+def test_an_unknown_mode_stops_the_build(tree: Path) -> None:
+    variables = {**os.environ, "FASTVIT_BUILD_CUDA": "yes"}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, env=variables)
+    assert done.returncode and "error: FASTVIT_BUILD_CUDA='yes': accepted are auto, 0, 1" in done.stderr
+
+
+def test_source_distribution_has_what_a_build_takes(tree: Path, tmp_path: Path) -> None:
+    code = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
+    variables = {**os.environ, "FASTVIT_BUILD_CUDA": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=False, env=variables
+    )
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert names >= {*sources, "setup.py", "tools/build_extension.py", "kernels/launch.py"}
 
 
 def test_wheel_has_every_module_once(wheel: Path) -> None:
