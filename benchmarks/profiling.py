@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
+from fastvit.backend import BACKENDS, available_backends
 from fastvit.benchmarks import model, models
 from fastvit.benchmarks.problem import COMPILED, FORWARD, STEP, Unavailable
 from fastvit.benchmarks.rows import commit, device_name, versions
@@ -64,7 +65,10 @@ CLASSES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """One model on one batch of images [batch, 3, 224, 224], and what is done with it."""
+    """One model on one batch of images [batch, 3, 224, 224], and what is done with it.
+
+    `provider` is of PROVIDERS; fastvit:<backend> is ours by one backend.
+    """
 
     model: str = "S"
     batch: int = 256
@@ -135,7 +139,7 @@ def profile(setup: Setup, device: str | torch.device, **overrides: Any) -> Profi
         overrides: arguments of the model, such as `depth`.
 
     Raises:
-        Unavailable: the provider is not installed.
+        Unavailable: the provider is not installed, or its backend can't run here.
     """
     device = torch.device(device)
     call = _call(setup, device, overrides)
@@ -155,11 +159,15 @@ def profile(setup: Setup, device: str | torch.device, **overrides: Any) -> Profi
 
 def _call(setup: Setup, device: torch.device, overrides: dict[str, Any]) -> Call:
     """The forward pass, or the training step, of a fresh model on random images: what the suite `model` times."""
+    provider, _, backend = setup.provider.partition(":")
+    reason = available_backends(device)[backend] if backend else ""
+    if reason:
+        raise Unavailable(reason)
     residual = torch.float32 if device.type == "cuda" else None  # autocast on a GPU alone
     suite = model.Setup(setup.model, setup.batch, device, residual, overrides)
     torch._dynamo.reset()
     how = COMPILED if setup.compiled else ""
-    return model.timed_model(PROVIDERS[setup.provider], suite, *suite.data(), MODES[setup.mode], "", how)
+    return model.timed_model(PROVIDERS[provider], suite, *suite.data(), MODES[setup.mode], backend, how)
 
 
 def _wait(device: torch.device) -> None:
@@ -227,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu or cuda; default: a GPU where there is one")
     parser.add_argument("--mode", choices=MODES, default="step")
     parser.add_argument("--compiled", action="store_true", help="under torch.compile")
-    parser.add_argument("--provider", choices=PROVIDERS, default=OURS)
+    providers = [*PROVIDERS, *(f"{OURS}:{backend}" for backend in BACKENDS)]
+    parser.add_argument("--provider", choices=providers, default=OURS)
     parser.add_argument("--top", type=int, default=15, help="kernels to list")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each kernel instead")
     options = parser.parse_args(arguments)

@@ -127,9 +127,18 @@ def versions(device_type: str) -> dict[str, str]:
         found["cudnn"] = str(torch.backends.cudnn.version() or "")
         driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found["driver"] = driver.partition("\n")[0]
+        found["nvcc"] = _compiler_of_extension()
     else:
         found["capability"] = torch.backends.cpu.get_cpu_capability()
     return found
+
+
+def _compiler_of_extension() -> str:
+    """The nvcc that compiled the C++/CUDA extension; "" where there is no extension."""
+    from fastvit import cuda
+
+    compilers = cuda.build_info().get("versions")
+    return "" if cuda.why_missing() or not compilers else str(compilers[-1])
 
 
 @functools.lru_cache
@@ -139,7 +148,7 @@ def commit() -> str:
     revision = _output_of("git", "-C", root, "rev-parse", "--short=12", "HEAD")
     if not revision:
         return ""
-    changed = _output_of("git", "-C", root, "status", "--porcelain", "--", "*.py")
+    changed = _output_of("git", "-C", root, "status", "--porcelain", "--", "*.py", "csrc")
     return f"{revision}-dirty" if changed else revision
 
 
@@ -166,7 +175,7 @@ def format_table(rows: Sequence[Row]) -> RenderableType:
     parts: list[Any] = []
     for op in dict.fromkeys(row.op for row in rows):
         mine = [row for row in rows if row.op == op]
-        parts += [_ratio_table(op, mine), _time_table(mine)]
+        parts += [_ratio_table(op, mine), time_table(mine)]
         reasons = dict.fromkeys((row.provider, row.mode, row.reason) for row in mine if row.reason)
         parts += [Text(f"  {provider}, {mode}: {reason}") for provider, mode, reason in reasons]
     if not parts:
@@ -209,7 +218,8 @@ def _ratio_table(op: str, rows: Sequence[Row]) -> Any:
     return table
 
 
-def _time_table(rows: Sequence[Row]) -> Any:
+def time_table(rows: Sequence[Row]) -> Any:
+    """The median of every provider, a line for each case."""
     from rich.table import Table
 
     providers = list(dict.fromkeys(row.provider for row in rows))

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastvit import backend as backends
 from fastvit import functional, tuning
 from fastvit.backend import launch_counts, reset_launch_counts, triton_is_interpreted, use_backend
 from fastvit.tuning import FORWARD, TRAINING, Choice, Configuration, Problem, Table
@@ -352,7 +353,30 @@ def test_a_winner_that_can_not_run_here_is_passed_over(use: Use, winner: str) ->
     if winner == "triton" and triton_is_interpreted():
         pytest.skip("it can run here: TRITON_INTERPRET is set")
     use(table_with({problem(): {8: Choice(winner, {winner: 1.0, "reference": 2.0})}}))
+    assert embed(2) == "reference", "the best of those measured that can run"
+    use(table_with({problem(): {8: Choice(winner, {winner: 1.0, "reference": 2.0, "cpu": 1.5})}}))
     assert embed(2) == "cpu"
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_the_extension_is_followed_where_it_is_built(
+    use: Use, is_built: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """By the functions of the CPU backend in its place; where it is not built, the next that can run."""
+    monkeypatch.setitem(backends._PACKAGES, "cuda", "fastvit.cpu")
+    monkeypatch.setitem(backends._REASONS, "cuda", lambda device_type: "" if is_built else "it is not built")
+    backends.implementation.cache_clear()
+    request.addfinalizer(backends.implementation.cache_clear)
+    choice = Choice("cuda", {"triton, large": 3.0, "reference": 2.0, "cuda": 1.0, "cpu": 1.5}, Configuration("large"))
+    use(table_with({problem(): {8: choice}, problem(TRAINING): {8: choice}}))
+    expected = "cuda" if is_built else "cpu"
+    weight = torch.randn(SHAPE, requires_grad=True)
+    assert embed(2) == embed(2, weight) == expected
+    assert tuning.configuration(CPU, tuple(problem()), 8) == Configuration("large"), "it stays Triton's own"
+    compiled, _ = compile_counting(lambda images: functional.patch_embed(images, weight))
+    reset_launch_counts()
+    compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert launch_counts() == {("patch_embed", expected): 1, ("patch_embed_backward", expected): 1}
 
 
 def test_a_table_is_read_once(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Stages tests and validate: the same tests and the same cases as everywhere, on the GPU."""
+"""Stages tests, primitives and validate: the same tests and the same cases as everywhere, on the GPU."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 import torch
 
 from fastvit.benchmarks.campaign import pytest_rows
-from fastvit.benchmarks.campaign.output import FAILED, Lines, passed_if, print_table, report
-from fastvit.validation import Report
+from fastvit.benchmarks.campaign.output import FAILED, SKIPPED, Lines, passed_if, print_table, report
+from fastvit.validation import Report, check_primitives
 from fastvit.validation import validate as validate_backends
 from fastvit.validation.cases import DTYPES, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
-TEST_FOLDERS = ("tests/gpu", "tests/ops", "tests/kernels", "tests/model")
+TESTS = ("tests/gpu", "tests/cuda/test_on_gpu.py", "tests/ops", "tests/kernels", "tests/model")
 WORKERS = 8
 ONE_TEST = 60  # seconds after which a test counts as hung
 GLANCE = 10.0  # seconds between looks at what the tests have found so far
 
 
-def tests(out: Path, folders: Sequence[str] = TEST_FOLDERS) -> str:
+def tests(out: Path, paths: Sequence[str] = TESTS) -> str:
     """The tests of ops, kernels and model on the GPU, with few hypothesis examples; a line for each test."""
-    present = [folder for folder in folders if (ROOT / folder).exists()]
+    present = [path for path in paths if (ROOT / path).exists()]
     if not present:
         print("the tests are not installed with the package: run this from a checkout")
         return FAILED
@@ -82,6 +82,17 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 def _counted(rows: Iterable[dict[str, Any]]) -> str:
     counts = Counter(row["status"] for row in rows)
     return ", ".join(f"{counts[status]} {status}" for status in ("passed", "failed", "skipped"))
+
+
+def primitives(out: Path, device: str = "cuda") -> str:
+    """`fastvit validate --primitives`: what the CUDA C++ kernels are made of, against the emulation of it."""
+    found = check_primitives(device)
+    Lines(out / "validate.jsonl").write(found.to_json_lines().splitlines())
+    print_table(found.table)
+    reasons = "; ".join(reason for _, reason in found.skip_reasons())
+    ran = found.passed + found.failed > 0
+    report(figure=found.summary() if ran else reasons)
+    return passed_if(found.ok) if ran else SKIPPED
 
 
 def validate(out: Path, device: str = "cuda", quick: bool = False) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvit.benchmarks.campaign.backends import backends_of
 from fastvit.benchmarks.campaign.output import Lines, passed_if, print_table, report
 from fastvit.validation.cases import DTYPES, AddPositionCase, Case, Inputs, PatchEmbedCase, make_inputs
 from fastvit.validation.report import SKIPPED, Report, Row
@@ -64,16 +65,16 @@ class Beyond:
 
 
 def limits(
-    out: Path, device: str = "cuda", backend: str = "triton", patches: Sequence[int] = PATCHES,
+    out: Path, device: str = "cuda", backends: Sequence[str] | None = None, patches: Sequence[int] = PATCHES,
     dtypes: Iterable[str] = ("bfloat16", "float16", "float32"), threshold: int = THRESHOLD,
 ) -> str:  # fmt: skip
-    """All patches in both layouts, raw and float images; then the large batches."""
+    """All patches in both layouts, raw and float images; then the large batches. Default: all backends that run."""
     lines = Lines(out / "validate.jsonl")
     seed = secrets.randbelow(2**31)
     print(f"seed {seed}, part of every case's name")
-    candidate = backend_candidate(backend, device)
+    candidates = [backend_candidate(name, device) for name in backends or backends_of(device)]
     whole = Report()
-    checks = _check_patches(candidate, patches, dtypes, seed), _check_beyond(candidate, threshold, seed)
+    checks = _check_patches(candidates, patches, dtypes, seed), _check_beyond(candidates, threshold, seed)
     for rows in itertools.chain(*checks):
         lines.write(row.to_json() for row in rows)
         whole = Report(whole.rows + tuple(rows))
@@ -86,10 +87,10 @@ def limits(
 
 
 def _check_patches(
-    candidate: Candidate, patches: Sequence[int], dtypes: Iterable[str], seed: int
+    candidates: Sequence[Candidate], patches: Sequence[int], dtypes: Iterable[str], seed: int
 ) -> Iterator[list[Row]]:
-    for dtype in dtypes:
-        for case in patch_cases(patches, seed):
+    for dtype, case in itertools.product(dtypes, list(patch_cases(patches, seed))):
+        for candidate in candidates:
             yield check_case(candidate, case, dtype)
 
 
@@ -132,8 +133,8 @@ def beyond_cases(seed: int) -> list[Beyond]:
     ]
 
 
-def _check_beyond(candidate: Candidate, threshold: int, seed: int) -> Iterator[list[Row]]:
-    for beyond in beyond_cases(seed):
+def _check_beyond(candidates: Sequence[Candidate], threshold: int, seed: int) -> Iterator[list[Row]]:
+    for beyond, candidate in itertools.product(beyond_cases(seed), candidates):
         case, batch = beyond.case, beyond.samples(threshold)
         needed, free = beyond.bytes_needed(batch), _free_bytes(candidate.device)
         if needed > free:

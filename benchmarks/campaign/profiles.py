@@ -5,29 +5,35 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastvit.benchmarks.campaign.backends import backends_of
 from fastvit.benchmarks.campaign.output import Lines, passed_if, print_table, report
 from fastvit.benchmarks.profiling import OURS, Setup, format_table, profile
 
-BATCH = 256
-# Eager ones first: compiling a step takes half a minute.
-SETUPS = tuple(
-    Setup(model, BATCH, provider, compiled=compiled)
-    for compiled, model, provider in itertools.product((False, True), ("S", "B"), (OURS, "timm"))
-)
+BATCH, MODELS, RIVAL = 256, ("S", "B"), "timm"
 
 
-def profiles(out: Path, device: str = "cuda", setups: Iterable[Setup] = SETUPS, top: int = 12, **overrides: Any) -> str:
+def plan(backends: Sequence[str]) -> list[Setup]:
+    """Ours by each backend, and timm's. Eager ones first: compiling a step takes half a minute."""
+    providers = [*(f"{OURS}:{backend}" for backend in backends), RIVAL]
+    eager = [Setup(model, BATCH, provider) for model, provider in itertools.product(MODELS, providers)]
+    compiled = itertools.product(MODELS, (OURS, RIVAL))
+    return [*eager, *(Setup(model, BATCH, provider, compiled=True) for model, provider in compiled)]
+
+
+def profiles(
+    out: Path, device: str = "cuda", setups: Iterable[Setup] | None = None, top: int = 12, **overrides: Any
+) -> str:
     """Each profile is printed and written when it is there; one that fails does not keep the others from running."""
     lines = Lines(out / "profile.jsonl")
     words: list[str] = []
     failed = 0
-    for setup in setups:
+    for setup in plan(backends_of(device)) if setups is None else setups:
         print(f"{setup} ...", flush=True)
         try:
             found = profile(setup, device, **overrides)

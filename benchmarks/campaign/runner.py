@@ -91,7 +91,6 @@ def describe_device() -> dict[str, Any]:
     """GPU, driver and versions; raises RuntimeError where there is no GPU."""
     import torch
 
-    from fastvit.backend import available_backends
     from fastvit.benchmarks.rows import commit, device_name, versions
 
     if not torch.cuda.is_available():
@@ -100,7 +99,6 @@ def describe_device() -> dict[str, Any]:
         "device": device_name(torch.device("cuda")),
         "versions": versions("cuda"),
         "commit": commit(),
-        "backends": available_backends("cuda"),
     }
 
 

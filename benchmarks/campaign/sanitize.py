@@ -1,27 +1,30 @@
 """Stage sanitize: every kernel on the smallest shapes under compute-sanitizer, where that tool works.
 
-memcheck finds accesses outside of what was allocated, racecheck threads of a block that disturb each other. The tool
-is not on every machine, and can't work on some; that is no fault of the kernels, and the stage is skipped there.
+memcheck finds accesses outside of what was allocated, racecheck threads of a block that disturb each other, synccheck
+barriers that not all threads reach. The tool is not on every machine, and can't work on some; that is no fault of the
+kernels, and the stage is skipped there.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastvit.benchmarks.campaign import tiny
+from fastvit.benchmarks.campaign.backends import backends_of
 from fastvit.benchmarks.campaign.output import FAILED, PASSED, SKIPPED, report
 
 PROGRAM = "compute-sanitizer"
 FOLDERS = ("/usr/local/cuda/bin",)  # beside $PATH
-TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck", "synccheck")
 ERRORS = 86  # exit code by which the tool says that it found some
 MOST_LINES = 60  # of a tool's report that are printed
 # "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"
@@ -36,8 +39,8 @@ class Verdict:
     words: str
 
 
-def sanitize(out: Path, device: str = "cuda", backend: str = "triton") -> str:
-    """The tools beside each other, since each spends most of its time on loading; what they find goes to the log."""
+def sanitize(out: Path, device: str = "cuda", backends: Sequence[str] | None = None) -> str:
+    """Each tool on each backend (default: all that run), beside each other, since most of their time is loading."""
     program = _program()
     if program is None:
         reason = f"{PROGRAM} is not on the PATH or in {', '.join(FOLDERS)}"
@@ -45,16 +48,17 @@ def sanitize(out: Path, device: str = "cuda", backend: str = "triton") -> str:
         report(figure=reason)
         return SKIPPED
     found: dict[str, Verdict] = {}
-    with ThreadPoolExecutor(len(TOOLS)) as pool:
-        waiting = {pool.submit(_run, program, tool, device, backend): tool for tool in TOOLS}
+    runs = {f"{name} {tool}": (tool, name) for name, tool in itertools.product(backends or backends_of(device), TOOLS)}
+    with ThreadPoolExecutor(max(1, len(runs))) as pool:
+        waiting = {pool.submit(_run, program, tool, device, name): run for run, (tool, name) in runs.items()}
         for future in as_completed(waiting):
-            tool, (code, text) = waiting[future], future.result()
-            found[tool] = verdict = judge(code, text)
-            print(f"{tool}: {verdict.status}: {verdict.words}", flush=True)
+            run, (code, text) = waiting[future], future.result()
+            found[run] = verdict = judge(code, text)
+            print(f"{run}: {verdict.status}: {verdict.words}", flush=True)
             if verdict.status != PASSED:
-                print("\n".join([f"{tool}: {line}" for line in text.splitlines()][:MOST_LINES]), flush=True)
-            report(tool=tool, status=verdict.status, words=verdict.words)
-            report(figure="; ".join(f"{name} {found[name].words}" for name in TOOLS if name in found))
+                print("\n".join([f"{run}: {line}" for line in text.splitlines()][:MOST_LINES]), flush=True)
+            report(run=run, status=verdict.status, words=verdict.words)
+            report(figure="; ".join(f"{run} {found[run].words}" for run in runs if run in found))
     statuses = {verdict.status for verdict in found.values()}
     return FAILED if FAILED in statuses else PASSED if PASSED in statuses else SKIPPED
 

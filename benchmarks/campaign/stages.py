@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 
+from fastvit.benchmarks.campaign.build import build
 from fastvit.benchmarks.campaign.ceilings import ceilings
-from fastvit.benchmarks.campaign.correctness import tests, validate
+from fastvit.benchmarks.campaign.correctness import primitives, tests, validate
+from fastvit.benchmarks.campaign.launch import launch
 from fastvit.benchmarks.campaign.limits import limits
 from fastvit.benchmarks.campaign.profiles import profiles
 from fastvit.benchmarks.campaign.runner import Stage
@@ -22,17 +24,20 @@ def _suite(name: str, share: int) -> Stage:
 
 
 STAGES = (
-    Stage("warm", 45, "compile every kernel of the manifest with a pool of processes", warm),
-    Stage("tests", 70, "the tests of ops, kernels and model, CUDA graphs and streams", tests),
-    Stage("limits", 30, "every even patch from 2 to 32, and 7; batches whose offsets pass 2^31", limits),
-    Stage("validate", 20, "every case of the validator against float64", validate),
-    Stage("sanitize", 30, "memcheck and racecheck of compute-sanitizer on the smallest shapes", sanitize),
+    Stage("build", 70, "the C++/CUDA extension, compiled for this GPU alone", build),
+    Stage("warm", 35, "compile every kernel of the manifest with a pool of processes", warm),
+    Stage("tests", 65, "the tests of ops, kernels and model, CUDA graphs and streams", tests),
+    Stage("primitives", 20, "what the CUDA C++ kernels are made of, against the emulation of it", primitives),
+    Stage("limits", 35, "every even patch from 2 to 32, and 7; batches whose offsets pass 2^31", limits),
+    Stage("validate", 25, "every case of the validator against float64", validate),
+    Stage("sanitize", 30, "memcheck, racecheck and synccheck of compute-sanitizer on the smallest shapes", sanitize),
     Stage("ceilings", 10, "the rates of matrix products and of a copy", ceilings),
-    _suite("patch_embed", 70),
-    _suite("model", 90),
-    _suite("masked", 25),
-    _suite("add_position", 15),
-    _suite("input", 15),
-    Stage("tune", 30, "the fastest configuration for each shape of ViT-S and ViT-B", tune),
-    Stage("profile", 50, "time per kernel of ViT-S and ViT-B steps, ours and timm's, eager and compiled", profiles),
+    _suite("patch_embed", 60),
+    _suite("model", 60),
+    Stage("launch", 10, "what a call costs the host: the public function, the extension's op, torch.add", launch),
+    _suite("masked", 15),
+    _suite("add_position", 10),
+    _suite("input", 10),
+    Stage("tune", 25, "the fastest backend and configuration for each shape of ViT-S and ViT-B", tune),
+    Stage("profile", 20, "time per kernel of ViT-S and ViT-B steps, ours and timm's, eager and compiled", profiles),
 )

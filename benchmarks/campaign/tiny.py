@@ -18,6 +18,8 @@ from fastvit.validation.runner import backend_candidate, poisoned
 
 STARTED, FINISHED = "the device answers", "all kernels ran"
 _RAW = functools.partial(PatchEmbedCase, images="uint8", normalise=True)
+# Of 128 x 128 as many as an H200 has multiprocessors: other kernels run where there are.
+_MANY = functools.partial(PatchEmbedCase, batch=34, grid=(8, 8), patch=(8, 8), channels=1, width=1024)
 CASES: tuple[tuple[Case, str], ...] = (
     (_RAW("patch 16, raw"), "bfloat16"),
     (_RAW("patch 16, raw, kept patches", grid=(3, 3), keep=4), "bfloat16"),
@@ -27,6 +29,8 @@ CASES: tuple[tuple[Case, str], ...] = (
     (_RAW("patch 14, raw", patch=(14, 14)), "bfloat16"),
     (PatchEmbedCase("patch 7, any width", patch=(7, 7), width=63, prefix=5), "float32"),
     (PatchEmbedCase("patch 16", images="float32", normalise=True), "float32"),
+    (_MANY("many tiles, raw", images="uint8", normalise=True), "bfloat16"),
+    (_MANY("many tiles"), "float16"),
     (AddPositionCase("positions"), "bfloat16"),
     (AddPositionCase("positions, any width", width=63, layout="sliced_rows"), "float32"),
 )

@@ -47,8 +47,8 @@ def test_as_a_command_from_another_folder(tmp_path: Path) -> None:
 
 def test_what_matters_most_comes_first_and_all_fits_into_nine_minutes() -> None:
     assert NAMES == [
-        "warm", "tests", "limits", "validate", "sanitize", "ceilings", "patch_embed", "model", "masked", "add_position",
-        "input", "tune", "profile",
+        "build", "warm", "tests", "primitives", "limits", "validate", "sanitize", "ceilings", "patch_embed", "model",
+        "launch", "masked", "add_position", "input", "tune", "profile",
     ]  # fmt: skip
     assert sum(stage.share for stage in STAGES) == runner.BUDGET
     assert runner.BUDGET + 2 * runner.GRACE < 9 * 60 - 15, "installation and start-up take their time too"
@@ -61,7 +61,7 @@ def test_stages_are_chosen_by_name_and_keep_their_order() -> None:
 
     assert [stage.name for stage in find_stages(STAGES, None)] == NAMES
     assert chosen("profile, warm") == ["warm", "profile"] == chosen("profile", "warm,warm")
-    with pytest.raises(ValueError, match="--stage speed: known are warm, tests"):
+    with pytest.raises(ValueError, match="--stage speed: known are build, warm, tests"):
         chosen("warm,speed")
     with pytest.raises(ValueError, match="empty"):
         chosen(",")
@@ -70,7 +70,7 @@ def test_stages_are_chosen_by_name_and_keep_their_order() -> None:
 def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--stage", "speed"])
-    assert stopped.value.code == 2 and "--stage speed: known are warm" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--stage speed: known are build" in capsys.readouterr().err
 
 
 def test_make_passes_the_stage_on() -> None:
@@ -230,7 +230,7 @@ def test_a_stage_is_a_process_of_this_package(tmp_path: Path) -> None:
     log = runner.Log(tmp_path / "log.jsonl", time.monotonic())
     stage = Stage("speed", 1, "", lambda out: PASSED)
     result = runner.run_stage(stage, tmp_path, 100.0, log)
-    assert result.status == "failed" and "--stage speed: known are warm" in result.figure
+    assert result.status == "failed" and "--stage speed: known are build" in result.figure
 
 
 def test_statuses_are_exit_codes(tmp_path: Path) -> None:

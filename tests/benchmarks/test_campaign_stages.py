@@ -14,8 +14,12 @@ import pytest
 import torch
 
 from fastvit import tuning as tables
+from fastvit.backend import BACKENDS
+from fastvit.benchmarks import problem
 from fastvit.benchmarks import tune as tuner
+from fastvit.benchmarks.campaign import backends as campaign_backends
 from fastvit.benchmarks.campaign import correctness, limits, profiles, sanitize, tiny, tuning
+from fastvit.benchmarks.campaign.backends import backends_of
 from fastvit.benchmarks.campaign.ceilings import ceilings
 from fastvit.benchmarks.campaign.output import FAILED, FILES, PASSED, SKIPPED, understood
 from fastvit.benchmarks.campaign.suites import headline, not_timed, suite
@@ -136,6 +140,10 @@ def test_tests_that_pass_and_tests_that_are_missing(
     assert {path.name for path in tmp_path.iterdir()} - {"test_some.py", "__pycache__"} <= set(FILES)
 
 
+def test_the_tests_of_a_gpu_are_where_they_are_looked_for() -> None:
+    assert [path for path in correctness.TESTS if not (correctness.ROOT / path).exists()] == []
+
+
 def test_a_pytest_that_does_not_start_shows_its_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +156,7 @@ def test_a_pytest_that_does_not_start_shows_its_words(
 
 
 def test_patches_and_large_batches_against_float64(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert limits.limits(tmp_path, "cpu", "cpu", (7,), BF16, 2**19) == PASSED
+    assert limits.limits(tmp_path, "cpu", None, (7,), BF16, 2**19) == PASSED
     rows = _rows(tmp_path / "validate.jsonl")
     assert {row["status"] for row in rows} == {"passed"} and {row["backend"] for row in rows} == {"cpu"}
     cases = {str(row["case"]).split(", seed")[0] for row in rows}
@@ -157,6 +165,27 @@ def test_patches_and_large_batches_against_float64(tmp_path: Path, capsys: pytes
     quantities = {str(row["quantity"]) for row in rows}
     assert {"forward", "d_images", "d_weight", "d_bias", "d_pos_embed", "d_prefix", "d_tokens"} <= quantities
     assert _figure(capsys.readouterr().out) == f"passed: {len(rows)} passed, 0 failed, 0 skipped"
+
+
+def test_the_limits_hold_every_backend_that_runs(
+    gpu_backends: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert limits.limits(tmp_path, "cpu", gpu_backends, (2,), BF16, 2**19) == PASSED
+    rows = _rows(tmp_path / "validate.jsonl")
+    cases = [{row["case"] for row in rows if row["backend"] == name} for name in gpu_backends]
+    assert cases[0] == cases[1] and len(cases[0]) == 4 + len(limits.beyond_cases(0))
+    assert backends_of("cpu") == ["cpu", *gpu_backends]
+
+
+def test_a_backend_that_is_not_there_is_left_out_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reasons = {name: "" for name in BACKENDS} | {"cpu": "not here", "emulated": "not here", "cuda": "it is not built"}
+    for module in (campaign_backends, problem):
+        monkeypatch.setattr(module, "available_backends", lambda device: reasons)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert backends_of("cuda") == ["triton"]
+    assert capsys.readouterr().out == "without cuda: it is not built\n"
 
 
 def test_all_even_patches_up_to_32_are_among_the_limits() -> None:
@@ -217,7 +246,7 @@ def test_too_little_memory_skips_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(limits, "_free_bytes", lambda device: 2**30)
-    assert limits.limits(tmp_path, "cpu", "cpu", (2,), BF16) == PASSED
+    assert limits.limits(tmp_path, "cpu", ["cpu"], (2,), BF16) == PASSED
     skipped = [row for row in _rows(tmp_path / "validate.jsonl") if row["status"] == "skipped"]
     assert len(skipped) == len(limits.beyond_cases(0))
     assert (
@@ -228,7 +257,7 @@ def test_too_little_memory_skips_and_says_so(
 def test_a_wrong_backend_fails_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_free_bytes", lambda device: 0)
     with planted("patch flattened in another order"):
-        assert limits.limits(tmp_path, "cpu", "cpu", (2,), BF16) == FAILED
+        assert limits.limits(tmp_path, "cpu", ["cpu"], (2,), BF16) == FAILED
 
 
 # validate
@@ -268,12 +297,13 @@ def test_a_clean_run_passes(tool: Tool, tmp_path: Path, capsys: pytest.CaptureFi
     tool(
         f"""[ "$1 $3 $4" = "--tool --error-exitcode 86" ] || exit 9
 name=$2; shift 4; echo "========= COMPUTE-SANITIZER"
-[ $name = racecheck ] && echo "{tiny.STARTED}" && echo "{tiny.FINISHED}" &&
+[ $name != memcheck ] && echo "{tiny.STARTED}" && echo "{tiny.FINISHED}" &&
     echo "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)" && exit
 "$@" || exit 1; echo "========= ERROR SUMMARY: 0 errors" """
     )
-    assert sanitize.sanitize(tmp_path, "cpu", "cpu") == PASSED
-    assert _figure(capsys.readouterr().out) == "memcheck 0 errors; racecheck 0 errors"
+    assert sanitize.sanitize(tmp_path, "cpu") == PASSED
+    figure = "cpu memcheck 0 errors; cpu racecheck 0 errors; cpu synccheck 0 errors"
+    assert _figure(capsys.readouterr().out) == figure
 
 
 def test_errors_fail_and_are_printed(tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,9 +312,14 @@ def test_errors_fail_and_are_printed(tool: Tool, tmp_path: Path, capsys: pytest.
 echo "========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)"; exit 86; }}
 echo "========= Invalid __global__ write of size 4 bytes"; echo "========= ERROR SUMMARY: 1 error"; exit 86"""
     )
-    assert sanitize.sanitize(tmp_path) == FAILED
+    assert sanitize.sanitize(tmp_path, "cuda", ["triton", "cuda"]) == FAILED
     printed = capsys.readouterr().out
-    assert _figure(printed) == "memcheck 1 errors; racecheck 2 errors" and "Invalid __global__ write" in printed
+    assert _figure(printed) == "; ".join(
+        f"{name} {words}"
+        for name in ("triton", "cuda")
+        for words in ("memcheck 1 errors", "racecheck 2 errors", "synccheck 2 errors")
+    )
+    assert "cuda memcheck: ========= Invalid __global__ write" in printed
 
 
 def test_without_the_tool_it_is_skipped(
@@ -309,14 +344,14 @@ def test_a_tool_that_can_not_work_here_is_skipped(
     script: str, tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool(script)
-    assert sanitize.sanitize(tmp_path) == SKIPPED
-    assert "memcheck skipped: it can't work here: " in _figure(capsys.readouterr().out)
+    assert sanitize.sanitize(tmp_path, "cuda", ["cuda"]) == SKIPPED
+    assert "cuda memcheck skipped: it can't work here: " in _figure(capsys.readouterr().out)
 
 
 def test_a_tool_that_does_not_start_is_skipped(tool: Tool, tmp_path: Path) -> None:
     tool("")
     (tmp_path / "bin" / sanitize.PROGRAM).write_bytes(b"\x7fELF no program")
-    assert sanitize.sanitize(tmp_path) == SKIPPED
+    assert sanitize.sanitize(tmp_path, "cuda", ["cuda"]) == SKIPPED
 
 
 def test_verdicts() -> None:
@@ -334,6 +369,14 @@ def test_the_tiny_program_reaches_every_kind_of_kernel(capsys: pytest.CaptureFix
     assert printed[0] == tiny.STARTED and printed[-1] == tiny.FINISHED and len(printed) == len(tiny.CASES) + 2
     with planted("last token not written"), pytest.raises(RuntimeError, match="patch 16, raw, bfloat16: tokens is not"):
         tiny.run("cpu", "cpu")
+
+
+def test_the_tiny_program_has_more_tiles_than_a_gpu_has_multiprocessors() -> None:
+    """By the rule of csrc/patch_embed_instances.h, with the multiprocessors of an H200."""
+    cases = [case for case, _ in tiny.CASES if isinstance(case, PatchEmbedCase)]
+    tiles = [-(-case.batch * (case.keep or case.patches) // 128) * -(-case.width // 128) for case in cases]
+    assert {case.images for case, count in zip(cases, tiles, strict=True) if count >= 132} == {"uint8", "same"}
+    assert sum(count < 132 for count in tiles) >= 6
 
 
 # ceilings and suites
@@ -375,7 +418,14 @@ def test_the_headline_names_the_worst_case() -> None:
         Row(*case, "fastvit:triton", "training step, cuda graph", reason="can't be captured"),
     ]
     found = headline(rows)
-    assert found == "3 cases; 0.90x to 1.50x the best rival; worst: linear, ViT-S, float32, training step"
+    worst = "worst: linear, ViT-S, float32, training step"
+    assert found == f"3 cases; 0.90x to 1.50x the best rival; {worst}"
+    rows.append(Row(*case, "fastvit:cuda", "forward", 20.0, headline=0.75, best_rival="timm compiled"))
+    found = headline(rows)
+    assert found == f"3 cases; 0.90x to 1.50x the best rival; {worst}; fastest of ours: triton 2", "the faster of ours"
+    rows.append(Row(*case, "fastvit:cuda", "training step", 8.0, headline=1.1, best_rival="linear"))
+    assert headline(rows).endswith("1.10x to 1.50x the best rival; worst: linear, ViT-S, float32, training step; "
+                                   "fastest of ours: triton 1, cuda 1")  # fmt: skip
     assert not not_timed(rows), "a call that can't be captured is no failure"
     assert headline([]) == "0 cases"
     assert headline([Row(*case, "fastvit:triton", "forward", reason="wrong")]) == "1 case; 1 not timed"
@@ -418,6 +468,20 @@ def test_profiles_are_written_as_they_come(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_eager_profiles_come_first() -> None:
-    setups = profiles.SETUPS
-    assert [setup.compiled for setup in setups] == [False] * 4 + [True] * 4
-    assert {(setup.model, setup.provider) for setup in setups} == {(m, p) for m in "SB" for p in ("fastvit", "timm")}
+    setups = profiles.plan(["triton", "cuda"])
+    assert [setup.compiled for setup in setups] == [False] * 6 + [True] * 4
+    for compiled, ours in ((False, ["fastvit:triton", "fastvit:cuda"]), (True, ["fastvit"])):
+        asked = {(setup.model, setup.provider) for setup in setups if setup.compiled == compiled}
+        assert asked == {(model, provider) for model in "SB" for provider in (*ours, "timm")}
+
+
+def test_every_backend_that_runs_is_profiled(
+    gpu_backends: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiles, "MODELS", ("Ti",))
+    monkeypatch.setattr(profiles, "BATCH", 1)
+    real = profiles.plan
+    monkeypatch.setattr(profiles, "plan", lambda names: [setup for setup in real(names) if not setup.compiled])
+    profiles.profiles(tmp_path, "cpu", depth=1)
+    providers = {row["provider"] for row in _rows(tmp_path / "profile.jsonl")}
+    assert providers - {"timm"} == {f"fastvit:{name}" for name in ("cpu", *gpu_backends)}

@@ -11,8 +11,11 @@ import torch
 from rich.console import Console
 from torch.autograd import DeviceType
 
+from fastvit import backend as backends
 from fastvit import peers
+from fastvit.backend import launch_counts, reset_launch_counts
 from fastvit.benchmarks import profiling as module
+from fastvit.benchmarks.problem import Unavailable
 from fastvit.benchmarks.profiling import CLASSES, OTHER, Kernel, Profile, Setup, class_of, format_table, main, profile
 
 KERNELS = {
@@ -67,7 +70,13 @@ KERNELS = {
         "triton_red_fused_sum_1",
         "aten::sum",
     ],
-    "patch embedding": ["_patch_embed_forward", "_sum_segments", "fastvit::patch_embed_backward"],
+    "patch embedding": [
+        "_patch_embed_forward",
+        "_sum_segments",
+        "fastvit::patch_embed_backward",
+        "void fastvit::patch_embed_weight_gradient<__nv_bfloat16, 8, fastvit::Tile<__nv_bfloat16, 128, 128, 64>>",
+        "fastvit::write_normaliser(fastvit::PrepareWeight)",
+    ],
     OTHER: ["aten::empty", "autograd::engine::evaluate_function: ViewBackward0"],
 }
 
@@ -112,6 +121,16 @@ def test_a_rival_uses_a_convolution() -> None:
         pytest.skip(peers.timm_missing())
     found = profile(Setup("Ti", 1, provider="timm", mode="forward"), "cpu", depth=1)
     assert "convolution" in found.groups() and "patch embedding" not in found.groups()
+
+
+def test_a_backend_can_be_named(gpu_backends: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in gpu_backends:
+        reset_launch_counts()
+        profile(Setup("Ti", 1, provider=f"fastvit:{name}", mode="forward"), "cpu", depth=1)
+        assert {backend for _, backend in launch_counts()} == {name}
+    monkeypatch.setitem(backends._REASONS, "cuda", lambda device_type: "it is not built")
+    with pytest.raises(Unavailable, match="it is not built"):
+        profile(Setup("Ti", 1, provider="fastvit:cuda"), "cpu", depth=1)
 
 
 def test_compiled_means_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +204,9 @@ def test_a_missing_provider_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(peers, "import_peer", missing)
     assert main(["--provider", "timm", "--device", "cpu", "--model", "Ti"]) == 1
     assert capsys.readouterr().err == "error: --provider timm: timm can't be imported: not here\n"
+    monkeypatch.setitem(backends._REASONS, "cuda", lambda device_type: "it is not built")
+    assert main(["--provider", "fastvit:cuda", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == "error: --provider fastvit:cuda: it is not built\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from fastvit import peers
-from fastvit.benchmarks import runner
+from fastvit.backend import BACKENDS
+from fastvit.benchmarks import model, problem, runner
+from fastvit.benchmarks.problem import COMPILED, FORWARD, STEP
 from fastvit.benchmarks.rows import OURS, Row
 from fastvit.benchmarks.runner import SUITES, run_suites
 from fastvit.validation.faults import planted
@@ -59,6 +61,49 @@ def test_every_suite_runs_and_its_rows_stand_alone() -> None:
     assert all(row.floor_share and row.flops and row.ceilings for row in embed if row.median_us)
     assert "linear alone" not in {row.best_rival for row in rows}, "a yardstick is no rival"
     assert {row.rival for row in rows if row.op == "model"} == {"", "timm", "torchvision", "huggingface"}
+
+
+def test_every_backend_of_a_gpu_is_a_contender_of_every_suite(gpu_backends: tuple[str, ...]) -> None:
+    rows = run_suites(size="tiny", device="cpu", threads=1)
+    for case in dict.fromkeys(row.case for row in rows):
+        mine = [row for row in rows if row.case == case and row.is_ours]
+        assert {row.provider for row in mine} == {f"{OURS}{name}" for name in ("cpu", *gpu_backends)}, case
+        assert all(row.median_us and row.headline for row in mine) or peers.timm_missing(), mine
+
+
+@pytest.mark.parametrize("missing", ["triton", "cuda", ""])
+def test_backends_that_can_run_on_a_gpu_are_ours(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"reference": "", "cpu": "not here", "triton": "", "cuda": "", "emulated": "not here"}
+    asked: list[torch.device] = []
+
+    def available(device: torch.device) -> dict[str, str]:
+        asked.append(device)
+        return {**reasons, missing: "not here"}
+
+    monkeypatch.setattr(problem, "available_backends", available)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu = torch.device("cuda", 1)
+    assert problem.our_backends(gpu) == [name for name in ("triton", "cuda") if name != missing]
+    assert asked == [gpu]
+
+
+def test_what_is_emulated_or_interpreted_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = dict.fromkeys(BACKENDS, "")
+    monkeypatch.setattr(problem, "available_backends", lambda device: everything)
+    assert problem.our_backends(torch.device("cpu")) == ["cpu", "cuda"]
+
+
+def test_of_ours_one_is_compiled_where_minutes_count(gpu_backends: tuple[str, ...]) -> None:
+    setup = model.Setup("Ti", 1, torch.device("cpu"), torch.float32, {"depth": 1})
+
+    def compiled(size: str) -> dict[str, list[str]]:
+        problems = model._problems_of(setup, model._compiled(size, setup))
+        return {p.mode: [c.name for c in p.contenders if c.setting == COMPILED] for p in problems}
+
+    ours = [f"{OURS}{name}" for name in problem.our_backends(setup.device)]
+    assert len(ours) == 3 and compiled("small") == {FORWARD: [], STEP: [ours[0], "timm"]}
+    everybody = [*ours, "timm", "torchvision", "huggingface"]
+    assert compiled("full") == {FORWARD: everybody, STEP: everybody}
 
 
 def _missing(row: Row) -> bool:

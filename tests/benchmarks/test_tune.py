@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastvit import backend as backends
 from fastvit import functional, tuning
 from fastvit.backend import launch_counts, reset_launch_counts
 from fastvit.benchmarks import timing, tune
+from fastvit.benchmarks.timing import Call
 from fastvit.benchmarks.tune import Candidate, Scope
 from fastvit.tuning import FORWARD, TRAINING, Configuration, Table
 from fastvit.validation.faults import planted
@@ -111,6 +113,58 @@ def test_a_wrong_candidate_is_left_out_with_its_reason(fault: str) -> None:
     for choice in wrong:
         assert choice.backend == "reference" and set(choice.times_us) == {"reference"}
         assert "out of tolerance" in choice.excluded["cpu"]
+
+
+def test_every_backend_of_a_gpu_is_a_candidate(gpu_backends: tuple[str, ...]) -> None:
+    """The extension in both modes and for every op, without the tiles and programs that are Triton's."""
+    pytest.importorskip("triton")
+    table = tune.tune("cpu", ("Ti",), scope=TINY, threads=1, image=32)
+    seen: dict[tuple[str, str], set[str]] = {}
+    for problem, measured in table.choices.items():
+        for choice in measured.values():
+            assert choice.excluded == {}
+            seen.setdefault((problem.op, problem.mode), set()).update(choice.times_us)
+    for (op, _), names in seen.items():
+        assert {"reference", "cpu", "cuda"} == {name for name in names if not name.startswith("triton")}
+        assert ("triton" in names) == (op == "add_position")
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_calls_follow_the_extension_where_it_is_built(
+    is_built: bool,
+    gpu_backends: tuple[str, ...],
+    one_thread: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A table in which it won every case, used where it is there and where it is not."""
+    seconds = {"cuda": 1.0, "triton": 2.0, "reference": 3.0}
+
+    def timed(calls: list[Call], device: torch.device, _: float) -> list[timing.Timing]:
+        reset_launch_counts()
+        found = []
+        for run in calls:
+            run()
+            name = next((backend for _, backend in launch_counts()), "reference")
+            reset_launch_counts()
+            found.append(timing.Timing(seconds[name], seconds[name], seconds[name], 1))
+        return found
+
+    monkeypatch.setattr(tune, "interleave", timed)
+    pytest.importorskip("triton")
+    table = tune.tune("cpu", ("Ti",), scope=TINY, threads=1, backends=["triton", "cuda"], image=32)
+    choices = [choice for measured in table.choices.values() for choice in measured.values()]
+    assert {choice.backend for choice in choices} == {"cuda"} == {choice.name for choice in choices}
+    assert all(problem.op == "add_position" or next(iter(measured.values())).configuration != tuning.DEFAULT
+               for problem, measured in table.choices.items())  # fmt: skip
+    table.save(tmp_path / "table.json")
+    monkeypatch.setenv("FASTVIT_TUNING", str(tmp_path / "table.json"))
+    tuning.reset()
+    if not is_built:
+        monkeypatch.setitem(backends._REASONS, "cuda", lambda device_type: "it is not built")
+    for problem in table.choices:
+        assert call(problem) == ("cuda" if is_built else "triton"), problem
 
 
 CANDIDATES = [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastvit.benchmarks.campaign import limits, tiny
+from fastvit.benchmarks.campaign import launch, limits, tiny
 from fastvit.benchmarks.campaign.ceilings import ceilings
 from fastvit.benchmarks.campaign.output import PASSED
+from fastvit.benchmarks.problem import FORWARD
 from fastvit.benchmarks.profiling import Setup, profile
 from fastvit.benchmarks.rows import read_json_lines
 from fastvit.validation.cases import make_inputs
@@ -19,16 +21,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 @pytest.mark.parametrize("mode", ["forward", "step"])
-def test_a_profile_has_our_kernels_and_counts_nothing_twice(mode: str) -> None:
-    found = profile(Setup("Ti", 8, mode=mode), "cuda", depth=2)
+def test_a_profile_has_our_kernels_and_counts_nothing_twice(mode: str, kernels: str) -> None:
+    found = profile(Setup("Ti", 8, f"fastvit:{kernels}", mode), "cuda", depth=2)
     groups = found.groups()
     assert {"gemm", "patch embedding"} <= set(groups)
-    assert not [kernel.name for kernel in found.kernels if kernel.name.startswith(("aten::", "Optimizer", "fastvit::"))]
+    # Operators, which a kernel of the extension is told from by its arguments: fastvit::sum_rows(fastvit::SumRows).
+    assert not [k.name for k in found.kernels if re.match(r"aten::|Optimizer|fastvit::\w+$", k.name)]
     assert sum(kernel.share for kernel in found.kernels) == pytest.approx(1, abs=0.01)
 
 
-def test_the_tiny_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    tiny.run("cuda", "triton")
+def test_the_tiny_program_runs(kernels: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.run("cuda", kernels)
     assert capsys.readouterr().out.splitlines()[-1] == tiny.FINISHED
 
 
@@ -40,11 +43,20 @@ def test_ceilings_are_rates_of_this_gpu(tmp_path: Path) -> None:
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
+def test_a_call_costs_more_than_the_op_alone(kernels: str) -> None:
+    if kernels != "cuda":
+        pytest.skip("it is about the extension")
+    for case in launch.CASES:
+        rows = launch.measure(case, FORWARD, [kernels], torch.device("cuda"), rounds=5)
+        call, alone, _ = (row.median_us for row in rows)
+        assert call and alone and 1 < alone < call < 1000, rows
+
+
 @pytest.mark.parametrize("place", range(len(limits.beyond_cases(0))))
-def test_samples_at_the_ends_of_a_batch(place: int) -> None:
+def test_samples_at_the_ends_of_a_batch(place: int, kernels: str) -> None:
     """The check of huge batches, on small ones."""
     beyond = limits.beyond_cases(0)[place]
-    candidate = limits.at_the_ends(backend_candidate("triton", "cuda"), beyond.case, beyond.samples(2**21))
+    candidate = limits.at_the_ends(backend_candidate(kernels, "cuda"), beyond.case, beyond.samples(2**21))
     inputs = make_inputs(beyond.case, torch.bfloat16, "cuda")
     rows = check_inputs(candidate, beyond.case.op, inputs)
     assert rows and all(row.status == "passed" for row in rows), rows
