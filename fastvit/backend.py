@@ -179,10 +179,17 @@ def _fastest_of_all_batches(device: torch.device, *problem: Any) -> str:
 
 
 def _usable(choice: tuning.Choice | None, device: torch.device) -> str:
-    """The backend that a table names, "" if there is none or it can't run in this process."""
-    if choice is None or choice.backend not in BACKENDS or why_unavailable(choice.backend, device.type):
+    """The backend that a table names, or where it can't run in this process the fastest of those measured that can;
+    "" if nothing was measured."""
+    if choice is None:
         return ""
-    return choice.backend
+    if choice.backend in BACKENDS and not why_unavailable(choice.backend, device.type):
+        return choice.backend
+    for candidate in sorted(choice.times_us, key=choice.times_us.__getitem__):
+        name = candidate.partition(",")[0]  # the rest is a configuration
+        if name in BACKENDS and not why_unavailable(name, device.type):
+            return name
+    return ""
 
 
 @_constant_when_traced

@@ -135,6 +135,13 @@ def normalisation(
 
 
 def _floats(name: str, values: Sequence[float] | Tensor, channels: int) -> list[float]:
+    largest = sys.float_info.max
+    if type(values) in (list, tuple) and len(values) == channels:  # what is usual, and costs every call some time
+        for value in values:
+            if type(value) is not float or not -largest <= value <= largest:
+                break
+        else:
+            return list(values)
     if isinstance(values, Tensor):
         if torch.compiler.is_compiling():
             raise ValueError(f"{name}: inside torch.compile or torch.export give Python floats, not a tensor")
@@ -145,6 +152,6 @@ def _floats(name: str, values: Sequence[float] | Tensor, channels: int) -> list[
         raise ValueError(f"{name}: {len(values)} values, expected {channels}, one a channel")
     floats = [float(value) for value in values]
     # A comparison rather than math.isfinite, which torch.compile can't trace for a float it keeps dynamic.
-    if not all(-sys.float_info.max <= value <= sys.float_info.max for value in floats):
+    if not all(-largest <= value <= largest for value in floats):
         raise ValueError(f"{name}: {floats} must be finite")
     return floats

@@ -98,7 +98,9 @@ def patch_embed(
                 keep=keep,
                 dtype=dtype,
             )
-    return ops.patch_embed(images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype, name)
+    is_plain = mode == FORWARD and ops.is_plain(images, weight, bias, pos_embed, prefix, keep)
+    run = ops.run_patch_embed if is_plain else ops.patch_embed
+    return run(images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype, name)
 
 
 def add_position(
@@ -137,12 +139,15 @@ def add_position(
     checks.check_positions(table, prefix, patches)
     dtype = _token_dtype(dtype, _autocast_dtype(tokens) or tokens.dtype)
 
-    problem = ("add_position", _mode(tokens, table, prefix), tokens.dtype, table.dtype, dtype, (dim,), False)
+    mode = _mode(tokens, table, prefix)
+    problem = ("add_position", mode, tokens.dtype, table.dtype, dtype, (dim,), False)
     rows = None if torch.compiler.is_compiling() else batch * patches
     name = _choose(backend, tokens.device, _any_float64(tokens, table, prefix, dtype), problem, rows)
     if name == "reference":
         return reference.add_position(tokens, table, prefix=prefix, dtype=dtype)
-    return ops.add_position(tokens, table, prefix, dtype, name)
+    is_plain = mode == FORWARD and ops.is_plain(tokens, table, prefix)
+    run = ops.run_add_position if is_plain else ops.add_position
+    return run(tokens, table, prefix, dtype, name)
 
 
 def _choose(

@@ -13,9 +13,9 @@ from fastvit.emulated.call import current
 
 def forward(*arguments: Any) -> Tensor:
     """As `fastvit.cuda.patch_embed.forward`, on the CPU."""
-    return run_forward(ops.patch_embed, *arguments, current().tf32)
+    return run_forward(ops.patch_embed, *arguments, tf32=current().tf32)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `fastvit.cuda.patch_embed.backward`, on the CPU."""
-    return run_backward(ops.patch_embed_backward, *arguments, current().tf32)
+    return run_backward(ops.patch_embed_backward, *arguments, tf32=current().tf32)

@@ -11,7 +11,7 @@ from fastvit.backend import count_launch, implementation
 from fastvit.ops import registry
 
 
-def _forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
+def run_forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
     count_launch("add_position", backend)
     forward, _ = implementation(backend, "add_position")
     with registry.without_autocast(tokens.device.type):
@@ -26,7 +26,7 @@ def _forward_fake(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtyp
 
 add_position = registry.define(
     "add_position(Tensor tokens, Tensor pos_embed, Tensor? prefix, ScalarType dtype, str backend) -> Tensor",
-    _forward,
+    run_forward,
     _forward_fake,
 )
 

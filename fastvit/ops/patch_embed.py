@@ -13,7 +13,7 @@ from fastvit.backend import count_launch, implementation
 from fastvit.ops import registry
 
 
-def _forward(
+def run_forward(
     images: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -59,7 +59,7 @@ def _patches(images: Tensor, weight: Tensor) -> int:
 patch_embed = registry.define(
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? keep, "
     "float[]? mean, float[]? std, ScalarType compute_dtype, ScalarType dtype, str backend) -> Tensor",
-    _forward,
+    run_forward,
     _forward_fake,
 )
 

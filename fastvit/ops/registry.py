@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("fastvit", "DEF")
 NAMESPACE = "fastvit"
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def define(schema: str, run: Callable, fake: Callable) -> Any:
@@ -44,6 +46,29 @@ def once_differentiable(name: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=LIBRARY)
 
 
-def without_autocast(device_type: str) -> torch.autocast:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """The precision of an op is in its arguments: autocast, still on around it, must not change what runs inside."""
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call without gradients may skip the dispatcher, which would only hand it on: half of its cost.
+
+    It may not where something watches or transforms ops: a compiler, a tracer, a mode, a profiler, tensors of a class
+    of their own or without data.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    core = torch._C
+    if (
+        core._len_torch_dispatch_stack()
+        or core._len_torch_function_stack()
+        or core._get_tracing_state() is not None
+        or core._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):
+            return False
+    return True
