@@ -20,7 +20,7 @@ template <class Compute, class Use>
 void with_image(Type type, Use use) {
 #if defined(FASTVIT_FEW_TYPES)  // builds in which a fault is planted: images of the compute type, or uint8
   if (type == Type::UINT8) return use(uint8_t{});
-  if (bytes_of(type) == sizeof(Compute)) return use(Compute{});
+  if (type == type_of<Compute>()) return use(Compute{});
   throw std::invalid_argument("images: this build has kernels for uint8 and the compute type alone");
 #else
   switch (type) {

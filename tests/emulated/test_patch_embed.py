@@ -88,13 +88,14 @@ def test_gradients_of_unconverted_pixels_are_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("images", ["uint8", "same", "bfloat16"])
+@pytest.mark.parametrize("device", [{}, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("width", [63, 72])
-def test_tf32_is_as_exact_as_operands_rounded_to_it(width: int, images: str) -> None:
+def test_tf32_is_as_exact_as_operands_rounded_to_it(width: int, images: str, device: dict[str, Any]) -> None:
     case = PatchEmbedCase("tf32", batch=3, grid=(3, 5), patch=(8, 8), width=width, images=images, normalise=True)
     inputs = make_inputs(case, torch.float32)
     exact = _gradients(inputs, "reference", {n: None if t is None else t if t.dtype is torch.uint8 else t.double()
                                              for n, t in inputs.tensors.items()})  # fmt: skip
-    with emulation(tf32=True):
+    with emulation(tf32=True, **device):
         bank_conflicts()
         found = _gradients(inputs, "emulated", inputs.tensors)
         assert bank_conflicts() == 0
@@ -131,6 +132,14 @@ def test_a_patch_that_does_not_exist_contributes_to_no_gradient(images: str) -> 
     wrong = _backward(dataclasses.replace(inputs, keep=keep))
     without = _backward(dataclasses.replace(inputs, grad=grad))
     assert all(torch.equal(a, b) for a, b in zip(wrong, without, strict=True))
+
+
+def test_an_infinite_weight_gives_infinity_as_plain_pytorch_does() -> None:
+    images, weight = torch.rand(1, 3, 8, 8), torch.ones(4, 3, 8, 8)
+    weight[1, 2, 3, 4] = float("inf")
+    for dtype in (torch.float32, torch.bfloat16):
+        tokens = functional.patch_embed(images.to(dtype), weight.to(dtype), backend="emulated")
+        assert tokens[0, 0].isinf().tolist() == [False, True, False, False] and not tokens.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
