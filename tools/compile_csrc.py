@@ -177,7 +177,7 @@ def _readable(mangled: str) -> str:
     if filter_ is None:
         return mangled
     name = subprocess.run([filter_, mangled], capture_output=True, text=True, check=True).stdout.strip()
-    name = name.rpartition("(")[0]
+    name = name.replace("(anonymous namespace)::", "").rpartition("(")[0]
     for long, short in SHORT:
         name = name.replace(long, short)
     name = re.sub(r"(\w+)<Tile<[^>]*> ?>", r"\1", name)  # a way of multiplying, whose tile is named before it
