@@ -164,7 +164,7 @@ def _patch_embed_ops(inputs: Inputs) -> tuple[Call, Call]:
         inputs.tensors[name] for name in ("images", "weight", "bias", "pos_embed", "prefix")
     )
     assert images is not None and weight is not None and prefix is not None
-    normalisation, precision = (inputs.mean, inputs.std), extension.is_tf32()
+    normalisation, precision = (inputs.mean, inputs.std), extension.is_tf32(inputs.compute)
     needs = (False, True, True, True)
     given: list[tuple[Any, ...]] = []
 

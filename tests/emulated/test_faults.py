@@ -25,7 +25,7 @@ class Fault:
     """One change of one file of csrc/; the text to change must stand in it exactly once.
 
     It is built into one unit, the others staying as they are. `caught_by` is a part of what is said: of the emulation's
-    message, or "value" where the comparison with float64 finds it.
+    message, or "value" where the comparison with float64 finds it. That a fault does not compile is no catch.
     """
 
     name: str
@@ -140,7 +140,7 @@ FAULTS = (
         "cop",
     ),
     Fault("a stage too early", BFLOAT16, "pipeline.h", "writing = STAGES - 1;", "writing = STAGES - 2;", "race"),
-    Fault("stages out of step", BFLOAT16, "pipeline.h", "reading + 1 == STAGES", "reading + 2 == STAGES", ""),
+    Fault("stages out of step", BFLOAT16, "pipeline.h", "reading + 1 == STAGES", "reading + 2 == STAGES", "in flight"),
     Fault("swizzle ignores the row", BFLOAT16, "pipeline.h", ": row & 7;", ": row & 0;", "bank conflict"),
     Fault(
         "swizzle of reads and writes differs",
@@ -257,7 +257,7 @@ FAULTS = (
         "patches.h",
         "static_cast<int64_t>(x) * p.stretch",
         "static_cast<int64_t>(x + 1) * p.stretch",
-        "",
+        "outside",
     ),
     Fault(
         "a row of the patch skipped",
@@ -265,7 +265,7 @@ FAULTS = (
         "patches.h",
         "if (value >= p.stretch) value -= p.stretch, row++;",
         "if (value >= p.stretch) value -= p.stretch, row += 2;",
-        "",
+        "outside",
     ),
     Fault(
         "vectors of pixels where none fit",
@@ -298,7 +298,7 @@ FAULTS = (
         "products.h",
         "swizzled<ROW_BYTES>(Tile::warp_row() + lane / 4, 0)",
         "swizzled<ROW_BYTES>(Tile::warp_row() + lane % 8, 0)",
-        "",
+        "value",
     ),
     Fault(
         "columns of the gradient shifted",
@@ -326,8 +326,8 @@ FAULTS = (
         "fence.proxy.async",
     ),
     Fault("accumulators not announced", HOPPER, "products.h", "simt::warpgroup_arrive();", "", "wgmma"),
-    Fault("not waited for", HOPPER, "products.h", "simt::warpgroup_wait<0>(sums[0]);", "", ""),
-    Fault("never committed", HOPPER, "products.h", "simt::warpgroup_commit();", "", ""),
+    Fault("not waited for", HOPPER, "products.h", "simt::warpgroup_wait<0>(sums[0]);", "", "while a wgmma"),
+    Fault("never committed", HOPPER, "products.h", "simt::warpgroup_commit();", "", "while a wgmma"),
     Fault(
         "rows of the other warpgroup",
         HOPPER,
@@ -344,7 +344,7 @@ FAULTS = (
         "simt::matrix_descriptor(first)",
         "value",
     ),
-    Fault("warpgroup's barrier removed", HOPPER, "pipeline.h", f"    {SYNC}\n", "", ""),
+    Fault("warpgroup's barrier removed", HOPPER, "pipeline.h", f"    {SYNC}\n", "", "wgmma reads"),
     # The weight's gradient
     Fault(
         "fragments not transposed",
@@ -400,7 +400,7 @@ FAULTS = (
         "patch_embed_weight_gradient.h",
         "note_row(next_slot() * Tile::BK",
         "note_row(slot * Tile::BK",
-        "",
+        "race",
     ),
     Fault(
         "no barrier behind the first rows",
@@ -412,12 +412,12 @@ FAULTS = (
     ),
     # The image's gradient
     Fault(
-        "the weight's gradient of the wrong token",
+        "tokens of another row",
         BFLOAT16,
         "patches.h",
         "(p.over_kept.quotient(m)) + 1) * prefix_rows",
         "(p.over_kept.quotient(m)) + 0) * prefix_rows",
-        "",
+        "second write",
     ),
     Fault(
         "pixels unscaled",
@@ -433,7 +433,7 @@ FAULTS = (
         "patch_embed_forward.h",
         "first_column + column + e < target.k_length",
         "true",
-        "",
+        "outside",
     ),
     # What the ops make of their arguments
     Fault(
@@ -450,7 +450,7 @@ FAULTS = (
         "patch_embed.cu",
         "sum.prefix_rows = prefix_rows, sum.width",
         "sum.prefix_rows = 0, sum.width",
-        "",
+        "value",
     ),
     Fault(
         "the mean's part of the weight's gradient",
