@@ -4,7 +4,8 @@
 
 A row is one instantiation on one target: registers, stack, spilled bytes, shared memory (of the products: what they
 are launched with), matrix instructions and the widths of asynchronous copies, read from the machine code. Fails on any
-stack or spill, on a product without the instructions it is named after, and on copies narrower than its vectors.
+stack or spill, on a product without the instructions it is named after, on copies narrower than its vectors, and where
+the objects of a target do not link.
 Without nvcc nothing is checked, which is said, and is no failure: the package needs no CUDA toolkit.
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 TARGETS = ("80", "90a", "100")
-FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-cubin")
+FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-c")
 ONLY_SM90A = "_sm90a.cu"  # the end of the name of a file that is compiled for that target alone
 SHORT = (
     ("fastvit::", ""), ("void ", ""), ("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("unsigned char", "u8"),
@@ -50,23 +51,35 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-def compile_file(source: Path, target: str, nvcc: str) -> list[Row]:
-    """All kernels of a source for one target."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        defines = ["-DFASTVIT_HAS_SM90A"] if target == "90a" else []
-        command = [nvcc, *FLAGS, *defines, f"-arch=sm_{target}", "-o", str(cubin), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            message = (done.stderr.strip().splitlines() or ["no message"])[0]
-            return [Row(target, source.name, 0, 0, 0, 0, problems=[f"does not compile: {message}"])]
-        sass = subprocess.run([disassembler(nvcc), str(cubin)], capture_output=True, text=True, check=True)
+def compile_file(source: Path, target: str, nvcc: str, objects: Path) -> list[Row]:
+    """All kernels of a source for one target. Its object file is left in the folder of the target, to be linked."""
+    folder = objects / target / source.stem
+    folder.mkdir(parents=True)
+    defines = ["-DFASTVIT_HAS_SM90A"] if target == "90a" else []
+    command = [nvcc, *FLAGS, *defines, f"-arch=sm_{target}", "-o", str(folder.with_suffix(".o")), str(source)]
+    done = subprocess.run([*command, "--keep", "--keep-dir", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        message = (done.stderr.strip().splitlines() or ["no message"])[0]
+        return [Row(target, source.name, 0, 0, 0, 0, problems=[f"does not compile: {message}"])]
+    (cubin,) = folder.glob("*.cubin")
+    sass = subprocess.run([disassembler(nvcc), str(cubin)], capture_output=True, text=True, check=True)
+    shutil.rmtree(folder)
     code = dict(_functions(sass.stdout))
     rows = list(_usage(done.stderr, target))
     for name, row in rows:
         _read_code(row, code.get(name, ""))
         row.problems = list(problems(row))
     return [row for _, row in rows]
+
+
+def link_problems(target: str, nvcc: str, objects: Path) -> Iterator[str]:
+    """Why the object files of a target make no library: what is defined twice, or nowhere."""
+    files = sorted(map(str, (objects / target).glob("*.o")))
+    command = [nvcc, "-shared", "-Xlinker", "--no-undefined", "-o", str(objects / f"{target}.so"), *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        told = re.findall(r"((?:multiple definition|undefined reference)[^;\n]*)", done.stderr)
+        yield from told[:3] or [done.stderr.strip()[-200:] or "no message"]
 
 
 def problems(row: Row) -> Iterator[str]:
@@ -231,8 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for source in sorted(sources, key=_size, reverse=True)  # the longest first, so that all cores end together
         if target == "90a" or not source.name.endswith(ONLY_SM90A)
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for found in pool.map(lambda job: compile_file(*job), jobs) for row in found]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = Path(folder)
+        rows = [row for found in pool.map(lambda job: compile_file(*job, objects), jobs) for row in found]
+        for target in options.target or TARGETS:
+            found = list(link_problems(target, nvcc, objects))
+            rows += [Row(target, "all of them, linked", 0, 0, 0, 0, problems=found)] if found else []
     rows.sort(key=lambda row: (row.target, row.kernel))
     if options.json:
         for row in rows:

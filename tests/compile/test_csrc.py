@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -58,8 +59,8 @@ def test_a_broken_rule_is_named(tool: ModuleType, kernel: str, row: dict[str, ob
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_what_nvcc_made_is_read(tool: ModuleType) -> None:
-    rows = tool.compile_file(tool.SOURCES / "add_position.cu", "90a", shutil.which("nvcc"))
+def test_what_nvcc_made_is_read(tool: ModuleType, tmp_path: Path) -> None:
+    rows = tool.compile_file(tool.SOURCES / "add_position.cu", "90a", shutil.which("nvcc"), tmp_path)
     by_name = {row.kernel: row for row in rows}
     wide, scalar = by_name["add_position_forward<bf16, fp32, 8>"], by_name["add_position_forward<bf16, fp32, 1>"]
     assert len(rows) == 18 and all(row.registers and not row.problems for row in rows)
@@ -70,7 +71,7 @@ def test_what_nvcc_made_is_read(tool: ModuleType) -> None:
 def test_a_source_that_does_not_compile_is_a_failed_row(tool: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "wrong.cu"
     source.write_text("this is no C++\n")
-    (row,) = tool.compile_file(source, "90a", shutil.which("nvcc"))
+    (row,) = tool.compile_file(source, "90a", shutil.which("nvcc"), tmp_path / "objects")
     assert row.problems and "does not compile" in row.problems[0]
 
 
@@ -78,3 +79,27 @@ def test_the_shared_memory_of_a_product_is_its_stages_and_origins(tool: ModuleTy
     product = tool.Product.of(ALIGNED)
     assert product.shared_bytes == 3 * (64 + 64) * 32 * 2 + 64 * 8
     assert tool.Product.of("sum_rows<fp16, 8>") is None
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"a": "__global__ void kernel() {}"}, ""),
+        ({"a": "__global__ void kernel() {}", "b": "__global__ void kernel() {}"}, "multiple definition"),
+        ({"a": "void launch(); void run() { launch(); }"}, "undefined reference"),
+    ],
+)
+def test_objects_that_do_not_link_are_a_failure(
+    tool: ModuleType, files: dict[str, str], problem: str, tmp_path: Path
+) -> None:
+    nvcc = shutil.which("nvcc")
+    for name, text in files.items():
+        source = tmp_path / f"{name}.cu"
+        source.write_text(text + "\n")
+        subprocess.run([nvcc, *tool.FLAGS, "-arch=sm_90a", "-o", tmp_path / f"{name}.o", source], check=True)
+    (tmp_path / "90a").mkdir()
+    for name in files:
+        (tmp_path / f"{name}.o").rename(tmp_path / "90a" / f"{name}.o")
+    found = list(tool.link_problems("90a", nvcc, tmp_path))
+    assert problem in found[0] if problem else not found
