@@ -21,8 +21,7 @@ struct ForwardMemory {
 };
 
 SIMT_DEVICE int64_t load_origin(shared_address origins, int row) {
-  const auto words = simt::load_shared<2>(origins + row * 8);
-  return static_cast<int64_t>(static_cast<uint64_t>(words.word[1]) << 32 | words.word[0]);
+  return load_wide(origins + row * 8);
 }
 
 SIMT_DEVICE void store_origin(shared_address origins, int row, int64_t origin) {

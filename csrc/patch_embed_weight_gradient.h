@@ -94,8 +94,7 @@ struct WeightGradientLoader {
   // Of a row of the next step, the origin of its patch (0) or the row of its token (1).
   SIMT_DEVICE int64_t noted(int tile_row, int which) const {
     const int place = (slot * Tile::BK + tile_row) * WeightGradientMemory<Tile>::ROW_BYTES + which * 8;
-    const auto words = simt::load_shared<2>(rows_memory + place);
-    return static_cast<int64_t>(static_cast<uint64_t>(words.word[1]) << 32 | words.word[0]);
+    return load_wide(rows_memory + place);
   }
 
   SIMT_DEVICE shared_address pixel_place(shared_address stage, int pass) const {

@@ -8,6 +8,12 @@ namespace fastvit {
 constexpr int64_t NO_PATCH = -1;   // a row beyond the last patch
 constexpr int64_t BAD_PATCH = -2;  // an index in keep that is out of range
 
+// 64 bits of shared memory, where origins are kept.
+SIMT_DEVICE int64_t load_wide(shared_address from) {
+  const auto words = simt::load_shared<2>(from);
+  return static_cast<int64_t>(static_cast<uint64_t>(words.word[1]) << 32 | words.word[0]);
+}
+
 // Where the patch of row m starts in the images, in elements.
 SIMT_DEVICE int64_t patch_origin(const Patches& p, int m) {
   if (m >= p.rows()) return NO_PATCH;

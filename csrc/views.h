@@ -1,6 +1,7 @@
 // A tensor as the ops see it: where it lies and how, without knowing whose it is.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace fastvit {
@@ -21,6 +22,15 @@ struct View {
   int64_t strides[4] = {};  // in elements
 
   explicit operator bool() const { return is_given; }
+  // Bytes from the first to the last element, whatever lies between them.
+  std::size_t extent() const {
+    int64_t last = 0;
+    for (int i = 0; i < dimensions; i++) {
+      if (sizes[i] == 0) return 0;
+      last += (sizes[i] - 1) * strides[i];
+    }
+    return static_cast<std::size_t>(last + 1) * bytes_of(type);
+  }
   int size(int dimension) const { return static_cast<int>(sizes[dimension]); }
 };
 

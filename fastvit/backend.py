@@ -229,7 +229,6 @@ def triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-@lru_cache
 def _cuda_reason(device_type: str) -> str:
     from fastvit.cuda import why_unavailable
 

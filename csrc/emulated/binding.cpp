@@ -36,16 +36,6 @@ View view_of(uintptr_t address, Type type, const std::vector<int64_t>& sizes, co
   return view;
 }
 
-// From the first to the last element, whatever lies between them.
-std::size_t bytes_of(const View& view) {
-  int64_t last = 0;
-  for (int i = 0; i < view.dimensions; i++) {
-    if (view.sizes[i] == 0) return 0;
-    last += (view.sizes[i] - 1) * view.strides[i];
-  }
-  return static_cast<std::size_t>(last + 1) * bytes_of(view.type);
-}
-
 // One call of an op, with exactly its tensors in reach and the memory it asks for.
 class Call {
  public:
@@ -59,12 +49,12 @@ class Call {
 
   void reads(std::initializer_list<std::pair<const char*, View>> views) {
     for (const auto& [name, view] : views) {
-      if (view) global_memory().add_input(name, view.data, bytes_of(view));
+      if (view) global_memory().add_input(name, view.data, view.extent());
     }
   }
   void writes(std::initializer_list<std::pair<const char*, View>> views) {
     for (const auto& [name, view] : views) {
-      if (view) global_memory().add_output(name, view.data, bytes_of(view));
+      if (view) global_memory().add_output(name, view.data, view.extent());
     }
   }
   const Queue& queue() const { return queue_; }

@@ -34,23 +34,13 @@ class Device {
   void describe(simt::Queue&) const {}
 
   // Kernels may touch what they are lent, and must write every byte of what they are said to write.
-  void reads(const char* name, const View& view) { memory().add_input(name, view.data, extent(view)); }
-  void writes(const char* name, const View& view) { memory().add_output(name, view.data, extent(view)); }
+  void reads(const char* name, const View& view) { memory().add_input(name, view.data, view.extent()); }
+  void writes(const char* name, const View& view) { memory().add_output(name, view.data, view.extent()); }
   void lends(const char* name, void* data, std::size_t bytes) { memory().add_scratch(name, data, bytes); }
   void finish() { memory().check_all_written(); }
 
  private:
   static simt::host::GlobalMemory& memory() { return simt::host::global_memory(); }
-
-  // Bytes from the first to the last element, whatever lies between them.
-  static std::size_t extent(const View& view) {
-    int64_t last = 0;
-    for (int i = 0; i < view.dimensions; i++) {
-      if (view.sizes[i] == 0) return 0;
-      last += (view.sizes[i] - 1) * view.strides[i];
-    }
-    return static_cast<std::size_t>(last + 1) * bytes_of(view.type);
-  }
 };
 
 #endif
