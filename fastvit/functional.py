@@ -14,8 +14,6 @@ from fastvit.tuning import FORWARD, TRAINING
 
 __all__ = ["add_position", "patch_embed"]
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 def patch_embed(
     images: Tensor,
@@ -84,20 +82,7 @@ def patch_embed(
     if name == "reference":
         if keep is not None and device.type == "cpu" and not torch.compiler.is_compiling():
             checks.check_keep_range(keep, patches)
-        with torch.autocast(device.type, enabled=False):
-            if compute_dtype in HALF:
-                images, means, stds = _normalised(images, means, stds, compute_dtype), None, None
-            return reference.patch_embed(
-                images,
-                weight.to(compute_dtype),
-                None if bias is None else bias.to(compute_dtype),
-                pos_embed=pos_embed,
-                prefix=prefix,
-                mean=means,
-                std=stds,
-                keep=keep,
-                dtype=dtype,
-            )
+        return ops.plain_patch_embed(images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype)
     is_plain = mode == FORWARD and ops.is_plain(images, weight, bias, pos_embed, prefix, keep)
     run = ops.run_patch_embed if is_plain else ops.patch_embed
     return run(images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype, name)
@@ -153,6 +138,8 @@ def add_position(
 def _choose(
     backend: str | None, device: torch.device, float64: bool, problem: tuple[Any, ...], rows: int | None
 ) -> str:
+    if rows is None and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "reference"  # a file of ONNX knows standard operators alone
     name = backends.choose(backend, device, float64, problem, rows)
     if name != "reference" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
@@ -169,20 +156,6 @@ def _mode(*tensors: Tensor | None) -> str:
             if tensor is not None and tensor.requires_grad:
                 return TRAINING
     return FORWARD
-
-
-def _normalised(
-    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
-) -> Tensor:
-    """Pixels for PyTorch's own path at half precision: normalised at float32 and rounded once, as loaders do it."""
-    is_uint8 = images.dtype == torch.uint8
-    if is_uint8 or mean is not None:
-        images = images.to(torch.promote_types(images.dtype, torch.float32))
-    if is_uint8:
-        images = images / 255
-    if mean is not None and std is not None:
-        images = (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
-    return images.to(dtype)
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
