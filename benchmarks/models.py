@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fastvit import peers
 from fastvit.benchmarks.problem import Unavailable
+from fastvit.checkpoints.layouts import TORCHVISION, VIT, VIT_V5
+from fastvit.checkpoints.naming import write_names
 
 NAMES = {
     "Ti": "vit_tiny_patch16_224",
@@ -22,7 +24,6 @@ NAMES = {
     "B": "vit_base_patch16_224",
     "L": "vit_large_patch16_224",
 }
-State = dict[str, Tensor]
 
 
 def ours(model: str, residual: torch.dtype | None = None, **overrides: Any) -> nn.Module:
@@ -48,7 +49,7 @@ def torchvision(model: str, residual: torch.dtype | None = None, **overrides: An
     blocks, width, heads, hidden = _sizes(source)
     classes = source.head.out_features  # type: ignore[union-attr]
     module = vit.VisionTransformer(224, 16, blocks, heads, width, hidden, num_classes=classes)
-    module.load_state_dict(_to_torchvision(source.state_dict(), blocks))
+    module.load_state_dict(write_names(TORCHVISION, "", source.state_dict()))
     return _with_residual(module, residual, ["class_token", "encoder.pos_embedding"])
 
 
@@ -69,8 +70,9 @@ def huggingface(model: str, residual: torch.dtype | None = None, **overrides: An
         attn_implementation="sdpa",
     )
     module = vit.ViTForImageClassification(config)
+    # transformers renamed the parameters in its version 5
     is_new = any(name.startswith("vit.layers.") for name in module.state_dict())
-    module.load_state_dict(_to_huggingface(source.state_dict(), blocks, is_new))
+    module.load_state_dict(write_names(VIT_V5 if is_new else VIT, "vit.", source.state_dict()))
     names = ["vit.embeddings.cls_token", "vit.embeddings.position_embeddings"]
     return _Logits(_with_residual(module, residual, names))
 
@@ -107,57 +109,3 @@ def _with_residual(module: nn.Module, residual: torch.dtype | None, names: list[
         parameter = module.get_parameter(name)
         parameter.data = parameter.data.to(residual)
     return module
-
-
-def _to_torchvision(state: State, blocks: int) -> State:
-    out = {
-        "class_token": state["cls_token"],
-        "conv_proj.weight": state["patch_embed.proj.weight"],
-        "conv_proj.bias": state["patch_embed.proj.bias"],
-        "encoder.pos_embedding": state["pos_embed"],
-    }
-    names = {
-        "norm1.{}": "ln_1.{}",
-        "attn.qkv.{}": "self_attention.in_proj_{}",
-        "attn.proj.{}": "self_attention.out_proj.{}",
-        "norm2.{}": "ln_2.{}",
-        "mlp.fc1.{}": "mlp.0.{}",
-        "mlp.fc2.{}": "mlp.3.{}",
-    }
-    for kind in ("weight", "bias"):
-        out[f"encoder.ln.{kind}"] = state[f"norm.{kind}"]
-        out[f"heads.head.{kind}"] = state[f"head.{kind}"]
-        for index in range(blocks):
-            for source, target in names.items():
-                value = state[f"blocks.{index}.{source.format(kind)}"]
-                out[f"encoder.layers.encoder_layer_{index}.{target.format(kind)}"] = value
-    return out
-
-
-def _to_huggingface(state: State, blocks: int, is_new: bool) -> State:
-    """transformers renamed the parameters in its version 5: `is_new`."""
-    out = {
-        "vit.embeddings.cls_token": state["cls_token"],
-        "vit.embeddings.position_embeddings": state["pos_embed"],
-        "vit.embeddings.patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
-        "vit.embeddings.patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
-    }
-    prefix = "vit.layers" if is_new else "vit.encoder.layer"
-    names = {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.proj": "attention.o_proj" if is_new else "attention.output.dense",
-        "mlp.fc1": "mlp.fc1" if is_new else "intermediate.dense",
-        "mlp.fc2": "mlp.fc2" if is_new else "output.dense",
-    }
-    qkv = [f"attention.{part}_proj" if is_new else f"attention.attention.{part}" for part in
-           (("q", "k", "v") if is_new else ("query", "key", "value"))]  # fmt: skip
-    for kind in ("weight", "bias"):
-        out[f"vit.layernorm.{kind}"] = state[f"norm.{kind}"]
-        out[f"classifier.{kind}"] = state[f"head.{kind}"]
-        for index in range(blocks):
-            for source, target in names.items():
-                out[f"{prefix}.{index}.{target}.{kind}"] = state[f"blocks.{index}.{source}.{kind}"]
-            parts = state[f"blocks.{index}.attn.qkv.{kind}"].chunk(3)
-            out.update({f"{prefix}.{index}.{target}.{kind}": part for target, part in zip(qkv, parts, strict=True)})
-    return out

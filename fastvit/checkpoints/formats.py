@@ -1,0 +1,211 @@
+"""One file of weights: what it is, told by its first bytes, and its contents. No code from a file is ever run."""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvit.peers import import_peer
+
+from .errors import CheckpointError
+
+__all__ = [
+    "CONFIG",
+    "CONFIG_KEY",
+    "FOLDER_WEIGHTS",
+    "WEIGHTS",
+    "file_kind",
+    "read_json",
+    "read_npz",
+    "read_safetensors",
+    "read_torch",
+]
+
+# The files of a model's folder; the first kind of weights that is there is taken.
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FOLDER_WEIGHTS = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+CONFIG_KEY = "config"  # where a .safetensors file that stands alone keeps its config, among the metadata
+
+# First bytes of what is offered as a checkpoint and is none that can be read.
+_FOREIGN = {
+    b"version https://git-lfs": "a Git LFS pointer, without the weights themselves; fetch them with `git lfs pull`",
+    b"\x89HDF": "HDF5 (Keras, TensorFlow)",
+    b"GGUF": "GGUF",
+    b"\x93NUMPY": "a single NumPy array",
+    b"\x1f\x8b": "a gzip archive",
+    b"<!": "a web page; the download went wrong",
+    b"<html": "a web page; the download went wrong",
+}
+_LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
+_ACCEPTED = "accepted are .safetensors, .pth or .pt (torch.save) and .npz (JAX)"
+_MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
+
+
+def file_kind(path: Path) -> str:
+    """ "safetensors", "torch" or "npz", whatever the name ends in.
+
+    Raises:
+        CheckpointError: none of these, empty or cut off; the message says what it looks like.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(32)
+    if not start:
+        raise CheckpointError(f"{path}: an empty file")
+    for magic, meaning in _FOREIGN.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{path}: {meaning}; {_ACCEPTED}")
+    if start.startswith(b"PK"):
+        return _kind_of_zip(path, size)
+    if start.startswith(_LEGACY_TORCH):
+        return "torch"
+    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and not _LEGACY_TORCH.startswith(start):
+        raise CheckpointError(
+            f"{path}: a pickle that torch.save did not write; unpickling may run code, so it is not read; {_ACCEPTED}"
+        )
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
+        return "safetensors"
+    raise CheckpointError(f"{path}: not a checkpoint, or damaged ({size} bytes); {_ACCEPTED}")
+
+
+def _kind_of_zip(path: Path, size: int) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception as error:  # BadZipFile, NotImplementedError (a version that can't be), OSError …
+        raise CheckpointError(
+            f"{path}: truncated or damaged ({size} bytes, the end of the archive is missing)"
+        ) from error
+    if names and all(name.endswith(".npy") for name in names):
+        return "npz"
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise CheckpointError(f"{path}: a TorchScript program, which is code; save its state_dict() instead")
+    if any(name.endswith("data.pkl") for name in names):
+        return "torch"
+    raise CheckpointError(f"{path}: a zip archive without weights; {_ACCEPTED}")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Names and CPU tensors of a .safetensors file, and the config in its metadata where it has one.
+
+    Raises:
+        CheckpointError: truncated, damaged, or with a dtype that torch lacks.
+        ImportError: safetensors is not installed.
+    """
+    safetensors = import_peer("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    # SafetensorError derives from Exception alone, and what else is raised differs by version.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: truncated or damaged ({path.stat().st_size} bytes): {_first_line(error)}"
+        ) from error
+    return state, _config_in(metadata.get(CONFIG_KEY, ""))
+
+
+def _config_in(text: str) -> dict[str, Any] | None:
+    """The metadata are anybody's: whatever is no JSON object under that name is none of ours."""
+    try:
+        config = json.loads(text)
+    except ValueError:
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote: tensors and plain values, on the CPU.
+
+    Raises:
+        CheckpointError: truncated, damaged, or with anything else in it, which would be code to run.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # By where it breaks: RuntimeError, UnpicklingError, EOFError, KeyError …
+    except Exception as error:
+        raise CheckpointError(f"{path}: {_why_not_loaded(path, error)}") from error
+
+
+def _why_not_loaded(path: Path, error: Exception) -> str:
+    message = str(error)
+    name = re.search(r"GLOBAL ([\w.]+)", message)
+    if (name or "WeightsUnpickler" in message) and _has_whole_pickles(path):
+        what = f"pickled code or objects ({name[1]})" if name else "more than tensors and plain values"
+        return (
+            f"it holds {what}, which are not loaded; where you trust the file, save its state_dict alone, or allow the "
+            "class with torch.serialization.add_safe_globals"
+        )
+    return f"truncated or damaged ({path.stat().st_size} bytes, {type(error).__name__})"
+
+
+def _has_whole_pickles(path: Path) -> bool:
+    """False where a file of torch's old format is cut off in one of its first four pickles, which are only scanned."""
+    with path.open("rb") as file:
+        if file.read(len(_LEGACY_TORCH)) != _LEGACY_TORCH:
+            return True
+        try:
+            for _ in range(3):
+                for _ in pickletools.genops(file):
+                    pass
+        except Exception:  # ValueError, UnicodeDecodeError …, by what is missing
+            return False
+    return True
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """Names and tensors of a .npz file; "/" in names stays. bfloat16, which NumPy lacks, is restored.
+
+    Raises:
+        CheckpointError: truncated, damaged, or with Python objects or text in it.
+    """
+    state = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name in file.files:
+                state[name] = _to_tensor(file[name], f"{path}: {name}")
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise CheckpointError(f"{path}: it holds pickled Python objects, which are not loaded") from error
+        raise CheckpointError(f"{path}: truncated or damaged: {_first_line(error)}") from error
+    except Exception as error:  # BadZipFile, zlib.error, EOFError, OSError …
+        raise CheckpointError(f"{path}: truncated or damaged: {_first_line(error)}") from error
+    return state
+
+
+def _to_tensor(array: np.ndarray, what: str) -> Tensor:
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2 and array.dtype.names is None:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype.kind not in "bifcu":
+        raise CheckpointError(f"{what} has dtype {array.dtype}; accepted are numbers")
+    native = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)).reshape(array.shape)
+    try:
+        return torch.from_numpy(native)
+    except TypeError as error:
+        raise CheckpointError(f"{what} has dtype {array.dtype}, which torch lacks") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {_first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

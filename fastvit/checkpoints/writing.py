@@ -1,0 +1,145 @@
+"""Checkpoints written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.peers import import_peer
+
+from .errors import CheckpointError
+from .formats import CONFIG, CONFIG_KEY, WEIGHTS
+
+__all__ = ["write_checkpoint"]
+
+TORCH_SUFFIXES = (".pth", ".pt")
+ACCEPTED = f"accepted are .safetensors, {', '.join(TORCH_SUFFIXES)} or, with a config, the name of a folder"
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write weights, all of them or nothing: they get their name when they are complete and on the disk.
+
+    Args:
+        path: a name in .safetensors, .pth or .pt; or a folder's, which gets config.json and model.safetensors.
+        state: names and dense tensors, on any device.
+        config: a folder needs it. A .safetensors file keeps it in its metadata, where `read_checkpoint` finds it.
+            A .pth or .pt file is a plain state_dict and takes none.
+        overwrite: replace the file, or these two files in a folder, whose others stay.
+
+    Raises:
+        CheckpointError: `path` exists and `overwrite` is False, its kind is not known or does not go with `config`,
+            something in `state` is no dense tensor, or the disk is full. Nothing was written.
+        TypeError: `config` can't be written as JSON.
+        ImportError: safetensors is needed and not installed.
+        OSError: the folder can't be written to.
+    """
+    path = Path(os.path.abspath(Path(path).expanduser()))
+    is_folder = _is_folder_name(path)
+    _check_target(path, is_folder, config is not None, overwrite)
+    tensors = _dense(state)
+    text = "" if config is None else json.dumps(config, indent=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        fresh = Path(temporary) / path.name
+        if is_folder:
+            fresh.mkdir()
+            _save(fresh / WEIGHTS, tensors, "")
+            (fresh / CONFIG).write_text(text + "\n", encoding="utf-8")
+            _sync(fresh / CONFIG)
+        else:
+            _save(fresh, tensors, text)
+        if path.is_dir():
+            for name in (WEIGHTS, CONFIG):
+                os.replace(fresh / name, path / name)
+        else:
+            os.replace(fresh, path)
+    _sync(path.parent)
+
+
+def _is_folder_name(path: Path) -> bool:
+    """A name without an ending is a folder's; "vit-v1.5" has none."""
+    suffix = path.suffix.lower()
+    if suffix[1:2].isalpha() and suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise CheckpointError(f"{path}: unknown kind of file {suffix!r}; {ACCEPTED}")
+    return not suffix[1:2].isalpha()
+
+
+def _check_target(path: Path, is_folder: bool, has_config: bool, overwrite: bool) -> None:
+    if is_folder and not has_config:
+        raise CheckpointError(f"{path}: a folder can't be written without a config; {ACCEPTED}")
+    if has_config and path.suffix.lower() in TORCH_SUFFIXES:
+        raise CheckpointError(f"{path}: a {path.suffix} file can't hold a config; {ACCEPTED}")
+    if path.is_dir():
+        if not is_folder:
+            raise CheckpointError(f"{path}: is a folder; {ACCEPTED}")
+        for name in (WEIGHTS, CONFIG):
+            if (path / name).is_dir():
+                raise CheckpointError(f"{path / name}: is a folder and would have to be replaced by a file")
+        taken = any(path.iterdir())
+    else:
+        taken = os.path.lexists(path)
+        if taken and is_folder:
+            raise CheckpointError(f"{path}: is a file; {ACCEPTED}")
+    if taken and not overwrite:
+        raise CheckpointError(f"{path}: exists already; it is replaced only where overwrite is asked for")
+
+
+def _dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, which neither format could keep apart or would write in full."""
+    if not state:
+        raise CheckpointError("state: empty; expected names and tensors")
+    tensors: dict[str, Tensor] = {}
+    storages = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
+            found = type(value).__name__ if not isinstance(value, Tensor) else f"{value.layout} on {value.device}"
+            raise CheckpointError(f"state: {name!r} is no dense tensor ({found})")
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
+
+
+def _save(path: Path, tensors: dict[str, Tensor], config: str) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # a new file's; safetensors lets the owner alone read what it writes
+    try:
+        if path.suffix.lower() in TORCH_SUFFIXES:
+            torch.save(tensors, path)
+        else:
+            metadata = {"format": "pt", CONFIG_KEY: config} if config else {"format": "pt"}
+            import_peer("safetensors.torch").save_file(tensors, path, metadata=metadata)
+        path.chmod(mode)
+        _sync(path)
+    except ImportError:
+        raise
+    # A full disk is a RuntimeError of torch's, a SafetensorError of safetensors'.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path.name}: can't be written: {reason[:200]}") from error
+
+
+def _sync(path: Path) -> None:
+    """Bring the contents of a file, or the names in a folder, to the disk."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,134 @@
+"""Shared by the tests of checkpoints: random weights, and other libraries' tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastvit.peers import import_peer
+
+# Two blocks, three heads, and for width and MLP numbers that are nothing else.
+WIDTH, DEPTH, HEADS, HIDDEN, PATCH, IMAGE, CLASSES = 48, 2, 3, 96, 8, 32, 7
+
+_TRANSFORMERS = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "intermediate_size": HIDDEN,
+    "image_size": IMAGE,
+    "patch_size": PATCH,
+    "num_labels": CLASSES,
+}
+_MODULES = {"ViTMAE": "vit_mae", "ViT": "vit", "DeiT": "deit", "Dinov2WithRegisters": "dinov2_with_registers"}
+_MODULES |= {"Dinov2": "dinov2", "CLIPVision": "clip"}
+
+
+def peer(module: str) -> Any:
+    """A module of another library; the test is skipped where it can't be imported."""
+    try:
+        return import_peer(module)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@torch.no_grad()
+def scrambled(model: nn.Module) -> nn.Module:
+    """Every parameter random: zeros and ones, as many start, would hide mistakes."""
+    for parameter in model.parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 and parameter.shape[0] > 1 else 1.0
+        parameter.copy_(torch.randn_like(parameter) * scale)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def scramble() -> Callable[[nn.Module], nn.Module]:
+    return scrambled
+
+
+@pytest.fixture(scope="session")
+def library() -> Callable[[str], Any]:
+    return peer
+
+
+@pytest.fixture(scope="session")
+def agree() -> Callable[[Tensor, Tensor], None]:
+    """Two outputs are the same to float32's rounding."""
+
+    def check(got: Tensor, truth: Tensor) -> None:
+        assert got.shape == truth.shape
+        got, truth = got.detach(), truth.detach()
+        error = float((got.double() - truth.double()).norm() / truth.double().norm())
+        assert error <= 1e-5, f"relative error {error:.2e}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def same_bits() -> Callable[[dict[str, Tensor], dict[str, Tensor]], None]:
+    """The same names, and the same bits under each."""
+
+    def check(got: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+        assert got.keys() == truth.keys()
+        different = [name for name in truth if got[name].dtype != truth[name].dtype or not got[name].equal(truth[name])]
+        assert not different
+
+    return check
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, IMAGE, IMAGE)
+
+
+@pytest.fixture
+def transformers() -> Callable[..., Any]:
+    """Build a tiny model of transformers, such as "ViTModel"; arguments go to its config."""
+
+    def build(name: str, **config: Any) -> Any:
+        start = next(start for start in _MODULES if name.startswith(start))
+        module = peer(f"transformers.models.{_MODULES[start]}.modeling_{_MODULES[start]}")
+        made = getattr(module, f"{start}Config")(**{**_TRANSFORMERS, **config})
+        return scrambled(getattr(module, name)(made))
+
+    return build
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Any], Path]:
+    """Save a model of transformers as it goes to the hub; returns the folder."""
+
+    def save(model: Any) -> Path:
+        model.save_pretrained(tmp_path / "hub")
+        return tmp_path / "hub"
+
+    return save
+
+
+@pytest.fixture
+def timm_vit() -> Callable[..., Any]:
+    """Build timm's VisionTransformer, tiny."""
+
+    def build(**arguments: Any) -> Any:
+        vit = peer("timm.models.vision_transformer")
+        tiny = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+        return scrambled(vit.VisionTransformer(**{**tiny, "mlp_ratio": 2.0, "num_classes": CLASSES, **arguments}))
+
+    return build
+
+
+@pytest.fixture
+def torchvision_vit() -> Callable[..., Any]:
+    """Build torchvision's VisionTransformer, tiny."""
+
+    def build(**arguments: Any) -> Any:
+        vit = peer("torchvision.models.vision_transformer")
+        return scrambled(
+            vit.VisionTransformer(IMAGE, PATCH, DEPTH, HEADS, WIDTH, HIDDEN, num_classes=CLASSES, **arguments)
+        )
+
+    return build

@@ -1,0 +1,291 @@
+"""`fastvit inspect` and `fastvit convert`: what they say, what they write, one-line errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvit
+from fastvit import cli
+from fastvit.checkpoints import inspect, load_pretrained
+from fastvit.checkpoints.files import read_checkpoint, write_checkpoint
+
+Cli = Callable[..., tuple[int, str, str]]
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def vit(scramble: Callable[[nn.Module], nn.Module]) -> Callable[..., dict[str, Tensor]]:
+    """The state_dict of a tiny model, every parameter random."""
+
+    def build(**arguments: Any) -> dict[str, Tensor]:
+        return dict(scramble(fastvit.VisionTransformer(**{**TINY, **arguments})).state_dict())
+
+    return build
+
+
+@pytest.fixture
+def path(tmp_path: Path, vit: Callable[..., dict[str, Tensor]]) -> Path:
+    torch.save({"model": vit(), "epoch": 3}, tmp_path / "vit.pth")
+    return tmp_path / "vit.pth"
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_the_commands_explain_themselves(run: Cli, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "Examples" in out and f"fastvit {command} " in out and "never" in out
+    assert command in run("--help")[1]
+
+
+# inspect
+
+
+def test_inspect_says_what_it_is(run: Cli, path: Path) -> None:
+    code, out, err = run("inspect", path)
+    assert code == 0 and err == ""
+    parameters = sum(tensor.numel() for tensor in read_checkpoint(path).state.values())
+    for part in (
+        f"{path} (torch.save)",
+        "weights under 'model', beside epoch",
+        "timm (family vit)",
+        f"timm.models.VisionTransformer, {parameters:,} parameters",
+        "width 48, depth 2, 1 heads, MLP 192",
+        "32 x 32, patches 8 x 8, 3 channels; 7 classes",
+        "layernorm, eps 1e-06 (assumed)",
+        "num_heads=1 (48 a head)",
+        "loads it: fastvit.load_pretrained",
+        "converts it to timm, torchvision, huggingface, huggingface-v5, fastvit",
+    ):
+        assert part in out, part
+
+
+def test_inspect_as_json_has_everything(run: Cli, path: Path) -> None:
+    code, out, _ = run("inspect", path, "--json")
+    found = json.loads(out)
+    state = read_checkpoint(path).state
+    numbers = sum(tensor.numel() for tensor in state.values())
+    assert code == 0 and found["loads"] is True and found["problems"] == []
+    assert (found["kind"], found["schema"], found["family"]) == ("torch", "timm", "vit")
+    assert (found["tensors"], found["values"], found["parameters"]) == (len(state), numbers, numbers)
+    assert found["dtypes"] == {"float32": numbers} and found["bytes"] == 4 * numbers
+    expected = {**TINY, "num_heads": 1}
+    assert {name: found["arguments"][name] for name in TINY} == expected
+    assert set(found["targets"].values()) == {""}
+    assert any(line.startswith("norm_eps") for line in found["assumed"])
+
+
+def test_inspect_names_the_nearest_variant_and_what_differs() -> None:
+    model = fastvit.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, weight_init="skip")
+    found = inspect({name: tensor.half() for name, tensor in model.state_dict().items()})
+    assert found.variant == "vit_tiny_patch16_224" and found.dtypes.keys() == {"float16"}
+    assert found.differences == {"in_chans": (1, 3), "num_classes": (10, 1000)}
+    assert "with num_classes=10 instead of 1000" in str(found) and found.source == "state_dict"
+    whole = fastvit.create_model("vit_tiny_patch16_224", weight_init="skip").state_dict()
+    assert inspect(whole).differences == {}
+
+
+@pytest.mark.parametrize("library", ["huggingface", "huggingface-v5", "torchvision", "fastvit"])
+def test_inspect_tells_the_libraries_apart(
+    run: Cli, tmp_path: Path, vit: Callable[..., dict[str, Tensor]], library: str
+) -> None:
+    write_checkpoint(tmp_path / "vit.safetensors", vit())
+    target = tmp_path / ("out.pth" if library == "torchvision" else "out")
+    schema = ["--schema", "v5"] if library.endswith("v5") else []
+    to = library.removesuffix("-v5")
+    assert run("convert", tmp_path / "vit.safetensors", target, "--to", to, *schema, "--norm-eps", "1e-5")[0] == 0
+    found = json.loads(run("inspect", target, "--json")[1])
+    classes = {
+        "huggingface": "transformers.ViTForImageClassification",
+        "huggingface-v5": "transformers.ViTForImageClassification",
+        "torchvision": "torchvision.models.VisionTransformer",
+        "fastvit": "fastvit.VisionTransformer",
+    }
+    assert (found["schema"], found["library_class"]) == (library, classes[library])
+    text = run("inspect", target)[1]
+    if library == "torchvision":  # a file of it has no place for the epsilon
+        assert "eps 1e-06 (assumed)" in text
+    else:
+        assert "eps 1e-05 (as the config says)" in text
+        assert found["arguments"]["norm_eps"] == 1e-5 and found["assumed"] == []
+
+
+def test_inspect_says_what_a_library_can_not_express(vit: Callable[..., dict[str, Tensor]]) -> None:
+    found = inspect(vit(reg_tokens=4, init_values=1e-5, no_embed_class=True))
+    assert found.loads and "reg_tokens=4" in found.targets["torchvision"]
+    assert [schema for schema, reason in found.targets.items() if reason] == ["torchvision"]
+    assert "not to torchvision: " in str(found) and "4 registers" in str(found)
+
+
+def test_inspect_of_what_does_not_fit(run: Cli, tmp_path: Path, vit: Callable[..., dict[str, Tensor]]) -> None:
+    state = vit()
+    del state["blocks.1.attn.proj.bias"]
+    state["blocks.1.norm1.weight"] = torch.randn(5)
+    state["extra.weight"] = torch.randn(5)
+    write_checkpoint(tmp_path / "odd.pth", state)
+    code, out, err = run("inspect", tmp_path / "odd.pth")
+    assert code == 1 and err == ""
+    assert all(name in out for name in ("blocks.1.attn.proj.bias", "blocks.1.norm1.weight", "extra.weight"))
+    assert "does not load it as it is; strict=False" in out and "converts" not in out
+    found = json.loads(run("inspect", tmp_path / "odd.pth", "--json")[1])
+    assert found["loads"] is False and len(found["problems"]) == 3
+
+
+def test_inspect_of_another_architecture(run: Cli, tmp_path: Path) -> None:
+    state = {"conv1.weight": torch.randn(8, 3, 7, 7), "layer1.0.conv1.weight": torch.randn(8, 8, 1, 1)}
+    write_checkpoint(tmp_path / "resnet.safetensors", {**state, "fc.weight": torch.randn(10, 8)})
+    code, out, err = run("inspect", tmp_path / "resnet.safetensors")
+    assert code == 1 and err == "" and "3 tensors" in out and "ResNet" in out
+    assert out.rstrip().endswith("does not load it")
+
+
+def test_inspect_of_jax_files(run: Cli, tmp_path: Path) -> None:
+    block = "Transformer/encoderblock_0/"
+    attention = block + "MultiHeadDotProductAttention_1/"
+    generator = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"cls": (1, 1, 32), "embedding/kernel": (8, 8, 3, 32), "embedding/bias": (32,)}
+    shapes |= {"Transformer/posembed_input/pos_embedding": (1, 17, 32), "head/kernel": (32, 5), "head/bias": (5,)}
+    for norm in (block + "LayerNorm_0", block + "LayerNorm_2", "Transformer/encoder_norm"):
+        shapes |= {f"{norm}/scale": (32,), f"{norm}/bias": (32,)}
+    for part in ("query", "key", "value"):
+        shapes |= {f"{attention}{part}/kernel": (32, 2, 16), f"{attention}{part}/bias": (2, 16)}
+    shapes |= {f"{attention}out/kernel": (2, 16, 32), f"{attention}out/bias": (32,)}
+    shapes |= {block + "MlpBlock_3/Dense_0/kernel": (32, 64), block + "MlpBlock_3/Dense_0/bias": (64,)}
+    shapes |= {block + "MlpBlock_3/Dense_1/kernel": (64, 32), block + "MlpBlock_3/Dense_1/bias": (32,)}
+    arrays: dict[str, Any] = {name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    np.savez(tmp_path / "vit.npz", **arrays)
+    code, out, _ = run("inspect", tmp_path / "vit.npz")
+    assert code == 0 and "JAX's .npz" in out and "jax (family vit)" in out and "2 heads, MLP 64" in out
+    assert "num_heads" not in out.partition("assumed ")[2], "a file of Flax says how many heads there are"
+
+
+# convert
+
+
+def test_there_and_back_is_the_same_bits(run: Cli, tmp_path: Path, path: Path) -> None:
+    state = read_checkpoint(path).state
+    steps = [("hf", "huggingface"), ("tv.pth", "torchvision"), ("fv", "fastvit"), ("back.safetensors", "timm")]
+    source = path
+    for name, to in steps:
+        code, out, err = run("convert", source, tmp_path / name, "--to", to, "--num-heads", 3)
+        assert code == 0 and err == "" and f"Wrote {tmp_path / name}: {to}" in out
+        source = tmp_path / name
+    found = read_checkpoint(source).state
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    images = torch.randn(2, 3, 32, 32)
+    ours = load_pretrained(path, num_heads=3).eval()
+    for name, _ in steps:
+        assert torch.equal(load_pretrained(tmp_path / name, num_heads=3).eval()(images), ours(images)), name
+
+
+def test_convert_says_what_it_read_and_assumed(run: Cli, tmp_path: Path, path: Path) -> None:
+    code, out, _ = run("convert", path, tmp_path / "hf", "--to", "huggingface")
+    assert code == 0
+    assert "weights under 'model', beside epoch" in out and "assumed: num_heads=1" in out
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["model_type"] == "vit" and config["num_attention_heads"] == 1
+
+
+def test_convert_adapts(run: Cli, tmp_path: Path, path: Path) -> None:
+    target = tmp_path / "adapted.safetensors"
+    options = ("--img-size", "48x64", "--patch-size", "16", "--in-chans", 1, "--no-head", "--num-heads", 3)
+    code, out, _ = run("convert", path, target, "--to", "fastvit", *options, "--norm-eps", 1e-5, "--act-layer", "relu")
+    assert code == 0, out
+    found = inspect(target).arguments
+    assert (found["img_size"], found["patch_size"], found["in_chans"]) == ([48, 64], 16, 1)
+    assert (found["num_classes"], found["num_heads"]) == (0, 3)
+    assert (found["norm_eps"], found["act_layer"]) == (1e-5, "relu")
+    assert read_checkpoint(target).state["pos_embed"].shape == (1, 13, 48)
+
+
+def test_convert_keeps_what_exists(run: Cli, tmp_path: Path, path: Path) -> None:
+    target = tmp_path / "out.pth"
+    target.write_text("mine")
+    code, _, err = run("convert", path, target, "--to", "timm")
+    assert code == 2 and "exists already" in err and target.read_text() == "mine"
+    assert run("convert", path, target, "--to", "timm", "--overwrite")[0] == 0
+    assert inspect(target).schema == "timm"
+    before = path.read_bytes()
+    assert run("convert", path, path, "--to", "torchvision")[0] == 2 and path.read_bytes() == before
+    assert run("convert", path, path, "--to", "torchvision", "--overwrite")[0] == 0
+    assert inspect(path).schema == "torchvision"
+
+
+def test_convert_leaves_out_only_when_asked(run: Cli, tmp_path: Path, vit: Callable[..., dict[str, Tensor]]) -> None:
+    write_checkpoint(tmp_path / "odd.pth", {**vit(), "extra.weight": torch.randn(5)})
+    code, _, err = run("convert", tmp_path / "odd.pth", tmp_path / "out.pth", "--to", "timm")
+    assert code == 2 and err.count("\n") == 1 and "extra.weight: unknown" in err
+    code, out, _ = run("convert", tmp_path / "odd.pth", tmp_path / "out.pth", "--to", "timm", "--no-strict")
+    assert code == 0 and "left out: extra.weight: unknown" in out
+    assert "extra.weight" not in read_checkpoint(tmp_path / "out.pth").state
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("vit.pth out.pth --to keras", "--to keras: accepted is one of timm, torchvision, huggingface, fastvit"),
+        ("vit.pth out --to huggingface --schema v6", "--schema v6: accepted is one of v4, v5"),
+        ("vit.pth out.pth --to timm --schema v5", "--schema v5: accepted with --to huggingface only"),
+        ("vit.pth out.pth --to timm --img-size big", "--img-size big: accepted is a whole number, or height x width"),
+        ("vit.pth out.pth --to timm --img-size 1x2x3", "--img-size 1x2x3: accepted is"),
+        ("vit.pth out.pth --to timm --patch-size 0", "--patch-size 0: accepted is"),
+        ("vit.pth out.pth --to timm --num-heads 5", "num_heads"),
+        ("vit.pth out.pth --to timm --act-layer tanhh", "tanhh"),
+        ("vit.pth out.pth --to timm --in-chans 0", "--in-chans"),
+        ("vit.pth out.pth", "--to"),
+        ("vit.pth out.npz --to timm", "unknown kind of file '.npz'"),
+        ("vit.pth out.pth --to huggingface", "Hugging Face's format is a folder"),
+        ("vit.pth out --to torchvision", "torchvision has files alone"),
+        ("nowhere.pth out.pth --to timm", "nowhere.pth: no such file or folder"),
+        ("cut.pth out.pth --to timm", "cut.pth: truncated or damaged"),
+        ("code.pth out.pth --to timm", "code.pth: it holds pickled code or objects (torch.nn.modules.linear.Linear)"),
+        ("other.pth out.pth --to timm", "other.pth: "),
+        ("registers.pth out.pth --to torchvision", "reg_tokens=2"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(
+    run: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vit: Callable[..., dict[str, Tensor]],
+    path: Path,
+    arguments: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:5000])
+    torch.save(nn.Linear(2, 2), tmp_path / "code.pth")
+    torch.save({"embed.weight": torch.randn(2, 2)}, tmp_path / "other.pth")
+    torch.save(vit(reg_tokens=2), tmp_path / "registers.pth")
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+    code, out, err = run("convert", *arguments.split())
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "code.pth", "nowhere.pth", "empty"])
+def test_what_can_not_be_read_is_not_inspected(run: Cli, tmp_path: Path, path: Path, name: str) -> None:
+    (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:5000])
+    torch.save(nn.Linear(2, 2), tmp_path / "code.pth")
+    (tmp_path / "empty").mkdir()
+    code, out, err = run("inspect", tmp_path / name)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and name in err

@@ -1,0 +1,159 @@
+"""Google's JAX files: random ones, loaded by timm and by us, give the same tensors and compute the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastvit.checkpoints import CheckpointError, convert, load_pretrained
+from fastvit.checkpoints.files import read_checkpoint
+from fastvit.checkpoints.schemas import recognise
+
+WIDTH, HEADS, HIDDEN, PATCH, GRID, CLASSES, DEPTH = 48, 3, 96, 8, 4, 7, 2
+
+
+def arrays(big_vision: bool, class_token: bool = True) -> dict[str, np.ndarray]:
+    """The tensors of a tiny model, in the original ViT's or big_vision's names, with random numbers."""
+    attention, mlp, norm2 = (0, 0, 1) if big_vision else (1, 3, 2)
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding/kernel": (PATCH, PATCH, 3, WIDTH),
+        "embedding/bias": (WIDTH,),
+        "Transformer/encoder_norm/scale": (WIDTH,),
+        "Transformer/encoder_norm/bias": (WIDTH,),
+        "head/kernel": (WIDTH, CLASSES),
+        "head/bias": (CLASSES,),
+    }
+    if class_token:
+        shapes["cls"] = (1, 1, WIDTH)
+    if big_vision:
+        shapes["pos_embedding"] = (1, GRID * GRID, WIDTH)
+    else:
+        shapes["Transformer/posembed_input/pos_embedding"] = (1, GRID * GRID + class_token, WIDTH)
+    for index in range(DEPTH):
+        block = f"Transformer/encoderblock_{index}"
+        for norm in (0, norm2):
+            shapes[f"{block}/LayerNorm_{norm}/scale"] = shapes[f"{block}/LayerNorm_{norm}/bias"] = (WIDTH,)
+        for part in ("query", "key", "value"):
+            name = f"{block}/MultiHeadDotProductAttention_{attention}/{part}"
+            shapes[f"{name}/kernel"] = (WIDTH, HEADS, WIDTH // HEADS)
+            shapes[f"{name}/bias"] = (HEADS, WIDTH // HEADS)
+        name = f"{block}/MultiHeadDotProductAttention_{attention}/out"
+        shapes[f"{name}/kernel"], shapes[f"{name}/bias"] = (HEADS, WIDTH // HEADS, WIDTH), (WIDTH,)
+        for layer, (rows, columns) in enumerate(((WIDTH, HIDDEN), (HIDDEN, WIDTH))):
+            name = f"{block}/MlpBlock_{mlp}/Dense_{layer}"
+            shapes[f"{name}/kernel"], shapes[f"{name}/bias"] = (rows, columns), (columns,)
+    drawn = {name: torch.randn(shape) * (0.1 if name.endswith("kernel") else 1.0) for name, shape in shapes.items()}
+    return {name: tensor.numpy() for name, tensor in drawn.items()}
+
+
+def scanned(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The blocks stacked into one."""
+    first = "Transformer/encoderblock_0/"
+    stacked = {
+        name.replace("encoderblock_0", "encoderblock"): np.stack(
+            [found[name.replace("encoderblock_0", f"encoderblock_{index}")] for index in range(DEPTH)]
+        )
+        for name in found
+        if name.startswith(first)
+    }
+    return {name: array for name, array in found.items() if "encoderblock_" not in name} | stacked
+
+
+CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "original": ({"big_vision": False}, "", {}),
+    "optimiser": ({"big_vision": False}, "opt/target/", {}),
+    "big_vision": ({"big_vision": True}, "params/", {"no_embed_class": True}),
+    "two_towers": ({"big_vision": True}, "params/img/", {"no_embed_class": True}),
+    "gap": (
+        {"big_vision": True, "class_token": False},
+        "params/",
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    ),
+}
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    def write(found: dict[str, np.ndarray], prefix: str = "") -> Path:
+        np.savez(tmp_path / "vit.npz", **{prefix + name: array for name, array in found.items()})
+        return tmp_path / "vit.npz"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("case", "scan"), [*((case, False) for case in CASES), ("big_vision", True), ("two_towers", True), ("gap", True)]
+)
+def test_as_timm_loads_it(case, scan, written, timm_vit, images, agree, same_bits):
+    """JAX's GELU is the tanh approximation, which timm does not know from the file."""
+    made, prefix, arguments = CASES[case]
+    found = arrays(**made)
+    path = written(scanned(found) if scan else found, prefix)
+    theirs = timm_vit(act_layer="gelu_tanh", **arguments)
+    theirs.load_pretrained(str(path))
+    ours = load_pretrained(path)
+    same_bits(ours.state_dict(), theirs.state_dict())
+    agree(ours(images), theirs(images))
+    checked = recognise(read_checkpoint(path))
+    assert checked.schema == ("big_vision" if made["big_vision"] else "jax")
+    assert checked.arguments["num_heads"] == HEADS
+    assert not any("num_heads" in line for line in checked.assumed)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(48, 3), (32, 1), ((24, 40), 1)])
+def test_another_size_and_channels(size, channels, written, timm_vit, images, agree):
+    """Positions are resampled as timm resamples JAX's, bilinearly; channels as it adapts them."""
+    path = written(arrays(big_vision=False))
+    theirs = timm_vit(img_size=size, in_chans=channels, act_layer="gelu_tanh")
+    theirs.load_pretrained(str(path))
+    ours = load_pretrained(path, img_size=size, in_chans=channels)
+    state, truth = ours.state_dict(), theirs.state_dict()
+    assert all(state[name].equal(truth[name]) for name in truth)
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.randn(2, channels, height, width)
+    agree(ours(pixels), theirs(pixels))
+
+
+def test_map_head(written, timm_vit, images, agree):
+    found = arrays(big_vision=True, class_token=False) | {"MAPHead_0/probe": np.ones((1, 1, WIDTH), np.float32)}
+    path = written(found, "params/")
+    with pytest.raises(CheckpointError, match="params/MAPHead_0/probe: FastViT has no attention pooling"):
+        load_pretrained(path)
+    with pytest.warns(UserWarning, match="params/head/kernel: reads what was refused"):
+        encoder = load_pretrained(path, strict=False)
+    assert encoder.num_classes == 0
+    del found["MAPHead_0/probe"]
+    agree(encoder.forward_features(images), load_pretrained(written(found, "params/")).forward_features(images))
+
+
+def test_representation_layer(written):
+    path = written(arrays(big_vision=False) | {"pre_logits/kernel": np.ones((WIDTH, WIDTH), np.float32)})
+    with pytest.raises(CheckpointError, match="pre_logits/kernel: FastViT has no layer between pooling and head"):
+        load_pretrained(path)
+    assert load_pretrained(path, num_classes=0).num_classes == 0
+
+
+def test_wrong_shapes(written):
+    found = arrays(big_vision=False)
+    name = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1/key/kernel"
+    found[name] = found[name].reshape(WIDTH * HEADS, -1)
+    with pytest.raises(CheckpointError, match=f"{name} .*not the shape of blocks.1.attn.qkv.weight"):
+        load_pretrained(written(found))
+    del found[name]
+    with pytest.raises(CheckpointError, match=f"{name}: missing"):
+        load_pretrained(written(found))
+
+
+def test_convert(written, torchvision_vit, tmp_path, images, agree):
+    """torchvision's GELU is the exact one, so that the difference has to be asked for."""
+    path = written(arrays(big_vision=False))
+    with pytest.raises(CheckpointError, match=r"torchvision's ViT can't express act_layer='gelu_tanh'"):
+        convert(path, tmp_path / "vit.pth", "torchvision")
+    convert(path, tmp_path / "vit.pth", "torchvision", act_layer="gelu")
+    target = torchvision_vit()
+    target.load_state_dict(torch.load(tmp_path / "vit.pth"), strict=True)
+    agree(target(images), load_pretrained(path, act_layer="gelu")(images))
