@@ -1,4 +1,4 @@
-"""The command line `fastvit`: info, validate, bench, tune, train, demo.
+"""The command line `fastvit`: info, validate, bench, tune, train, accelerate, demo, inspect, convert.
 
 Nothing heavy is imported here: each command imports what it needs when it runs.
 """
@@ -12,10 +12,13 @@ from typing import Any
 
 import typer
 
+from .accelerate import accelerate
 from .bench import bench
 from .common import ERRORS, describe, print_error
+from .convert import convert
 from .demo import demo
 from .info import info
+from .inspect import inspect
 from .train import train
 from .tune import tune
 from .validate import validate
@@ -27,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     add_completion=False,
-    help="From raw images to Vision Transformer tokens in one kernel: look, validate, measure, train.",
+    help="From raw images to Vision Transformer tokens in one kernel: look, validate, measure, train, convert.",
     epilog="Every command has [bold]--help[/bold] with examples. FASTVIT_DEBUG=1 shows the traceback of an error.",
 )
 
@@ -49,7 +52,7 @@ def _common(
     pass
 
 
-for command in (info, validate, bench, tune, train, demo):
+for command in (info, validate, bench, tune, train, accelerate, demo, inspect, convert):
     app.command()(command)
 
 

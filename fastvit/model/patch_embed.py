@@ -13,7 +13,7 @@ from fastvit import functional
 from fastvit.checks import normalisation, shape_of
 from fastvit.model.layers import Layer
 
-__all__ = ["PatchEmbed", "pair", "resample_patch_weight"]
+__all__ = ["PatchEmbed", "pad_to_patches", "pair", "resample_patch_weight"]
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -173,18 +173,25 @@ class PatchEmbed(nn.Module):
 
     def _pad(self, images: Tensor) -> Tensor:
         """Padded on the right and below with the value that normalisation turns into zero."""
+        if self.mean is None:
+            return pad_to_patches(images, self.patch_size)
         height, width = images.shape[2:]
         more_rows, more_columns = -height % self.patch_size[0], -width % self.patch_size[1]
         if more_rows == 0 and more_columns == 0:
             return images
-        if self.mean is None:
-            return F.pad(images, (0, more_columns, 0, more_rows))
         if not images.is_floating_point():
             images = images.float() / 255  # a mean is no whole number of grey levels
         mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device)[None, :, None, None]
         batch, channels = images.shape[:2]
         images = torch.cat([images, mean.expand(batch, channels, height, more_columns)], dim=3)
         return torch.cat([images, mean.expand(batch, channels, more_rows, width + more_columns)], dim=2)
+
+
+def pad_to_patches(images: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """[B, C, H, W] with zeros on the right and below, to whole patches."""
+    height, width = images.shape[2:]
+    more_rows, more_columns = -height % patch_size[0], -width % patch_size[1]
+    return F.pad(images, (0, more_columns, 0, more_rows)) if more_rows or more_columns else images
 
 
 def _finish(

@@ -19,6 +19,8 @@ from fastvit.training import models as models_module
 
 Cli = Callable[..., tuple[int, str, str]]
 
+COMMANDS = ("info", "validate", "bench", "tune", "train", "accelerate", "demo", "inspect", "convert")
+
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Cli:
@@ -32,7 +34,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Cli:
     return call
 
 
-@pytest.mark.parametrize("command", ["info", "validate", "bench", "tune", "train", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(run: Cli, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -41,7 +43,7 @@ def test_every_command_explains_itself(run: Cli, command: str) -> None:
 
 def test_help_names_every_command_and_version_is_the_packages(run: Cli) -> None:
     code, out, _ = run("--help")
-    assert code == 0 and all(name in out for name in ("info", "validate", "bench", "tune", "train", "demo"))
+    assert code == 0 and all(name in out for name in COMMANDS)
     assert run("--version")[:2] == (0, f"fastvit {fastvit.__version__}\n")
 
 

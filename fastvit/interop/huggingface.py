@@ -1,0 +1,343 @@
+"""Hugging Face transformers: the embeddings of its vision models, under the classes of versions 4 and 5.
+
+Everything that becomes one call lies in one module of the host, which changes its class; the model around it changes
+too where raw pixels are taken, since some cast their images before they hand them on.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvit.interop.host import Fused, Pixels, cat_rows, projection_refusal
+
+__all__ = ["MIXINS", "NEED_NORMALISED", "RawPixels", "RawPixelsInLoss"]
+
+
+class Embeddings(Fused):
+    """What the embeddings of all models share: where the projection is, and when a call can be ours."""
+
+    fuses = "projection, positions and class token"
+
+    @classmethod
+    def projection(cls, module: Any) -> Any:
+        return module.patch_embeddings.projection
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        return projection_refusal("patch_embeddings.projection", cls.projection(module))
+
+    @classmethod
+    def leaves(cls, module: Any) -> Sequence[nn.Module]:
+        return [cls.projection(module)]
+
+    @classmethod
+    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
+        return [module.patch_embeddings]
+
+    @classmethod
+    def example_size(cls, module: Any) -> tuple[int, int]:
+        owners = (module, getattr(module, "patch_embeddings", None), getattr(module, "config", None))
+        size = next(size for owner in owners if (size := getattr(owner, "image_size", None)) is not None)
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
+
+    def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+        images = self.upright(pixel_values.images if isinstance(pixel_values, Pixels) else pixel_values)
+        options = self._options(*args, **kwargs)
+        if options is not None and self.may_fuse(images):
+            result = self.sequence(images, **options)
+            if result is not None:
+                return result
+        images = self.as_the_host_takes_them(images)
+        return super().forward(images, *args, **kwargs)
+
+    def _options(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """The arguments behind the images, by name; None where one of them is not for us (a mask of patches)."""
+        if args:
+            kwargs = {**dict(zip(_argument_names(self._own_class), args, strict=False)), **kwargs}
+        return None if kwargs.pop("bool_masked_pos", None) is not None else kwargs
+
+    # What the host returns, made by us, from the images and the host's options; None where only the host knows what
+    # to do.
+    sequence: Callable[..., Any]
+
+    def tokens(
+        self, images: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, keep: Tensor | None = None
+    ) -> Tensor:
+        projection = self.projection(self)
+        return self.embed(images, projection.weight, projection.bias, pos_embed=pos_embed, prefix=prefix, keep=keep)
+
+    def interpolated(self, table: Tensor, images: Tensor, prefix_rows: int) -> Tensor:
+        """The table for images of this size, by the host's own function, which looks at the number of tokens only."""
+        height, width = images.shape[2:]
+        patch_height, patch_width = self.projection(self).kernel_size
+        rows = prefix_rows + (height // patch_height) * (width // patch_width)
+        return self.interpolate_pos_encoding(table[:, :1].expand(-1, rows, -1), height, width)
+
+    def has_own_size(self, images: Tensor) -> bool:
+        """Whether images are of the size that the model was made for."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return images.shape[2] == height and images.shape[3] == width
+
+
+class ViTEmbeddings(Embeddings):
+    """ViT, and DeiT with its distillation token."""
+
+    hosts = (
+        "transformers.models.vit.modeling_vit.ViTEmbeddings",
+        "transformers.models.deit.modeling_deit.DeiTEmbeddings",
+    )
+
+    def sequence(self, images: Tensor, interpolate_pos_encoding: bool | None = False) -> Tensor | None:
+        prefix = cat_rows(self.cls_token, getattr(self, "distillation_token", None))
+        table = self.position_embeddings
+        if interpolate_pos_encoding:
+            table = self.interpolated(table, images, prefix.shape[1])  # type: ignore[union-attr]
+        elif not self.has_own_size(images):
+            return None
+        return self.dropout(self.tokens(images, table, prefix))
+
+
+class BeitEmbeddings(Embeddings):
+    """BEiT and Data2Vec-vision, whose positions are relative, in attention, unless they have a table too."""
+
+    hosts = (
+        "transformers.models.beit.modeling_beit.BeitEmbeddings",
+        "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionEmbeddings",
+    )
+
+    def sequence(self, images: Tensor, interpolate_pos_encoding: bool | None = None) -> Any:
+        # That option is without effect: this host always interpolates.
+        table = self.position_embeddings
+        if table is not None:
+            table = self.interpolated(table, images, 1)
+        tokens = self.dropout(self.tokens(images, table, self.cls_token))
+        if not hasattr(self.patch_embeddings, "patch_shape"):
+            return tokens
+        # The variant of this class that knows its grid returns it.
+        patch_height, patch_width = self.projection(self).kernel_size
+        return tokens, (images.shape[2] // patch_height, images.shape[3] // patch_width)
+
+
+class Dinov2Embeddings(Embeddings):
+    """DINOv2, with register tokens or without; they have no position and stand between class token and patches."""
+
+    hosts = (
+        "transformers.models.dinov2.modeling_dinov2.Dinov2Embeddings",
+        "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersEmbeddings",
+    )
+
+    def sequence(self, images: Tensor) -> Tensor:
+        table = self.interpolated(self.position_embeddings, images, 1)
+        registers = getattr(self, "register_tokens", None)
+        if registers is None:
+            return self.dropout(self.tokens(images, table, self.cls_token))
+        prefix = torch.cat([self.cls_token + table[:, :1], registers], dim=1)
+        return self.dropout(self.tokens(images, table[:, 1:], prefix))
+
+
+class DINOv3Embeddings(Embeddings):
+    """DINOv3, whose positions are rotary, in attention."""
+
+    hosts = ("transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEmbeddings",)
+    fuses = "projection, class and register tokens"
+
+    @classmethod
+    def projection(cls, module: Any) -> Any:
+        return module.patch_embeddings
+
+    @classmethod
+    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
+        return []
+
+    def sequence(self, images: Tensor) -> Tensor:
+        return self.tokens(images, None, torch.cat([self.cls_token, self.register_tokens], dim=1))
+
+
+class ViTMAEEmbeddings(Embeddings):
+    """The encoder of a masked autoencoder: patches that are masked are never projected."""
+
+    hosts = ("transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings",)
+    fuses = "projection of the kept patches, positions and class token"
+    overrides = ("forward", "random_masking")
+
+    def sequence(
+        self, images: Tensor, noise: Tensor | None = None, interpolate_pos_encoding: bool | None = False
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        table = self.position_embeddings
+        if interpolate_pos_encoding:
+            # This host counts without its class token.
+            table = self.interpolated(table, images, 0)
+        elif not self.has_own_size(images):
+            return None
+        patches = table.shape[1] - 1
+        # The host draws and sorts; numbers in place of tokens come back as those of the kept patches.
+        numbers = torch.arange(patches, device=images.device)[None, :, None].expand(images.shape[0], -1, 1)
+        keep, mask, ids_restore = self.random_masking(numbers, noise)
+        prefix = self.cls_token + table[:, :1]
+        return self.tokens(images, table[:, 1:], prefix, keep.squeeze(-1)), mask, ids_restore
+
+
+class CLIPEmbeddings(Embeddings):
+    """CLIP's vision tower."""
+
+    hosts = ("transformers.models.clip.modeling_clip.CLIPVisionEmbeddings",)
+
+    @classmethod
+    def projection(cls, module: Any) -> Any:
+        return module.patch_embedding
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        reason = projection_refusal("patch_embedding", module.patch_embedding)
+        return reason or _table_refusal(module.position_embedding, module.position_ids)
+
+    @classmethod
+    def leaves(cls, module: Any) -> Sequence[nn.Module]:
+        return [module.patch_embedding, module.position_embedding]
+
+    @classmethod
+    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
+        return []
+
+    def sequence(self, images: Tensor, interpolate_pos_encoding: bool | None = False) -> Tensor | None:
+        table = self.position_embedding.weight[None]
+        if interpolate_pos_encoding:
+            table = self.interpolated(table, images, 1)
+        elif not self.has_own_size(images):
+            return None
+        return self.tokens(images, table, self.class_embedding[None, None])
+
+
+class SiglipEmbeddings(CLIPEmbeddings):
+    """SigLIP's vision tower, which has no class token."""
+
+    hosts = ("transformers.models.siglip.modeling_siglip.SiglipVisionEmbeddings",)
+    fuses = "projection and positions"
+
+    def sequence(self, images: Tensor, interpolate_pos_encoding: bool | None = False) -> Tensor | None:
+        table = self.position_embedding.weight[None]
+        if interpolate_pos_encoding:
+            table = self.interpolated(table, images, 0)
+        elif not self.has_own_size(images):
+            return None
+        return self.tokens(images, table, None)
+
+
+class Siglip2Embeddings(Fused):
+    """SigLIP2's vision tower: patches come cut, and every image has a grid, so positions, of its own.
+
+    A batch of B sequences of N patches is one image of B·N patches of one pixel and C·P·P channels.
+    """
+
+    hosts = ("transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings",)
+    fuses = "projection and positions"
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        kind = type(module.patch_embedding)
+        return "" if kind is nn.Linear else f"patch_embedding is a {kind.__name__}, not a plain Linear"
+
+    @classmethod
+    def leaves(cls, module: Any) -> Sequence[nn.Module]:
+        return [module.patch_embedding]
+
+    @classmethod
+    def refuses_uint8(cls, module: Any) -> str:
+        return "its processor cuts and normalises the patches"
+
+    def forward(self, pixel_values: Any, spatial_shapes: Any) -> Tensor:
+        batch, patches, values = pixel_values.shape
+        images = pixel_values.reshape(1, batch * patches, 1, values).permute(0, 3, 1, 2)  # [1, C·P·P, B·N, 1]
+        if not self.may_fuse(images):
+            return super().forward(pixel_values, spatial_shapes)
+        side = self.position_embedding_size
+        table = self.position_embedding.weight.reshape(side, side, -1)
+        table = self.resize_positional_embeddings(table, spatial_shapes, max_length=patches)  # [B, N, D]
+        linear = self.patch_embedding
+        tokens = self.embed(images, linear.weight[:, :, None, None], linear.bias, pos_embed=table.flatten(0, 1))
+        return tokens.unflatten(1, (batch, patches))[0]
+
+
+class RawPixels(Fused):
+    """A model around embeddings that take raw pixels: what it does to its images beforehand must not touch them."""
+
+    hosts = ()
+    fuses = ""
+
+    def __init_subclass__(cls) -> None:
+        if "_own_class" in vars(cls):
+            cls.forward = _forward_with_pixels(cls._own_class)
+
+    def pixels(self, images: Any) -> Any:
+        """Raw images in a wrapper that no cast unpacks, everything else as it is."""
+        if not self.is_raw(images):
+            return images
+        return Pixels(self.upright(images), next(self.embeddings.parameters()).dtype)
+
+
+def _forward_with_pixels(own: Any) -> Any:
+    # With the signature of the host's own forward, by which libraries choose what to call it with.
+    @functools.wraps(own.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            args = (self.pixels(args[0]), *args[1:])
+        elif "pixel_values" in kwargs:
+            kwargs = {**kwargs, "pixel_values": self.pixels(kwargs["pixel_values"])}
+        return own.forward(self, *args, **kwargs)
+
+    return forward
+
+
+class RawPixelsInLoss(Fused):
+    """A masked autoencoder with its decoder, whose loss is taken on the normalised pixels."""
+
+    hosts = ("transformers.models.vit_mae.modeling_vit_mae.ViTMAEForPreTraining",)
+    fuses = ""
+
+    def patchify(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The target of the loss."""
+        images = self.as_the_host_takes_them(self.upright(pixel_values), torch.float32)
+        return super().patchify(images, *args, **kwargs)
+
+
+# Models that compare their output with the pixels they were given, in a loss that is no method of its own.
+NEED_NORMALISED = (
+    "transformers.models.vit.modeling_vit.ViTForMaskedImageModeling",
+    "transformers.models.deit.modeling_deit.DeiTForMaskedImageModeling",
+)
+
+
+def _argument_names(own: Any) -> tuple[str, ...]:
+    """The arguments of the host's forward behind the images."""
+    return tuple(inspect.signature(own.forward).parameters)[2:]
+
+
+def _table_refusal(table: Any, ids: Any) -> str:
+    """Why this embedding is not simply a table of positions, "" if it is."""
+    if type(table) is not nn.Embedding:
+        return f"position_embedding is a {type(table).__name__}, not a plain Embedding"
+    if table.padding_idx is not None or table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
+        return "position_embedding does more than look up"
+    if not ids.is_meta and ids.flatten().tolist() != list(range(table.num_embeddings)):
+        return "position_ids are not in order"
+    return ""
+
+
+MIXINS: tuple[type[Fused], ...] = (
+    ViTEmbeddings,
+    BeitEmbeddings,
+    Dinov2Embeddings,
+    DINOv3Embeddings,
+    ViTMAEEmbeddings,
+    CLIPEmbeddings,
+    SiglipEmbeddings,
+    Siglip2Embeddings,
+)

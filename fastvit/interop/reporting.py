@@ -1,0 +1,93 @@
+"""What was accelerated in a model, in words and as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from fastvit.interop.host import Fused, full_name, is_observed
+
+__all__ = ["Change", "Refusal", "Report"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A module whose tokens come from one call of :func:`fastvit.functional.patch_embed`."""
+
+    path: str  # inside the model, "" for the model itself
+    module: str  # the library's class, by its full name
+    fuses: str  # what became one call
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    residual_dtype: str | None
+    backend: str | None
+    unfused: tuple[str, ...]  # submodules, by path, for whose sake calls run the library's own code at present
+
+    @classmethod
+    def of(cls, path: str, module: Any, mixin: type[Fused]) -> Change:
+        settings = module.fastvit_settings
+        return cls(
+            path,
+            full_name(module._own_class),
+            mixin.fuses,
+            settings.mean,
+            settings.std,
+            None if settings.residual_dtype is None else str(settings.residual_dtype),
+            settings.backend,
+            tuple(_observed(path, module, mixin)),
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{self.path or 'the model'} ({self.module}): {self.fuses} in one call"]
+        if self.mean is not None:
+            lines.append(f"  takes raw uint8 images, normalised with mean {self.mean}, std {self.std}")
+        if self.residual_dtype is not None:
+            lines.append(f"  tokens are {self.residual_dtype} under autocast")
+        if self.backend is not None:
+            lines.append(f"  on backend {self.backend}")
+        for name in self.unfused:
+            lines.append(f"  not while {name} has hooks or is wrapped: calls run the library's own code")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A module that looked like one for us, and why it is not."""
+
+    path: str
+    module: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the model'} ({self.module}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`fastvit.accelerate` did to a model."""
+
+    model: str
+    changes: tuple[Change, ...]
+    refusals: tuple[Refusal, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.changes:
+            return f"{self.model}: not accelerated"
+        calls = "one place" if len(self.changes) == 1 else f"{len(self.changes)} places"
+        lines = [f"{self.model}: accelerated in {calls}", *map(str, self.changes)]
+        if self.refusals:
+            lines += ["left as they are:", *(f"  {refusal}" for refusal in self.refusals)]
+        return "\n".join(lines)
+
+
+def _observed(path: str, module: nn.Module, mixin: type[Fused]) -> list[str]:
+    names = {id(child): f"{path}.{name}" if path else name for name, child in module.named_modules()}
+    leaves = [leaf for leaf in mixin.leaves(module) if not mixin.is_plain(leaf)]
+    watched = [inner for inner in mixin.passed_over(module) if is_observed([inner])]
+    return [names[id(inner)] for inner in (*leaves, *watched)]

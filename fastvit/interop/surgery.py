@@ -1,0 +1,86 @@
+"""Giving a module another class while it keeps everything else: parameters, buffers, hooks, name, identity.
+
+The new class is made of a mixin and the module's own class, whatever that is (a subclass of the user's, what FSDP
+made of it). Only methods change, so that state_dict, optimizers and isinstance see the same module, and taking the
+mixin out again restores it exactly. Copies and pickles go by the parts, since a class made here has no address.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Mixin", "mix_in", "mixin_of", "take_out"]
+
+# What stands behind a mixin is known at run time only; so a type checker asks nothing of `self` and `super()`.
+_AnyModule: Any = object
+
+# A class is made once: modules of one class stay of one class.
+_made: dict[tuple[type[Mixin], type[nn.Module]], Any] = {}
+
+
+class Mixin(_AnyModule):
+    """What a mixin is: methods in front of those of the module's own class."""
+
+    _mixin: type[Mixin]
+    _own_class: type[nn.Module]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Called for a new module only, by `type(module)(...)`, and that one was never given a mixin.
+        super().__init__(*args, **kwargs)
+        take_out(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        rebuild, arguments, *state = super().__reduce_ex__(protocol)
+        if arguments and arguments[0] is type(self) and _is_mixed(type(self)):
+            return _rebuild, (rebuild, self._mixin, self._own_class, *arguments[1:]), *state
+        return rebuild, arguments, *state
+
+
+def mix_in(module: nn.Module, mixin: type[Mixin]) -> None:
+    """Put the methods of `mixin` in front of those of the module's class."""
+    module.__class__ = _mixed(mixin, type(module))
+
+
+def take_out(module: nn.Module) -> None:
+    """Undo :func:`mix_in`, also where the class was derived from since then (as FSDP does)."""
+    module.__class__ = _without(type(module))
+
+
+def mixin_of(module: nn.Module) -> type[Mixin] | None:
+    """The mixin in this module's class, None if there is none."""
+    return getattr(type(module), "_mixin", None)
+
+
+def _mixed(mixin: type[Mixin], own: type[nn.Module]) -> Any:
+    if (mixin, own) not in _made:
+        # The name and address of the module's own class: libraries write them into configurations.
+        namespace = {
+            "__module__": own.__module__,
+            "__qualname__": own.__qualname__,
+            "__doc__": own.__doc__,
+            "_mixin": mixin,
+            "_own_class": own,
+        }
+        _made[mixin, own] = type(own.__name__, (mixin, own), namespace)
+    return _made[mixin, own]
+
+
+def _is_mixed(cls: type) -> bool:
+    return "_mixin" in vars(cls)
+
+
+def _without(cls: type) -> type:
+    if _is_mixed(cls):
+        return vars(cls)["_own_class"]
+    bases = tuple(_without(base) if issubclass(base, Mixin) else base for base in cls.__bases__)
+    if bases == cls.__bases__:
+        return cls
+    # The class under the mixin may have been derived from in the same way before.
+    namespace = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, bases, namespace)
+
+
+def _rebuild(rebuild: Any, mixin: type[Mixin], own: type[nn.Module], *arguments: Any) -> Any:
+    return rebuild(_mixed(mixin, own), *arguments)

@@ -1,0 +1,297 @@
+"""timm's models: its patch embedding alone, and with class, register tokens and positions where the model is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.layers.format import Format
+from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from fastvit.interop.host import Fused, Pixels, cat_rows, full_name, projection_refusal
+from fastvit.model.layers import autocast_dtype
+from fastvit.model.patch_embed import pad_to_patches
+
+__all__ = ["MIXINS"]
+
+
+class PatchEmbed(Fused):
+    """Projection alone; or, handed `Pixels` by a model that makes the whole sequence itself, nothing."""
+
+    hosts = ("timm.layers.patch_embed.PatchEmbed",)
+    fuses = "the projection of patches"
+
+    proj: nn.Conv2d
+    norm: nn.Module
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        return projection_refusal("proj", module.proj)
+
+    @classmethod
+    def leaves(cls, module: Any) -> Sequence[nn.Module]:
+        return [module.proj]
+
+    @classmethod
+    def example_size(cls, module: Any) -> tuple[int, int]:
+        height, width = module.img_size or (4 * size for size in module.proj.kernel_size)
+        return height, width
+
+    def forward(self, x: Any) -> Any:
+        if isinstance(x, Pixels):
+            return x
+        x = self.upright(x)
+        if not (self.may_fuse(x) and self.takes(x)):
+            return super().forward(self.as_the_host_takes_them(x))
+        images = self.padded(x)
+        tokens = self.embed(images, self.proj.weight, self.proj.bias)
+        return self.norm(self._shaped(tokens, self.grid_of(images)))
+
+    def takes(self, images: Tensor) -> bool:
+        """Whether the host takes images of this size; where it does not, its own code says so."""
+        if self.img_size is None or (self.dynamic_img_pad and not self.strict_img_size):
+            return True
+        height, width = images.shape[2:]
+        if self.strict_img_size:
+            return height == self.img_size[0] and width == self.img_size[1]
+        patch_height, patch_width = self.proj.kernel_size
+        return height % patch_height == 0 and width % patch_width == 0
+
+    def padded(self, images: Tensor) -> Tensor:
+        if not self.dynamic_img_pad:
+            return images
+        mean = self.fastvit_settings.mean if self.is_raw(images) else None
+        height, width = images.shape[2:]
+        patch_height, patch_width = self.proj.kernel_size
+        if mean is not None and (height % patch_height != 0 or width % patch_width != 0):
+            # What is zero after normalisation is no whole number of grey levels.
+            images = self.as_the_host_takes_them(images)
+        return pad_to_patches(images, (patch_height, patch_width))
+
+    def grid_of(self, images: Tensor) -> list[int]:
+        """Rows and columns of patches."""
+        return [images.shape[2] // self.proj.kernel_size[0], images.shape[3] // self.proj.kernel_size[1]]
+
+    def _shaped(self, tokens: Tensor, grid: list[int]) -> Tensor:
+        if self.flatten or self.output_fmt == Format.NLC:
+            return tokens
+        if self.output_fmt == Format.NHWC:
+            return tokens.unflatten(1, grid)
+        tokens = tokens.transpose(1, 2)  # [B, D, N]
+        return tokens if self.output_fmt == Format.NCL else tokens.unflatten(2, grid)
+
+
+class _Whole(Fused):
+    """A model of timm's whose whole sequence is made in one call, before its blocks."""
+
+    patch_embed: Any
+    pos_embed: nn.Parameter | None
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        if "timm.layers.patch_embed.PatchEmbed" not in {full_name(base) for base in type(module.patch_embed).__mro__}:
+            return f"patch_embed is a {type(module.patch_embed).__name__}: its tokens come from a network of its own"
+        if not isinstance(module.patch_embed.norm, nn.Identity):
+            return "patch_embed has a norm between projection and positions"
+        return PatchEmbed.refusal(module.patch_embed)
+
+    @classmethod
+    def companions(cls, module: Any) -> Mapping[str, type[Fused]]:
+        return {"patch_embed": PatchEmbed}
+
+    @classmethod
+    def leaves(cls, module: Any) -> Sequence[nn.Module]:
+        return [module.patch_embed.proj, module.patch_embed.norm]
+
+    @classmethod
+    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
+        return [module.patch_embed]
+
+    @classmethod
+    def example_size(cls, module: Any) -> tuple[int, int]:
+        return PatchEmbed.example_size(module.patch_embed)
+
+    def _pixels(self, images: Any) -> Any:
+        """Images to be embedded in `_pos_embed`, where that can be; else as they are, for `patch_embed`."""
+        images = self.upright(images)
+        fits = self.may_fuse(images) and self.patch_embed.takes(images)
+        return Pixels(images, self.patch_embed.proj.weight.dtype) if fits else images
+
+    def _tokens(self, images: Tensor, prefix: Tensor | None) -> tuple[Tensor, list[int]]:
+        """The sequence and its grid."""
+        images = self.patch_embed.padded(images)
+        grid = self.patch_embed.grid_of(images)
+        proj = self.patch_embed.proj
+        return self.embed(images, proj.weight, proj.bias, pos_embed=self._positions(grid), prefix=prefix), grid
+
+    def _positions(self, grid: list[int]) -> Tensor | None:
+        if self.pos_embed is None or not getattr(self, "dynamic_img_size", False):
+            return self.pos_embed
+        return resample_abs_pos_embed(
+            self.pos_embed,
+            new_size=grid,
+            old_size=self.patch_embed.grid_size,
+            num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
+        )
+
+
+class _InPosEmbed(_Whole):
+    """Made in `_pos_embed`, which the model calls with what `patch_embed` returns: the images, still."""
+
+    fuses = "projection, positions, class and register tokens"
+    overrides = ("forward", "forward_features", "forward_intermediates", "_pos_embed")
+
+    def forward_features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().forward_features(self._pixels(x), *args, **kwargs)
+
+    def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().forward_intermediates(self._pixels(x), *args, **kwargs)
+
+
+class VisionTransformer(_InPosEmbed):
+    """ViT, DeiT (with its distillation token), DINOv2, CLIP's and SigLIP's towers, and all else of that class."""
+
+    hosts = (
+        "timm.models.vision_transformer.VisionTransformer",
+        "timm.models.deit.VisionTransformerDistilled",
+    )
+
+    def _pos_embed(self, x: Any) -> Tensor:
+        if not isinstance(x, Pixels):
+            return super()._pos_embed(x)
+        last = getattr(self, "dist_token", None)
+        prefix = cat_rows(self.cls_token, self.reg_token if last is None else last)
+        tokens, _ = self._tokens(x.images, prefix)
+        return tokens if self.pos_embed is None else self.pos_drop(tokens)
+
+
+class Eva(_InPosEmbed):
+    """EVA, EVA-02, DINOv3 and the other models with rotary positions."""
+
+    hosts = ("timm.models.eva.Eva",)
+
+    def _pos_embed(self, x: Any) -> Any:
+        if not isinstance(x, Pixels):
+            return super()._pos_embed(x)
+        tokens, grid = self._tokens(x.images, cat_rows(self.cls_token, self.reg_token))
+        rotary = self._rotary(grid)
+        tokens = self.pos_drop(tokens)
+        if self.patch_drop is None:
+            return tokens, rotary
+        tokens, keep = self.patch_drop(tokens)
+        if rotary is not None and keep is not None:
+            # Rotary positions follow their patches; those that differ by block have the depth in front.
+            rotary = apply_keep_indices_nlc(tokens, rotary, keep)
+            by_block = getattr(self, "rope_mixed", False)
+            rotary = rotary.transpose(0, 1) if by_block else rotary.unsqueeze(1)
+        return tokens, rotary
+
+    def _rotary(self, grid: list[int]) -> Any:
+        rope: Any = self.rope
+        if rope is None:
+            return None
+        if self.dynamic_img_size:
+            return rope.get_embed(shape=grid)
+        return rope.get_embed() if hasattr(rope, "feat_shape") else rope.get_embed(shape=self.patch_embed.grid_size)
+
+
+class Beit(_Whole):
+    """BEiT and BEiT v2, whose positions are relative, in attention, unless it has a table too."""
+
+    hosts = ("timm.models.beit.Beit",)
+    fuses = "projection, positions and class token"
+    overrides = ("forward", "forward_features")
+
+    def forward_features(self, x: Any) -> Tensor:
+        pixels = self._pixels(x)
+        if not isinstance(pixels, Pixels):
+            return super().forward_features(pixels)
+        x = self.pos_drop(self._tokens(pixels.images, self.cls_token)[0])
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        for block in self.blocks:
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, shared_rel_pos_bias=bias)
+            else:
+                x = block(x, shared_rel_pos_bias=bias)
+        return self.norm(x)
+
+
+class NaFlexEmbeds(Fused):
+    """NaFlexViT's embedding of whole images; batches of patches of many sizes stay with timm."""
+
+    hosts = ("timm.models.naflexvit.NaFlexEmbeds",)
+    fuses = "projection, positions, class and register tokens of whole images"
+
+    proj: Any
+    norm: nn.Module
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        if not isinstance(module.norm, nn.Identity) or module.norm_input is not None:
+            return "it has a norm before or behind the projection"
+        if module.is_linear:
+            return "" if type(module.proj) is nn.Linear else f"proj is a {type(module.proj).__name__}, no plain Linear"
+        return projection_refusal("proj", module.proj)
+
+    @classmethod
+    def leaves(cls, module: Any) -> Sequence[nn.Module]:
+        return [module.proj, module.norm]
+
+    @classmethod
+    def channels(cls, module: Any) -> int | None:
+        return module.in_chans
+
+    @classmethod
+    def example_size(cls, module: Any) -> tuple[int, int]:
+        rows, columns = module.pos_embed_grid_size or (4, 4)
+        return rows * module.patch_size[0], columns * module.patch_size[1]
+
+    def forward(self, x: Any, patch_coord: Tensor | None = None, patch_valid: Tensor | None = None) -> Any:
+        if patch_coord is not None:
+            return super().forward(x, patch_coord, patch_valid)
+        x = self.upright(x)
+        if not self.may_fuse(x):
+            return super().forward(self.as_the_host_takes_them(x))
+        images = self._padded(x)
+        grid = torch.Size(size // patch for size, patch in zip(images.shape[2:], self.patch_size, strict=True))
+        prefix = cat_rows(self.cls_token, self.reg_token)
+        positions = self._positions(grid, prefix)
+        tokens = self.embed(images, self._weight(), self.proj.bias, pos_embed=positions, prefix=prefix)
+        return self.pos_drop(tokens), grid
+
+    def may_fuse(self, images: Any) -> bool:
+        return type(self.proj) in (nn.Conv2d, nn.Linear) and super().may_fuse(images)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        patch_height, patch_width = self.patch_size
+        if not self.dynamic_img_pad or (height % patch_height == 0 and width % patch_width == 0):
+            return images
+        return pad_to_patches(self.as_the_host_takes_them(images), self.patch_size)
+
+    def _weight(self) -> Tensor:
+        """The projection's weight as a convolution has it, [D, C, P_h, P_w]."""
+        weight = self.proj.weight
+        if not self.is_linear:
+            return weight
+        if not self.channels_last:
+            return weight.unflatten(1, (self.in_chans, *self.patch_size))
+        return weight.unflatten(1, (*self.patch_size, self.in_chans)).permute(0, 3, 1, 2)
+
+    def _positions(self, grid: torch.Size, prefix: Tensor | None) -> Tensor | None:
+        """The table for this grid, [1, N, D], by the host's own function, which adds it to what it is given."""
+        if self.pos_embed_type == "none":
+            return None
+        # The host rounds positions to the dtype of the projection.
+        dtype = autocast_dtype(self.proj.weight.device) or self.proj.weight.dtype
+        table = self.proj.weight.new_zeros(1, grid[0] * grid[1], self.embed_dim, dtype=dtype)
+        add = self._apply_learned_pos_embed if self.pos_embed_type == "learned" else self._apply_factorized_pos_embed
+        add(table, grid_size=grid)
+        return table
+
+
+MIXINS: tuple[type[Fused], ...] = (VisionTransformer, Eva, Beit, NaFlexEmbeds, PatchEmbed)
