@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("fastvit", "kernels", "benchmarks", "tests", "tools", "docs")
+FOLDERS = ("fastvit", "kernels", "benchmarks", "tests", "tools", "docs", "examples")
 PACKAGE = ("fastvit", "kernels", "benchmarks")
 MOST_LINES = 700
 
