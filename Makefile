@@ -23,7 +23,7 @@ COMPILED := $(wildcard tests/compile)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-full test-core test-interpreter test-compile test-abi compile-check extension gpu lint clean
+.PHONY: help install demo test test-full test-core test-interpreter test-compile test-abi compile-check interop-docs extension gpu lint clean
 
 help: ## Print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -71,6 +71,9 @@ test-full: test ## The suite with the full-size and slow cases
 compile-check: install ## Compile every kernel, Triton and CUDA C++, offline for sm_80, sm_90 and sm_100
 	env -u TRITON_INTERPRET $(BIN)/python -m fastvit.kernels.compile_check
 	$(BIN)/python tools/compile_csrc.py
+
+interop-docs: install ## Write the support table of docs/interop.md from a run of its tests
+	FASTVIT_WRITE_INTEROP=1 env -u TRITON_INTERPRET $(PYTEST) tests/interop/test_parity.py
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
