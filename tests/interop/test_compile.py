@@ -1,0 +1,153 @@
+"""torch.compile before and after: whole graphs, with one op in them, compiled no more often than the library's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvit
+from fastvit.interop.host import normalised
+from tests.interop.subjects import (
+    LIBRARIES,
+    MEAN,
+    STD,
+    build,
+    entry,
+    expect_close,
+    expect_same_gradients,
+    gradients,
+    launched,
+    pair,
+    raw_images,
+)
+from tests.interop.zoo import tensors
+
+# One of every mixin that is not in LIBRARIES.
+OTHERS = (
+    "timm-dinov3",
+    "timm-beit",
+    "timm-swin",
+    "timm-vit-dynamic-size-pad",
+    "timm-naflexvit-linear",
+    "transformers-deit-interpolated",
+    "transformers-dinov2-registers",
+    "transformers-dinov3",
+    "transformers-clip",
+    "transformers-siglip2",
+)
+
+
+class Graphs:
+    """A backend that runs graphs as they are and counts how many it was given."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.count += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def expect_like_the_library(name: str, model: Any, untouched: nn.Module, images: Tensor) -> None:
+    """Outputs and gradients of one step, made with one launch."""
+    is_raw = images.dtype == torch.uint8
+    want = entry(name).outputs(untouched, normalised(images, MEAN, STD) if is_raw else images)
+    launched()
+    got = entry(name).outputs(model, images)
+    assert launched() == 1
+    expect_close(got, want)
+    expect_same_gradients(
+        {key.removeprefix("_orig_mod."): value for key, value in gradients(model, got).items()},
+        gradients(untouched, want),
+    )
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_compiled_whole_and_once_for_all_batch_sizes(name):
+    model, untouched = pair(name, mean=MEAN, std=STD)
+    graphs = Graphs()
+    compiled: Any = torch.compile(model, fullgraph=True, backend=graphs)
+    for batch in (2, 3, 5):
+        images = raw_images(batch)
+        torch._dynamo.mark_dynamic(images, 0)
+        expect_like_the_library(name, compiled, untouched, images)
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_compiled_as_often_as_the_library(name):
+    """Without being told which size changes: once for the first batch, once more for all others."""
+    counts = []
+    for model in pair(name):
+        torch._dynamo.reset()
+        graphs = Graphs()
+        compiled: Any = torch.compile(model, fullgraph=True, backend=graphs)
+        for batch in (2, 3, 5, 7):
+            compiled(entry(name).images(batch=batch))
+        counts.append(graphs.count)
+    assert counts[0] == counts[1] == 2
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_classes_compile_whole(name):
+    model, untouched = pair(name)
+    model.compile(fullgraph=True, backend=Graphs())
+    expect_like_the_library(name, model, untouched, entry(name).images(entry(name).sizes[-1]))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_traced_to_gradients(name):
+    """Through AOTAutograd, which traces the backward op too."""
+    model, untouched = pair(name, mean=MEAN, std=STD)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expect_like_the_library(name, compiled, untouched, raw_images())
+
+
+@pytest.mark.full
+def test_with_the_default_compiler():
+    model, untouched = pair("timm-vit", mean=MEAN, std=STD)
+    expect_like_the_library("timm-vit", torch.compile(model, fullgraph=True), untouched, raw_images())
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"), [("timm-vit", True), ("timm-vit", False), ("torchvision-vit", False), ("transformers-vit", True)]
+)
+def test_accelerated_and_restored_after_it_was_compiled(name, inner):
+    """The wrapper, or the model inside: graphs made before must not be used any more."""
+    model, untouched = build(name), build(name)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=Graphs())
+    images = entry(name).images()
+    compiled(images)
+    assert launched() == 0
+    subject = model if inner else compiled
+    assert fastvit.accelerate(subject) is subject and type(compiled).__name__ == "OptimizedModule"
+    assert [change.path for change in fastvit.report(subject).changes if change.fuses]
+    expect_like_the_library(name, compiled, untouched, images)
+    fastvit.accelerate(subject, mean=MEAN, std=STD)
+    expect_like_the_library(name, compiled, untouched, raw_images())
+    fastvit.restore(subject)
+    launched()
+    expect_close(tensors(compiled(images)), tensors(untouched(images)))
+    assert launched() == 0
+
+
+def test_autocast_inside_a_graph():
+    model, untouched = pair("timm-vit")
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    images = entry("timm-vit").images()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, graph, library = model(images), compiled(images), untouched(images)
+    assert graph.dtype == eager.dtype == library.dtype
+    expect_close([graph], [eager], 2e-2)
+    expect_close([graph], [library], 2e-2)
