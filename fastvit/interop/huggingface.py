@@ -42,10 +42,12 @@ class Embeddings(Fused):
 
     @classmethod
     def example_size(cls, module: Any) -> tuple[int, int]:
-        owners = (module, getattr(module, "patch_embeddings", None), getattr(module, "config", None))
-        size = next(size for owner in owners if (size := getattr(owner, "image_size", None)) is not None)
-        height, width = (size, size) if isinstance(size, int) else size
-        return height, width
+        # By version and class it is known to the embeddings, to the patch embedding in them, or to the configuration.
+        for owner in (module, getattr(module, "patch_embeddings", None), getattr(module, "config", None)):
+            size = getattr(owner, "image_size", None)
+            if size is not None:
+                return (size, size) if isinstance(size, int) else (size[0], size[1])
+        raise AttributeError(f"{type(module).__name__} knows no image size")
 
     def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
         images = self.upright(pixel_values.images if isinstance(pixel_values, Pixels) else pixel_values)
@@ -82,8 +84,7 @@ class Embeddings(Fused):
 
     def has_own_size(self, images: Tensor) -> bool:
         """Whether images are of the size that the model was made for."""
-        size = self.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = self.example_size(self)
         return images.shape[2] == height and images.shape[3] == width
 
 
