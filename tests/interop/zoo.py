@@ -258,6 +258,7 @@ def _entries_of_transformers() -> list[Entry]:
     sizes = ((SIZE, SIZE), (SIZE + 16, SIZE))
     odd_sizes = (*sizes, (37, 45))
     free = {"call": _call_interpolated, "sizes": sizes}
+    dropout = {"hidden_dropout_prob": 0.1}  # none is these libraries' default
     entries: list[Entry] = []
 
     def add(name: str, setting: str, build: Build, **more: Any) -> None:
@@ -267,15 +268,15 @@ def _entries_of_transformers() -> list[Entry]:
         return _transformers(family, config, model, **options)
 
     add("vit", "ViT classifier", tower("vit", "ViTConfig", "ViTForImageClassification", num_labels=CLASSES))
-    add("vit-interpolated", "ViT, any size", tower("vit", "ViTConfig", "ViTModel"), **free)
+    add("vit-interpolated", "ViT, any size", tower("vit", "ViTConfig", "ViTModel", **dropout), **free)
     teacher = tower("deit", "DeiTConfig", "DeiTForImageClassificationWithTeacher", num_labels=CLASSES)
     add("deit", "DeiT, distilled classifier", teacher)
-    add("deit-interpolated", "DeiT, any size", tower("deit", "DeiTConfig", "DeiTModel"), **free)
+    add("deit-interpolated", "DeiT, any size", tower("deit", "DeiTConfig", "DeiTModel", **dropout), **free)
     dinov2 = tower("dinov2", "Dinov2Config", "Dinov2ForImageClassification", num_labels=CLASSES)
     add("dinov2", "DINOv2 classifier", dinov2, sizes=odd_sizes)
     backbone = tower("dinov2", "Dinov2Config", "Dinov2Backbone", out_features=["stage1", "stage2"])
     add("dinov2-backbone", "DINOv2, feature maps", backbone, sizes=sizes)
-    with_registers = tower("dinov2_with_registers", "Dinov2WithRegistersConfig", "Dinov2WithRegistersModel")
+    with_registers = tower("dinov2_with_registers", "Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", **dropout)
     add("dinov2-registers", "DINOv2, registers", with_registers, sizes=sizes)
     dinov3 = tower("dinov3_vit", "DINOv3ViTConfig", "DINOv3ViTModel", num_register_tokens=4)
     add("dinov3", "DINOv3", dinov3, sizes=sizes)
@@ -296,7 +297,7 @@ def _entries_of_transformers() -> list[Entry]:
     add("clip-with-text", "CLIP, both towers", _clip_with_both_towers, call=_call_with_text)
     relative = tower("beit", "BeitConfig", "BeitModel", use_relative_position_bias=True)
     add("beit", "BEiT, relative positions", relative, sizes=sizes)
-    absolute = tower("beit", "BeitConfig", "BeitModel", use_absolute_position_embeddings=True)
+    absolute = tower("beit", "BeitConfig", "BeitModel", use_absolute_position_embeddings=True, **dropout)
     add("beit-positions", "BEiT, absolute positions", absolute)
     add("data2vec-vision", "Data2Vec", tower("data2vec", "Data2VecVisionConfig", "Data2VecVisionModel"), sizes=sizes)
     siglip2 = tower("siglip2", "Siglip2VisionConfig", "Siglip2VisionModel", num_patches=16)
