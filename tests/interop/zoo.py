@@ -272,7 +272,7 @@ def _entries_of_transformers() -> list[Entry]:
     teacher = tower("deit", "DeiTConfig", "DeiTForImageClassificationWithTeacher", num_labels=CLASSES)
     add("deit", "DeiT, distilled classifier", teacher)
     add("deit-interpolated", "DeiT, any size", tower("deit", "DeiTConfig", "DeiTModel", **dropout), **free)
-    dinov2 = tower("dinov2", "Dinov2Config", "Dinov2ForImageClassification", num_labels=CLASSES)
+    dinov2 = tower("dinov2", "Dinov2Config", "Dinov2ForImageClassification", num_labels=CLASSES, **dropout)
     add("dinov2", "DINOv2 classifier", dinov2, sizes=odd_sizes)
     backbone = tower("dinov2", "Dinov2Config", "Dinov2Backbone", out_features=["stage1", "stage2"])
     add("dinov2-backbone", "DINOv2, feature maps", backbone, sizes=sizes)
