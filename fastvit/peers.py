@@ -46,8 +46,13 @@ def import_timm() -> ModuleType:
 
 def timm_missing() -> str:
     """Why timm can't be used here, "" if it can."""
+    return peer_missing("timm")
+
+
+def peer_missing(name: str) -> str:
+    """Why a library can't be used here, "" if it can."""
     try:
-        import_timm()
+        import_peer(name)
     except ImportError as error:
         return str(error)
     return ""

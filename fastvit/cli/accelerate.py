@@ -63,7 +63,7 @@ def accelerate(
     torch.manual_seed(0)
     subject = _build(library, model).to(place)
     acceleration.accelerate(subject, mean=means, std=stds, backend=backend)
-    settings = next(m.fastvit_settings for m in subject.modules() if hasattr(m, "fastvit_settings"))
+    settings = acceleration.settings_of(subject)
     speeds: list[Any] = []
     with progress_bar() as progress:
         progress(0, 1, "verifying")

@@ -16,7 +16,7 @@ from fastvit.interop.host import Fused, Settings, full_name
 from fastvit.interop.reporting import Change, Refusal, Report
 from fastvit.interop.surgery import mix_in, mixin_of, take_out
 
-__all__ = ["Unsupported", "accelerate", "report", "restore"]
+__all__ = ["Unsupported", "accelerate", "report", "restore", "settings_of"]
 
 # Library of a class → where its mixins are.
 LIBRARIES = {
@@ -78,8 +78,7 @@ def accelerate(
         VerificationError: (a RuntimeError) the results differ beyond the tolerance rule.
         In every case the model is as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     if backend is not None:
         check_known(backend, "backend")
     if residual_dtype is not None and residual_dtype not in FLOAT_DTYPES:
@@ -106,8 +105,7 @@ def restore(model: Model) -> Model:
     Raises:
         TypeError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     for module in model.modules():
         if mixin_of(module) is not None:
             take_out(module)
@@ -121,8 +119,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     changes = []
     companions: set[int] = set()  # change for the sake of one that is named
     for path, module in model.named_modules():
@@ -131,6 +128,17 @@ def report(model: nn.Module) -> Report:
             changes.append(Change.of(path, module, mixin))
             companions.update(id(module.get_submodule(name)) for name in mixin.companions(module))
     return Report(type(model).__name__, tuple(changes), tuple(_plan(model)[1]))
+
+
+def settings_of(model: nn.Module) -> Settings:
+    """How an accelerated model was accelerated."""
+    accelerated: Any = next(module for module in model.modules() if mixin_of(module) is not None)
+    return accelerated.fastvit_settings
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _plan(model: nn.Module) -> tuple[list[_Step], list[Refusal]]:

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastvit import functional
 from fastvit.interop.surgery import Mixin
 from fastvit.model.layers import autocast_dtype
+from fastvit.ops.decompositions import normalised
 
 __all__ = [
     "Fused",
@@ -23,6 +24,7 @@ __all__ = [
     "is_observed",
     "normalised",
     "projection_refusal",
+    "upright",
 ]
 
 
@@ -123,11 +125,7 @@ class Fused(Mixin):
 
     def upright(self, images: Any) -> Any:
         """Raw images as [B, C, H, W], a view of [B, H, W, C] where that is how they came."""
-        if self.is_raw(images) and images.dim() == 4:
-            channels = len(self.fastvit_settings.mean or ())
-            if images.shape[3] == channels and images.shape[1] != channels:
-                return images.permute(0, 3, 1, 2)
-        return images
+        return upright(images, len(self.fastvit_settings.mean or ())) if self.is_raw(images) else images
 
     def may_fuse(self, images: Any) -> bool:
         """Whether this call can be one call of ours."""
@@ -154,9 +152,8 @@ class Fused(Mixin):
         """Raw images as normalised floats, of the parameters' dtype, everything else as it is: for the host's code."""
         if not self.is_raw(images):
             return images
-        assert self.fastvit_settings.mean is not None and self.fastvit_settings.std is not None
-        pixels = normalised(images, self.fastvit_settings.mean, self.fastvit_settings.std)
-        return pixels.to(next(self.parameters()).dtype if dtype is None else dtype)
+        dtype = next(self.parameters()).dtype if dtype is None else dtype
+        return normalised(images, self.fastvit_settings.mean, self.fastvit_settings.std, dtype)
 
     def embed(
         self,
@@ -167,14 +164,10 @@ class Fused(Mixin):
         pos_embed: Tensor | None = None,
         prefix: Tensor | None = None,
         keep: Tensor | None = None,
-        promotes: bool = True,
     ) -> Tensor:
         """The finished tokens, [B, R+N, D], in the dtype that the host's additions would give.
 
         Pixels that fill no whole patch are left out, as a convolution does.
-
-        Args:
-            promotes: positions and prefix raise the dtype of the tokens, as torch's promotion does.
         """
         settings = self.fastvit_settings
         height, width = images.shape[2:]
@@ -185,7 +178,7 @@ class Fused(Mixin):
         dtype = autocast or weight.dtype
         if autocast is not None and settings.residual_dtype is not None:
             dtype = settings.residual_dtype
-        elif promotes:
+        else:
             for table in (pos_embed, prefix):
                 dtype = dtype if table is None else torch.promote_types(dtype, table.dtype)
         is_raw = self.is_raw(images)
@@ -224,10 +217,10 @@ def projection_refusal(name: str, projection: object) -> str:
     return ""
 
 
-def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Raw uint8 images [B, C, H, W] as loaders hand them over: float32, scaled to 0..1 and normalised."""
-    pixels = images.to(torch.float32) / 255
-    return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
+def upright(images: Tensor, channels: int) -> Tensor:
+    """Images as [B, C, H, W], a view of [B, H, W, C] where that is how they came."""
+    is_nhwc = images.dim() == 4 and images.shape[3] == channels and images.shape[1] != channels
+    return images.permute(0, 3, 1, 2) if is_nhwc else images
 
 
 def cat_rows(*rows: Tensor | None) -> Tensor | None:

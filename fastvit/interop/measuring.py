@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.benchmarks.timing import Timing, interleave
-from fastvit.interop.acceleration import restore
-from fastvit.interop.surgery import mixin_of
+from fastvit.interop.acceleration import restore, settings_of
 from fastvit.interop.verification import call_with_images, example_images
 
 __all__ = ["Speed", "measure"]
@@ -46,8 +45,7 @@ def measure(
     """
     original = restore(copy.deepcopy(model))
     images = example_images(model, batch)
-    settings = next(module.fastvit_settings for module in model.modules() if mixin_of(module) is not None)
-    channels_first = _normaliser(settings)
+    normalise = _normaliser(settings_of(model))
     kind = "uint8" if images.dtype == torch.uint8 else str(images.dtype).removeprefix("torch.")
 
     def tasks(subject: Any, load: Callable[[Tensor], Tensor]) -> dict[str, Callable[[], object]]:
@@ -60,7 +58,7 @@ def measure(
             found = {f"{kind} images to tokens": lambda: _until(block, subject, load(images)), **found}
         return found
 
-    ours, theirs = tasks(model, lambda images: images), tasks(original, channels_first)
+    ours, theirs = tasks(model, lambda images: images), tasks(original, normalise)
     speeds = []
     for number, task in enumerate(ours):
         progress(number, len(ours), task)

@@ -62,15 +62,7 @@ class PatchEmbed(Fused):
         return height % patch_height == 0 and width % patch_width == 0
 
     def padded(self, images: Tensor) -> Tensor:
-        if not self.dynamic_img_pad:
-            return images
-        mean = self.fastvit_settings.mean if self.is_raw(images) else None
-        height, width = images.shape[2:]
-        patch_height, patch_width = self.proj.kernel_size
-        if mean is not None and (height % patch_height != 0 or width % patch_width != 0):
-            # What is zero after normalisation is no whole number of grey levels.
-            images = self.as_the_host_takes_them(images)
-        return pad_to_patches(images, (patch_height, patch_width))
+        return _padded(self, images, self.proj.kernel_size) if self.dynamic_img_pad else images
 
     def grid_of(self, images: Tensor) -> list[int]:
         """Rows and columns of patches."""
@@ -256,22 +248,12 @@ class NaFlexEmbeds(Fused):
         x = self.upright(x)
         if not self.may_fuse(x):
             return super().forward(self.as_the_host_takes_them(x))
-        images = self._padded(x)
+        images = _padded(self, x, self.patch_size) if self.dynamic_img_pad else x
         grid = torch.Size(size // patch for size, patch in zip(images.shape[2:], self.patch_size, strict=True))
         prefix = cat_rows(self.cls_token, self.reg_token)
         positions = self._positions(grid, prefix)
         tokens = self.embed(images, self._weight(), self.proj.bias, pos_embed=positions, prefix=prefix)
         return self.pos_drop(tokens), grid
-
-    def may_fuse(self, images: Any) -> bool:
-        return type(self.proj) in (nn.Conv2d, nn.Linear) and super().may_fuse(images)
-
-    def _padded(self, images: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        patch_height, patch_width = self.patch_size
-        if not self.dynamic_img_pad or (height % patch_height == 0 and width % patch_width == 0):
-            return images
-        return pad_to_patches(self.as_the_host_takes_them(images), self.patch_size)
 
     def _weight(self) -> Tensor:
         """The projection's weight as a convolution has it, [D, C, P_h, P_w]."""
@@ -292,6 +274,14 @@ class NaFlexEmbeds(Fused):
         add = self._apply_learned_pos_embed if self.pos_embed_type == "learned" else self._apply_factorized_pos_embed
         add(table, grid_size=grid)
         return table
+
+
+def _padded(module: Fused, images: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Zeros to whole patches, as the host adds them: to normalised pixels."""
+    if images.shape[2] % patch_size[0] == 0 and images.shape[3] % patch_size[1] == 0:
+        return images
+    # What is zero after normalisation is no whole number of grey levels.
+    return pad_to_patches(module.as_the_host_takes_them(images), patch_size)
 
 
 MIXINS: tuple[type[Fused], ...] = (VisionTransformer, Eva, Beit, NaFlexEmbeds, PatchEmbed)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit.interop.host import Settings, normalised
+from fastvit.interop.host import Settings, normalised, upright
 from fastvit.interop.surgery import mixin_of
 from fastvit.validation.tolerance import FACTOR, FLOOR_EPS
 
@@ -184,12 +184,9 @@ def _mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
 
 def _as_loaded(images: Tensor, settings: Settings) -> Tensor:
     """Raw images as the original takes them."""
-    if images.dtype != torch.uint8 or images.dim() != 4 or settings.mean is None or settings.std is None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or settings.mean is None:
         return images
-    channels = len(settings.mean)
-    if images.shape[3] == channels and images.shape[1] != channels:
-        images = images.permute(0, 3, 1, 2)
-    return normalised(images, settings.mean, settings.std)
+    return normalised(upright(images, len(settings.mean)), settings.mean, settings.std)
 
 
 Found = dict[str, Tensor]

@@ -13,7 +13,7 @@ from fastvit.ops import registry
 from fastvit.ops.add_position import add_position
 from fastvit.ops.patch_embed import patch_embed
 
-__all__ = ["decompositions", "plain_patch_embed"]
+__all__ = ["decompositions", "normalised", "plain_patch_embed"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -43,7 +43,7 @@ def plain_patch_embed(
     """The op `patch_embed` by its reference, at the precision asked for."""
     with registry.without_autocast(images.device.type):
         if compute_dtype in HALF:
-            images, mean, std = _normalised(images, mean, std, compute_dtype), None, None
+            images, mean, std = normalised(images, mean, std, compute_dtype), None, None
         return reference.patch_embed(
             images,
             weight.to(compute_dtype),
@@ -70,7 +70,7 @@ def _patch_embed(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    images = _normalised(images, mean, std, compute_dtype)
+    images = normalised(images, mean, std, compute_dtype)
     tokens = plain_patch_embed(images, weight, bias, pos_embed, prefix, keep, None, None, compute_dtype, dtype)
     # In the layout that the op promises, which a convolution's result, turned to tokens, does not have.
     return tokens.contiguous()
@@ -80,8 +80,8 @@ def _add_position(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtyp
     return reference.add_position(tokens, pos_embed, prefix=prefix, dtype=dtype).contiguous()
 
 
-def _normalised(
-    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
+def normalised(
+    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Pixels for PyTorch's own path at half precision: normalised at float32 and rounded once, as loaders do it."""
     is_uint8 = images.dtype == torch.uint8
