@@ -14,8 +14,16 @@ def forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: tor
     skip = pos_embed.shape[0] - patches  # 0, or R where the prefix rows have positions of their own
     _add(tokens, pos_embed[skip:], out[:, prefix_rows:])
     if prefix is not None:
-        out[:, :prefix_rows] = prefix.float() + pos_embed[:skip].float() if skip else prefix
+        write_prefix(out, prefix, pos_embed, patches)
     return out
+
+
+def write_prefix(out: Tensor, prefix: Tensor, pos_embed: Tensor | None, patches: int) -> None:
+    """The first R rows of every sample: prefix [R, D], with positions where `pos_embed` has more rows than patches."""
+    skip = 0 if pos_embed is None else pos_embed.shape[0] - patches
+    if pos_embed is not None and skip:
+        prefix = prefix.float() + pos_embed[:skip].float()
+    out[:, : prefix.shape[0]] = prefix
 
 
 def backward(grad: Tensor) -> Tensor:

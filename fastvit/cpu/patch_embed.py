@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvit.cpu import gemm
-from fastvit.cpu.add_position import sum_over_batch
+from fastvit.cpu.add_position import sum_over_batch, write_prefix
 from fastvit.cpu.prepare_weight import pixel_mean_and_std, prepare_weight
 
 Channels = Sequence[float] | None  # a value a channel
@@ -33,40 +33,60 @@ class Operands:
 
     dtype: torch.dtype
     is_uint8: bool
-    folded: tuple[Channels, Channels]  # mean and std that the weight takes up
-    applied: tuple[Channels, Channels]  # mean and std that the pixels are normalised with
+    mean: Channels
+    std: Channels
+    folded: bool  # the weight takes up mean, std and the scale of uint8; else the pixels are normalised
 
     @classmethod
-    def choose(cls, images: Tensor, mean: Channels, std: Channels, compute: torch.dtype, out: torch.dtype) -> Operands:
+    def choose(
+        cls,
+        images: Tensor,
+        weight: Tensor,
+        mean: Channels,
+        std: Channels,
+        keep: Tensor | None,
+        compute: torch.dtype,
+        out: torch.dtype,
+    ) -> Operands:
         """`out` is the dtype of the tokens, or of their gradient."""
         in_bfloat16 = compute == out == torch.bfloat16 and gemm.has_bfloat16_units()
         dtype = torch.bfloat16 if in_bfloat16 else torch.float32
         is_uint8 = images.dtype == torch.uint8
-        # Float pixels that must be rounded are normalised first, as eager PyTorch does: rounding both them and a
-        # scaled weight would be less exact. Raw pixels are integers, which bfloat16 holds exactly.
-        if dtype == torch.float32 or is_uint8 or images.dtype == dtype:
-            return cls(dtype, is_uint8, (mean, std), (None, None))
-        return cls(dtype, is_uint8, (None, None), (mean, std))
+        if dtype == torch.float32:
+            folded = prefers_folding(images.shape[0] * kept_patches(images, weight, keep), weight.shape[0])
+        else:
+            # Float pixels that must be rounded are normalised first, as eager PyTorch does: rounding both them and a
+            # scaled weight would be less exact. Raw pixels are integers, which bfloat16 holds exactly.
+            folded = is_uint8 or images.dtype == dtype
+        return cls(dtype, is_uint8, mean, std, folded)
+
+    @property
+    def normalises(self) -> bool:
+        return self.is_uint8 or self.mean is not None
 
     @property
     def centre(self) -> int:
         """What is taken off the pixels before they are multiplied."""
-        return UINT8_CENTRE if self.is_uint8 else 0
+        return UINT8_CENTRE if self.is_uint8 and self.folded else 0
+
+    def pixel_mean_and_std(self, channels: int) -> tuple[list[float], list[float]]:
+        """Mean and std of each channel of the pixels, once `centre` has been taken off them."""
+        return pixel_mean_and_std(self.mean, self.std, self.is_uint8, channels, self.centre)
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """W' [D, K] in the operands' dtype and b' [D] in float32; the weight itself where nothing is folded in."""
-        mean, std = self.folded
-        if not self.is_uint8 and mean is None and weight.dtype == self.dtype:
-            full_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.float()
-            return weight.reshape(weight.shape[0], -1), full_bias
-        return prepare_weight(weight, bias, mean, std, self.is_uint8, self.dtype, self.centre)
+        if self.folded and self.normalises:
+            return prepare_weight(weight, bias, self.mean, self.std, self.is_uint8, self.dtype, self.centre)
+        full_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.float()
+        return weight.to(self.dtype).reshape(weight.shape[0], -1), full_bias
 
     def chunks(self, images: Tensor, weight: Tensor, keep: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         """The batch a chunk at a time: which samples, and their (kept) patches, [b·N, K] in the operands' dtype.
 
-        The patches are overwritten by those of the next chunk. uint8 pixels come out centred.
+        The patches are overwritten by those of the next chunk. Pixels come out normalised, or, where the weight
+        takes that up, as they are but for `centre`.
         """
-        kept = patch_count(images, weight) if keep is None else keep.shape[1]
+        kept = kept_patches(images, weight, keep)
         length = weight[0].numel()
         buffer = None
         for chunk in chunks(images.shape[0], kept * length * self.dtype.itemsize):
@@ -78,17 +98,22 @@ class Operands:
 
     def _pixels(self, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
         """[B, C, H, W] of any dtype and strides → [B, g_h, g_w, C, P_h, P_w], or [B, N_keep, C, P_h, P_w]."""
-        if self.is_uint8:
+        if self.centre:
             images = images.bitwise_xor(UINT8_CENTRE).view(torch.int8)  # pixel − 128
         view = as_patches(images, weight)
         if keep is not None:
             sample = torch.arange(images.shape[0], device=images.device)[:, None]
             view = view[sample, keep // view.shape[2], keep % view.shape[2]]
-        mean, std = self.applied
-        if mean is None or std is None:
+        if self.folded or not self.normalises:
             return view
         view = view.to(torch.float32)
-        return view.sub(view.new_tensor(mean)[:, None, None]).div_(view.new_tensor(std)[:, None, None])
+        mean, std = (view.new_tensor(values)[:, None, None] for values in self.pixel_mean_and_std(images.shape[1]))
+        return view.sub(mean).div_(std)
+
+
+def prefers_folding(patches: int, dim: int) -> bool:
+    """Whether the weight rather than the pixels is normalised: the work is a row for a patch, or for an output."""
+    return patches >= dim
 
 
 def forward(
@@ -104,15 +129,15 @@ def forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """[B, C, H, W] → [B, R+N, D]; arguments as in `fastvit.functional.patch_embed`, already checked."""
-    operands = Operands.choose(images, mean, std, compute_dtype, dtype)
+    operands = Operands.choose(images, weight, mean, std, keep, compute_dtype, dtype)
     matrix, full_bias = operands.matrix(weight, bias)
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     patches = patch_count(images, weight)
-    table = make_table(full_bias, pos_embed, prefix, patches)  # [R+N, D]
-    kept = patches if keep is None else keep.shape[1]
+    kept = kept_patches(images, weight, keep)
     tokens = images.new_empty((images.shape[0], prefix_rows + kept, weight.shape[0]), dtype=dtype)
-    tokens[:, :prefix_rows] = table[:prefix_rows]
-    table = table[prefix_rows:].to(operands.dtype)  # [N, D]
+    if prefix is not None:
+        write_prefix(tokens, prefix, pos_embed, patches)
+    table = patch_table(full_bias, pos_embed, patches).to(operands.dtype)
     for chunk, rows in operands.chunks(images, weight, keep):
         start = table if keep is None else table[keep[chunk]]
         gemm.write_product(tokens[chunk, prefix_rows:], start, rows, matrix)
@@ -132,7 +157,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of images, weight, bias and of every position row; size 0 where not needed."""
     need_images, need_weight, need_bias, need_rows = needs
-    operands = Operands.choose(images, mean, std, compute_dtype, grad.dtype)
+    operands = Operands.choose(images, weight, mean, std, keep, compute_dtype, grad.dtype)
     nothing = grad.new_empty(0, dtype=torch.float32)
     rows = d_bias = nothing
     if need_weight or need_bias or need_rows:
@@ -157,6 +182,11 @@ def patch_count(images: Tensor, weight: Tensor) -> int:
     return (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
 
 
+def kept_patches(images: Tensor, weight: Tensor, keep: Tensor | None) -> int:
+    """Patches of an image that are projected."""
+    return patch_count(images, weight) if keep is None else keep.shape[1]
+
+
 def chunks(batch: int, sample_bytes: int) -> Iterator[slice]:
     """The batch in slices of as many samples as stay in the caches of all threads."""
     size = max(1, CHUNK_BYTES * torch.get_num_threads() // max(1, sample_bytes))
@@ -169,16 +199,11 @@ def as_patches(images: Tensor, weight: Tensor) -> Tensor:
     return images.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
 
 
-def make_table(bias: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, patches: int) -> Tensor:
-    """[R+N, D] float32: all of the result that does not depend on the image."""
-    prefix_rows = 0 if prefix is None else prefix.shape[0]
-    table = bias.new_zeros(prefix_rows + patches, bias.shape[0])
-    table[prefix_rows:] = bias
-    if prefix is not None:
-        table[:prefix_rows] = prefix
-    if pos_embed is not None:
-        table[table.shape[0] - pos_embed.shape[0] :] += pos_embed
-    return table
+def patch_table(bias: Tensor, pos_embed: Tensor | None, patches: int) -> Tensor:
+    """[N, D] float32: bias [D] and positions, all of a patch's token that does not depend on the image."""
+    if pos_embed is None:
+        return bias.expand(patches, -1)
+    return pos_embed[pos_embed.shape[0] - patches :] + bias
 
 
 def _row_gradients(grad: Tensor, prefix_rows: int, patches: int, keep: Tensor | None) -> Tensor:
@@ -211,13 +236,17 @@ def _weight_gradient(
             total = part if total is None else total.add_(part)
     if total is None:
         return weight.new_zeros(weight.shape)
-    total = total.view(dim, channels, -1)
-    means, stds = pixel_mean_and_std(*operands.folded, operands.is_uint8, channels, operands.centre)
+    if operands.folded and operands.normalises:
+        _unscale(total.view(dim, channels, -1), d_bias, *operands.pixel_mean_and_std(channels))
+    return total.view(weight.shape).to(weight.dtype)
+
+
+def _unscale(total: Tensor, d_bias: Tensor, means: Sequence[float], stds: Sequence[float]) -> None:
+    """The weight's gradient [D, C, P_h·P_w] as of normalised pixels, in place."""
     if any(value != 0.0 for value in means):
         total -= d_bias[:, None, None] * total.new_tensor(means)[:, None]
     if any(value != 1.0 for value in stds):
         total /= total.new_tensor(stds)[:, None]
-    return total.view(weight.shape).to(weight.dtype)
 
 
 def _image_gradient(

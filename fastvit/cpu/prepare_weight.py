@@ -52,12 +52,12 @@ def prepare_weight(
     scaled = weight.to(torch.float32)
     means, stds = pixel_mean_and_std(mean, std, is_uint8, channels, centre)
     if any(value != 1.0 for value in stds):
-        scaled = scaled / scaled.new_tensor(stds).view(1, channels, 1, 1)
+        scaled = scaled / scaled.new_tensor(stds).view(channels, 1, 1)
     rounded = scaled.to(compute_dtype).reshape(dim, -1).contiguous()
     new_bias = rounded.new_zeros(dim, dtype=torch.float32) if bias is None else bias.to(torch.float32)
     if any(value != 0.0 for value in means):
         per_channel = rounded.view(dim, channels, -1).sum(-1, dtype=torch.float32)  # [D, C]
-        new_bias = new_bias - per_channel @ per_channel.new_tensor(means)
+        new_bias = torch.addmv(new_bias, per_channel, per_channel.new_tensor(means), alpha=-1)
     # An op's outputs must not share memory with its inputs.
     return _unshared(rounded, weight), _unshared(new_bias, bias)
 

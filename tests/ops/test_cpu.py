@@ -44,6 +44,16 @@ def test_bfloat16_passes_with_and_without_units_for_it(monkeypatch: pytest.Monke
         assert all(row.status == "passed" for row in rows), [str(row) for row in rows if row.status != "passed"]
 
 
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weight_or_pixels_are_normalised(monkeypatch: pytest.MonkeyPatch, folds: bool, dtype: str) -> None:
+    """Every case both ways, raw pixels among them: a small batch takes the one, a large batch the other."""
+    monkeypatch.setattr(patch_embed, "prefers_folding", lambda patches, dim: folds)
+    for case in cases_for("patch_embed", large=False):
+        rows = check_case(backend_candidate("cpu"), case, dtype)
+        assert all(row.status == "passed" for row in rows), [str(row) for row in rows if row.status != "passed"]
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_chunks_make_the_batch(monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
     """One image at a time, in chunks with a rest, and all at once: the same tokens and gradients."""
