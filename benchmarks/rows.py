@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvit.files import written_whole
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -78,9 +80,8 @@ def write_json_lines(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
     """Write rows, a line of JSON each; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(row.to_json() + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as fresh:
+        fresh.write_text("".join(row.to_json() + "\n" for row in rows), encoding="utf-8")
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[Row]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from fastvit.files import written_whole
+
 CSS = """
 :root { --ink: #1c2127; --soft: #5b6470; --line: #e3e6ea; --accent: #0072b2; --good: #00734f; --bad: #b3261e; }
 * { box-sizing: border-box; }
@@ -46,15 +48,14 @@ class Markup(str):
 
 def write_page(path: Path, title: str, body: str, style: str = "") -> Path:
     """Write a page, whole or not at all. `body` is HTML; `style` is more CSS."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(
+    text = (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)}</title><style>{CSS}{style}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n",
-        encoding="utf-8",
+        f"<body><main>\n{body}\n</main></body></html>\n"
     )
-    partial.replace(path)
+    with written_whole(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
     return path
 
 

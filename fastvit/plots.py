@@ -12,6 +12,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastvit.files import written_whole
+
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7")
 STYLE: dict[Any, Any] = {
@@ -56,9 +58,8 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **keywords: A
 
 def save(figure: Any, path: Path) -> Path:
     """Write a figure as PNG, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
+    with written_whole(path) as fresh:
+        figure.savefig(fresh, dpi=130, format="png")
     return path
 
 

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvit._version import __version__
+from fastvit.files import written_whole
 
 FORMAT = 1
 FORWARD, TRAINING = "forward", "training"
@@ -211,12 +212,8 @@ class Table:
         """Write the table; the file appears whole or not at all, and folders are made."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(self.to_json(), encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_whole(path) as fresh:
+            fresh.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Table:

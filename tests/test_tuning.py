@@ -107,10 +107,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "table.json"
     FULL.save(path)
 
-    def full_disk(self: Path, target: Path) -> None:
+    def full_disk(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space"):
         table_with({}).save(path)
     assert Table.load(path) == FULL and list(tmp_path.iterdir()) == [path]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit.files import sync, written_whole
 from fastvit.peers import import_peer
 
 from .errors import CheckpointError
@@ -51,21 +51,25 @@ def write_checkpoint(
     tensors = _dense(state)
     text = "" if config is None else json.dumps(config, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        fresh = Path(temporary) / path.name
-        if is_folder:
-            fresh.mkdir()
-            _save(fresh / WEIGHTS, tensors, "")
-            (fresh / CONFIG).write_text(text + "\n", encoding="utf-8")
-            _sync(fresh / CONFIG)
-        else:
-            _save(fresh, tensors, text)
-        if path.is_dir():
-            for name in (WEIGHTS, CONFIG):
-                os.replace(fresh / name, path / name)
-        else:
-            os.replace(fresh, path)
-    _sync(path.parent)
+    if path.is_dir():
+        _write_folder(path, tensors, text)
+    else:
+        with written_whole(path) as fresh:
+            if is_folder:
+                fresh.mkdir()
+                _write_folder(fresh, tensors, text)
+            else:
+                _save(fresh, tensors, text)
+    sync(path.parent)
+
+
+def _write_folder(folder: Path, tensors: dict[str, Tensor], config: str) -> None:
+    """Write the two files into a folder that is there; both are complete before the first one gets its name."""
+    with written_whole(folder / CONFIG) as about, written_whole(folder / WEIGHTS) as weights:
+        _save(weights, tensors, "")
+        about.write_text(config + "\n", encoding="utf-8")
+        sync(about)
+    sync(folder)
 
 
 def _is_folder_name(path: Path) -> bool:
@@ -125,21 +129,10 @@ def _save(path: Path, tensors: dict[str, Tensor], config: str) -> None:
             metadata = {"format": "pt", CONFIG_KEY: config} if config else {"format": "pt"}
             import_peer("safetensors.torch").save_file(tensors, path, metadata=metadata)
         path.chmod(mode)
-        _sync(path)
+        sync(path)
     except ImportError:
         raise
     # A full disk is a RuntimeError of torch's, a SafetensorError of safetensors'.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path.name}: can't be written: {reason[:200]}") from error
-
-
-def _sync(path: Path) -> None:
-    """Bring the contents of a file, or the names in a folder, to the disk."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastvit.files import sync, written_whole
 
 from .errors import CheckpointError
 
@@ -26,28 +27,11 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     The data reaches the disk before the name does, and the name before this returns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **contents}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp gives 0600
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # a directory cannot be opened elsewhere
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with written_whole(path) as fresh, fresh.open("wb") as file:
+        torch.save({"format": FORMAT, "version": VERSION, **contents}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
 
 
 def read_file(path: str | Path) -> Any:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -544,3 +545,34 @@ def test_files_are_readable_by_others(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", weights(), CONFIG)
     for file in ("w.pth", "model/config.json", "model/model.safetensors"):
         assert (tmp_path / file).stat().st_mode == expected, file
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "folder"])
+def test_names_are_given_when_everything_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, there: bool
+) -> None:
+    """The contents of each file, then its name in its folder, and a new folder's name when it has both of its own."""
+    config = CONFIG if name == "folder" else None
+    if there:
+        write_checkpoint(tmp_path / name, weights(), config)
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        order.append(f"rename {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_checkpoint(tmp_path / name, weights(), config, overwrite=True)
+    if name == "folder":
+        inside = ["rename model.safetensors", "rename config.json", "folder"]
+        expected = ["file", "file", *inside, *([] if there else ["rename folder"]), "folder"]
+    else:
+        expected = ["file", f"rename {name}", "folder"]
+    assert order == expected

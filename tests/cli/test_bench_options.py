@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 
 from fastvit import cli
-from fastvit.benchmarks import report as report_module
 from fastvit.benchmarks import runner
 from fastvit.benchmarks.rows import Row, read_json_lines, write_json_lines
 
@@ -156,10 +156,14 @@ def test_bad_input_is_one_line_that_names_it(
 def test_a_page_that_fails_leaves_no_half_written_file(
     run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> str:
-        raise OSError("disk full")
+    rename = os.replace
 
-    monkeypatch.setattr(report_module, "write_page", broken)
+    def full_disk(source: Path, target: Path) -> None:
+        if target.suffix == ".html":
+            raise OSError("disk full")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", full_disk)
     code, _, err = run("patch_embed", "--report", tmp_path / "report")
     assert code == 2 and "disk full" in err
-    assert not list((tmp_path / "report").glob("*.partial")) and not (tmp_path / "report" / "report.html").exists()
+    assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".jsonl", ".png"}
