@@ -21,8 +21,9 @@ __all__ = ["adapt", "adapt_channels", "adapt_head"]
 def adapt(recognised: Recognised, wanted: Mapping[str, Any]) -> Recognised:
     """A checkpoint for another `img_size`, `patch_size` or `in_chans`; unchanged where none differs.
 
-    Positions are resampled as `fastvit.positions.resample_pos_embed` does it (bicubic; for JAX's files bilinear, as in
-    their own code), the patch weight as in FlexiViT, and channels are summed or repeated as in timm.
+    Positions are resampled as `fastvit.positions.resample_pos_embed` does it, the patch weight as in FlexiViT (both
+    bicubic with antialiasing; for JAX's files bilinear without, as timm loads them), and channels are summed or
+    repeated as in timm.
 
     Args:
         recognised: its positions and its patch weight have the shapes that its arguments say.
@@ -38,17 +39,14 @@ def adapt(recognised: Recognised, wanted: Mapping[str, Any]) -> Recognised:
             arguments[name] = plain_size(pair(name, wanted[name]))
     weight = adapt_channels(state["patch_embed.proj.weight"], wanted.get("in_chans", arguments["in_chans"]))
     arguments["in_chans"] = weight.shape[1]
-    state["patch_embed.proj.weight"] = resample_patch_weight(weight, pair("patch_size", arguments["patch_size"]))
+    is_jax = recognised.schema in ("jax", "big_vision")
+    resize: dict[str, Any] = {"interpolation": "bilinear" if is_jax else "bicubic", "antialias": not is_jax}
+    patch_size = pair("patch_size", arguments["patch_size"])
+    state["patch_embed.proj.weight"] = resample_patch_weight(weight, patch_size, **resize)
     if "pos_embed" in state:
         prefix = 0 if arguments["no_embed_class"] else int(arguments["class_token"]) + arguments["reg_tokens"]
-        is_jax = recognised.schema in ("jax", "big_vision")
         state["pos_embed"] = resample_pos_embed(
-            state["pos_embed"],
-            grid_of(arguments),
-            old_grid,
-            num_prefix_tokens=prefix,
-            interpolation="bilinear" if is_jax else "bicubic",
-            antialias=not is_jax,
+            state["pos_embed"], grid_of(arguments), old_grid, num_prefix_tokens=prefix, **resize
         )
     return replace(recognised, state=state, arguments=arguments)
 
@@ -71,8 +69,10 @@ def adapt_head(recognised: Recognised, num_classes: int | None, new_head: bool =
         return recognised
     if num_classes and not new_head:
         found = f"its head has {own} classes" if own else "it has no head that FastViT can use"
+        accepted = f"{own}, or 0 for no head" if own else "0 for no head"
         raise CheckpointError(
-            f"{recognised.source}: num_classes={num_classes}, but {found}; new_head=True starts with a fresh one"
+            f"{recognised.source}: num_classes={num_classes}, but {found}; accepted: {accepted}; "
+            "load_pretrained(new_head=True) makes a fresh head of any size"
         )
     num_classes = own if num_classes is None else num_classes
     state = {name: tensor for name, tensor in recognised.state.items() if not name.startswith("head.")}

@@ -19,7 +19,7 @@ _NOT_READ = "FastViT does not read these names; convert it to timm's first"
 _FEATURES = (
     (r"layers\.\d+\.blocks\.\d+\..*relative_position|features\.\d+\.\d+\.attn\.relative_position",
      "a Swin Transformer", _ONLY_COLUMNS),
-    (r"attn\.q_bias|layer\.\d+\.lambda_1|beit.*relative_position", "a BEiT or EVA", _ONLY_TABLES),
+    (r"attn\.q_bias|layers?\.\d+\.lambda_1|beit.*relative_position", "a BEiT or EVA", _ONLY_TABLES),
     (r"relative_position|rel_pos", "a ViT with relative positions", _ONLY_TABLES),
     (r"\brope\b|rope_embed|rotary", "a ViT with rotary positions", _ONLY_TABLES),
     (r"patch_embed\.backbone|conv_root/|conv_bn_relu|patch_embeddings\.backbone", "a hybrid of a CNN and a ViT",
@@ -30,7 +30,7 @@ _FEATURES = (
     (r"mlp\.fc1_[gx]\.", "a ViT with a gated MLP in two parts", "FastViT's gated MLP has one first layer"),
 )  # fmt: skip
 
-# These are recognised where no names of a ViT were found:
+# These are recognised where no names of a ViT's patches, or of its blocks, were found:
 _MODELS = (
     (r"^visual\.(conv1|transformer)", "a CLIP in OpenAI's names", _NOT_READ),
     (r"^visual\.trunk\.", "an OpenCLIP model around timm's ViT", "strip 'visual.trunk.' from its names"),
@@ -40,7 +40,7 @@ _MODELS = (
     (r"MixerBlock_\d+|mlp_tokens", "an MLP-Mixer", "FastViT's blocks have attention"),
     (r"word_embeddings|wte\.weight|embed_tokens|tok_embeddings|token_embedding|input_layernorm", "a text model",
      _ONLY_IMAGES),
-    (r"layer\.\d+\.attention\.q_proj|storage_tokens", "a DINOv3", _ONLY_TABLES),
+    (r"(?<!encoder\.)layer\.\d+\.attention\.q_proj|storage_tokens", "a DINOv3", _ONLY_TABLES),
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def foreign_features(names: Iterable[str]) -> str:
 
 
 def foreign_model(names: Iterable[str]) -> str:
-    """What a model is that has no ViT's names, and why FastViT can't express it; "" if nothing was found."""
+    """What a model is that lacks a ViT's names, and why FastViT can't express it; "" if nothing was found."""
     return _first(_FEATURES + _MODELS, names)
 
 

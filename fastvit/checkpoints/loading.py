@@ -99,7 +99,8 @@ def convert(
             "huggingface-v5" (those of transformers 5 in memory) or "fastvit".
         strict: False: leave out what has no place, and say so.
         overwrite: replace what is at `destination`.
-        overrides: `img_size`, `patch_size`, `in_chans`, `num_classes=0`, `num_heads`, `norm_eps`, `act_layer`.
+        overrides: `img_size`, `patch_size`, `in_chans`, `num_classes=0`, `num_heads`, `norm_eps`, `act_layer`,
+            `no_embed_class`.
 
     Returns:
         Lines that say what was read, assumed and left out.

@@ -166,12 +166,13 @@ def _layout_of(state: State) -> tuple[Layout, str]:
     best = max(range(len(candidates)), key=lambda index: len(places[index]))
     layout, prefix = candidates[best]
     ours = {place.ours for place in places[best]}
-    if any(name.startswith("blocks.") for name in ours):
-        if "patch_embed.proj.weight" in ours:
-            return layout, prefix
-        name = names_of(layout, prefix, "patch_embed.proj.weight")[0]
-        raise CheckpointError(f"has {layout.schema}'s names of a ViT, but no {name}")
+    has_blocks = any(name.startswith("blocks.") for name in ours)
+    if has_blocks and "patch_embed.proj.weight" in ours:
+        return layout, prefix
     strange = foreign_model(state)
+    if not strange and has_blocks:  # which a text model may name as a ViT does
+        name = names_of(layout, prefix, "patch_embed.proj.weight")[0]
+        strange = f"has {layout.schema}'s names of a ViT, but no {name}"
     if not strange:
         strange = f"no names of a Vision Transformer's patches and blocks; it has {', '.join(list(state)[:3])}"
     raise CheckpointError(strange)

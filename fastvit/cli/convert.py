@@ -46,7 +46,7 @@ def convert(
 
       fastvit convert google/vit-base-patch16-224 vit.safetensors --to timm
 
-      fastvit convert B_16.npz vit_b_16.pth --to torchvision
+      fastvit convert B_16.npz vit_b_16.pth --to torchvision --act-layer gelu
 
       fastvit convert vit.pth larger.safetensors --to fastvit --img-size 384 --no-head
     """

@@ -235,7 +235,9 @@ def _resampled_projection(proj: nn.Conv2d, patch_size: tuple[int, int]) -> nn.Co
     return new.train(proj.training)
 
 
-def resample_patch_weight(weight: Tensor, patch_size: Sequence[int]) -> Tensor:
+def resample_patch_weight(
+    weight: Tensor, patch_size: Sequence[int], *, interpolation: str = "bicubic", antialias: bool = True
+) -> Tensor:
     """The weight for another patch size that gives a resized patch the token of the original one.
 
     The pseudo-inverse resize of FlexiViT (Beyer et al., 2023, section 3.4).
@@ -243,6 +245,8 @@ def resample_patch_weight(weight: Tensor, patch_size: Sequence[int]) -> Tensor:
     Args:
         weight: [D, C, P_h, P_w].
         patch_size: the new height and width.
+        interpolation, antialias: how patches are resized, as `torch.nn.functional.interpolate` takes them: "bilinear"
+            or "bicubic", with or without a filter where the size shrinks.
 
     Returns:
         [D, C, *patch_size], in the dtype of `weight`.
@@ -253,7 +257,7 @@ def resample_patch_weight(weight: Tensor, patch_size: Sequence[int]) -> Tensor:
         return weight
     pixels = old_size[0] * old_size[1]
     basis = torch.eye(pixels, device=weight.device).reshape(pixels, 1, *old_size)
-    resize = F.interpolate(basis, size=new_size, mode="bicubic", antialias=True, align_corners=False)
+    resize = F.interpolate(basis, size=new_size, mode=interpolation, antialias=antialias, align_corners=False)
     resize = resize.reshape(pixels, math.prod(new_size)).T  # [new pixels, old pixels]
     flat = weight.flatten(2).float() @ torch.linalg.pinv(resize)  # [D, C, new pixels]
     return flat.reshape(*weight.shape[:2], *new_size).to(weight.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvit.checkpoints import CheckpointError, load_pretrained
+from fastvit.checkpoints import CheckpointError, convert, load_pretrained
 from fastvit.checkpoints.adapt import adapt_channels
 
 SIZES = {
@@ -90,7 +90,7 @@ def test_another_head(classes, timm_vit, images, agree):
     theirs = timm_vit()
     state = theirs.state_dict()
     if classes:
-        with pytest.raises(CheckpointError, match="num_classes=5, but its head has 7 classes; new_head=True starts"):
+        with pytest.raises(CheckpointError, match="num_classes=5, but its head has 7 classes; accepted: 7, or 0 for "):
             load_pretrained(state, num_heads=3, num_classes=classes)
         with pytest.warns(UserWarning, match=r"fresh, not from the checkpoint: head\.weight, head\.bias"):
             ours = load_pretrained(state, num_heads=3, num_classes=classes, new_head=True)
@@ -105,9 +105,32 @@ def test_another_head(classes, timm_vit, images, agree):
 
 def test_no_head_to_begin_with(timm_vit):
     state = timm_vit(num_classes=0).state_dict()
-    with pytest.raises(CheckpointError, match="num_classes=5, but it has no head that FastViT can use; new_head=True"):
+    with pytest.raises(
+        CheckpointError, match="num_classes=5, but it has no head that FastViT can use; accepted: 0 for"
+    ):
         load_pretrained(state, num_classes=5)
     with pytest.raises(CheckpointError, match="new_head=True needs num_classes"):
         load_pretrained(state, new_head=True)
     with pytest.warns(UserWarning, match="fresh"):
         assert load_pretrained(state, num_classes=5, new_head=True).num_classes == 5
+
+
+@pytest.mark.parametrize("own", [7, 0])
+def test_what_the_error_of_another_head_says_can_be_done(own, timm_vit, tmp_path):
+    """Whoever gets it, `convert` too, which makes no fresh head."""
+    state = timm_vit(num_classes=own).state_dict()
+    with pytest.raises(CheckpointError) as loading:
+        load_pretrained(state, num_heads=3, num_classes=5)
+    with pytest.raises(CheckpointError) as converting:
+        convert(state, tmp_path / "vit.pth", num_heads=3, num_classes=5)
+    hint = "0 for no head; load_pretrained(new_head=True) makes a fresh head of any size"
+    assert str(loading.value) == str(converting.value)
+    assert str(loading.value).endswith(f"accepted: 7, or {hint}" if own else f"accepted: {hint}")
+    assert not list(tmp_path.iterdir())
+    for accepted in {own, 0}:
+        convert(state, tmp_path / "vit.pth", num_heads=3, num_classes=accepted, overwrite=True)
+        assert load_pretrained(tmp_path / "vit.pth", num_heads=3).num_classes == accepted
+    with pytest.warns(UserWarning, match="fresh"):
+        assert load_pretrained(state, num_heads=3, num_classes=5, new_head=True).num_classes == 5
+    with pytest.raises(TypeError, match="new_head: is no property of a checkpoint; accepted: img_size"):
+        convert(state, tmp_path / "new.pth", num_classes=5, new_head=True)

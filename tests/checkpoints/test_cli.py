@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import fastvit
 from fastvit import cli
 from fastvit.checkpoints import inspect, load_pretrained
 from fastvit.checkpoints.files import read_checkpoint, write_checkpoint
+from fastvit.cli.convert import convert as convert_command
+from fastvit.cli.inspect import inspect as inspect_command
+from tests.checkpoints.test_jax import arrays as jax_arrays
 
 Cli = Callable[..., tuple[int, str, str]]
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
@@ -236,6 +240,23 @@ def test_convert_leaves_out_only_when_asked(run: Cli, tmp_path: Path, vit: Calla
     code, out, _ = run("convert", tmp_path / "odd.pth", tmp_path / "out.pth", "--to", "timm", "--no-strict")
     assert code == 0 and "left out: extra.weight: unknown" in out
     assert "extra.weight" not in read_checkpoint(tmp_path / "out.pth").state
+
+
+def test_the_examples_run(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vit: Callable[..., dict[str, Tensor]], path: Path
+) -> None:
+    """Those of the page and of `--help`, on files of the kind that their names say."""
+    page = (Path(fastvit.__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    texts = [page, str(convert_command.__doc__), str(inspect_command.__doc__)]
+    found = [re.findall(r"^ *(fastvit (?:inspect|convert) [^#\n]*)", text, re.MULTILINE) for text in texts]
+    assert [len(commands) for commands in found] == [5, 4, 2]
+    monkeypatch.chdir(tmp_path)
+    np.savez("B_16.npz", **jax_arrays(big_vision=False))
+    hub = tmp_path / "google" / "vit-base-patch16-224"  # a folder of that name comes before the hub
+    assert run("convert", path, hub, "--to", "huggingface")[0] == 0
+    for command in sum(found, []):
+        code, _, err = run(*command.split()[1:], *(["--overwrite"] if "convert" in command else []))
+        assert (code, err) == (0, ""), command
 
 
 @pytest.mark.parametrize(

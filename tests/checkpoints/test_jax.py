@@ -118,6 +118,31 @@ def test_another_size_and_channels(size, channels, written, timm_vit, images, ag
     agree(ours(pixels), theirs(pixels))
 
 
+PATCHES = {
+    "smaller": {"img_size": 40, "patch_size": 4},
+    "larger": {"img_size": 32, "patch_size": 16},
+    "same_grid": {"img_size": 48, "patch_size": 12},
+    "rectangular": {"img_size": (36, 20), "patch_size": (6, 10)},
+}
+
+
+@pytest.mark.parametrize("size", PATCHES)
+@pytest.mark.parametrize("case", CASES)
+def test_another_patch_size(case, size, written, timm_vit, agree):
+    """The patch weight is resampled as timm resamples JAX's, as the positions are: bilinearly, without a filter."""
+    made, prefix, arguments = CASES[case]
+    path = written(arrays(**made), prefix)
+    theirs = timm_vit(act_layer="gelu_tanh", **PATCHES[size], **arguments)
+    theirs.load_pretrained(str(path))
+    ours = load_pretrained(path, **PATCHES[size])
+    state, truth = ours.state_dict(), theirs.state_dict()
+    name = "patch_embed.proj.weight"
+    agree(state.pop(name), truth.pop(name))
+    assert [name for name in truth if not state[name].equal(truth[name])] == []
+    pixels = torch.randn(2, 3, *ours.patch_embed.img_size)
+    agree(ours(pixels), theirs(pixels))
+
+
 def test_map_head(written, timm_vit, images, agree):
     found = arrays(big_vision=True, class_token=False) | {"MAPHead_0/probe": np.ones((1, 1, WIDTH), np.float32)}
     path = written(found, "params/")

@@ -188,7 +188,18 @@ FOREIGN = {
         "vision_model.encoder.layers.0.self_attn.q_proj.weight",
         "vision_model.head.probe",
     ),
+    "BEiT.*layers.0.lambda_1": lambda lib: names(
+        "embeddings.patch_embeddings.projection.weight", "layers.0.attention.q_proj.weight", "layers.0.lambda_1"
+    ),
     "text": lambda lib: names("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"),
+    # blocks in the names of a ViT's and of CLIP's image tower
+    "text.*word_embeddings": lambda lib: names(
+        "embeddings.word_embeddings.weight", "encoder.layer.0.attention.output.dense.weight"
+    ),
+    "text.*token_embedding": lambda lib: names(
+        "embeddings.token_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"
+    ),
+    "DINOv3": lambda lib: names("embeddings.patch_embeddings.weight", "model.layer.0.attention.q_proj.weight"),
     "ConvNeXt": lambda lib: names("stages.0.blocks.0.conv_dw.weight", "stem.0.weight"),
     "OpenAI": lambda lib: names("visual.conv1.weight", "visual.transformer.resblocks.0.ln_1.weight"),
 }
@@ -199,6 +210,15 @@ def test_another_architecture(model, library):
     with pytest.raises(CheckpointError, match=f"state_dict: seems to be .*{model}.*: ") as raised:
         load_pretrained(FOREIGN[model](library), strict=False)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model"])
+def test_no_patches(name, transformers):
+    """A ViT that lacks its patch weight is not taken for another model."""
+    state = transformers(name).state_dict()
+    del state["embeddings.patch_embeddings.projection.weight"]
+    with pytest.raises(CheckpointError, match="names of a ViT, but no embeddings.patch_embeddings.projection.weight"):
+        load_pretrained(state)
 
 
 def test_nothing_known():
