@@ -14,7 +14,16 @@ import torch
 
 from fastvit.backend import BACKENDS, available_backends
 from fastvit.benchmarks.rows import OURS, Row
-from fastvit.benchmarks.timing import Call, Ceilings, Timing, captured, ceilings, interleave, peak_bytes
+from fastvit.benchmarks.timing import (
+    Call,
+    Ceilings,
+    Timing,
+    captured,
+    ceilings,
+    interleave,
+    keep_freed_memory,
+    peak_bytes,
+)
 from fastvit.validation.runner import is_interpreted
 
 SIZES = ("tiny", "small", "full")
@@ -87,7 +96,11 @@ def check_size(size: str) -> None:
 
 @contextmanager
 def steady(device: torch.device, threads: int | None = None) -> Iterator[None]:
-    """Settings under which timings are comparable: a fixed number of CPU threads, cuDNN allowed to choose."""
+    """Settings under which timings are comparable: a fixed number of CPU threads, memory kept, cuDNN allowed to choose.
+
+    The process keeps the memory that it frees afterwards too.
+    """
+    keep_freed_memory()
     before, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     torch.set_num_threads(threads or before)
     torch.backends.cudnn.benchmark = device.type == "cuda"

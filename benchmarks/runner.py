@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastvit.benchmarks import add_position, input, masked, model, patch_embed
+from fastvit.benchmarks import accelerated, add_position, input, masked, model, patch_embed
 from fastvit.benchmarks.problem import Plan, check_size, measure, steady
 from fastvit.benchmarks.rows import Row, command_line, commit, device_name, format_table, versions, write_json_lines
 
@@ -21,6 +21,8 @@ SUITES: dict[str, Callable[[str, torch.device], Plan]] = {
     "masked": masked.plan,
     "model": model.plan,
     "input": input.plan,
+    "accelerated": accelerated.plan_tokens,
+    "accelerated_model": accelerated.plan_model,
 }
 SECONDS = {"tiny": 0.02, "small": 2.0, "full": 6.0}  # timing of one problem, all contenders together
 Progress = Callable[[int, int, str], None]

@@ -1,11 +1,13 @@
 """Timing that is hard to fool: rivals interleaved in one process, warm-up, random data, medians and spread.
 
-On a CPU the number of threads is fixed. On a GPU each call is timed by device events after the L2 cache has been
-overwritten, once as it is launched and, where it can be captured, once more by replaying a CUDA graph.
+On a CPU the number of threads is fixed, and freed memory stays in the process. On a GPU each call is timed by device
+events after the L2 cache has been overwritten, once as it is launched and, where it can be captured, once more by
+replaying a CUDA graph.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import statistics
@@ -24,6 +26,9 @@ MIN_ROUNDS = 7
 MAX_ROUNDS = 300
 WARM_UP = 3
 L2_BYTES = 256 * 2**20  # several times the largest L2 cache
+# glibc's names for what mallopt sets, and what it is set to: no block from the kernel by itself, nothing given back.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+KEEP_FREED = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,19 @@ def interleave(calls: Sequence[Call], device: torch.device, seconds: float) -> l
             index = (place + number) % len(calls)
             samples[index].append(measure(calls[index]))
     return [Timing.of(values) for values in samples]
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, from now on; without effect where the allocator is not glibc's.
+
+    glibc gives large blocks back to the kernel, or does not, by what was freed before. The page faults of getting
+    them again can cost more than what is timed, and fall on one contender or on another by chance.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for option, value in KEEP_FREED.items():
+            library.mallopt(option, value)
 
 
 def _cpu_time(call: Call) -> float:

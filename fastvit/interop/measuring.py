@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit.benchmarks.timing import Timing, interleave
+from fastvit.benchmarks.problem import steady
+from fastvit.benchmarks.timing import Call, Timing, interleave
 from fastvit.interop.acceleration import restore, settings_of
+from fastvit.interop.host import Settings
 from fastvit.interop.verification import call_with_images, example_images
 
-__all__ = ["Speed", "measure"]
+__all__ = ["GRADIENTS", "LOGITS", "TOKENS", "Speed", "loader", "measure", "task_of"]
+
+TOKENS, LOGITS, GRADIENTS = TASKS = ("to tokens", "to logits", "to gradients")
 
 
 @dataclass(frozen=True)
@@ -45,35 +49,44 @@ def measure(
     """
     original = restore(copy.deepcopy(model))
     images = example_images(model, batch)
-    normalise = _normaliser(settings_of(model))
+    load = loader(settings_of(model), images.device)
     kind = "uint8" if images.dtype == torch.uint8 else str(images.dtype).removeprefix("torch.")
-
-    def tasks(subject: Any, load: Callable[[Tensor], Tensor]) -> dict[str, Callable[[], object]]:
-        found = {
-            f"{kind} images to logits": lambda: _forward(subject, load(images)),
-            f"{kind} images to gradients": lambda: _step(subject, load(images)),
-        }
-        block = _first_block(subject)
-        if block is not None:
-            found = {f"{kind} images to tokens": lambda: _until(block, subject, load(images)), **found}
-        return found
-
-    ours, theirs = tasks(model, lambda images: images), tasks(original, normalise)
+    tasks = TASKS if _first_block(model) is not None else (LOGITS, GRADIENTS)
     speeds = []
-    for number, task in enumerate(ours):
-        progress(number, len(ours), task)
-        for subject in (model, original):
-            subject.train("gradients" in task)
-        before, after = interleave([theirs[task], ours[task]], images.device, seconds)
-        speeds.append(Speed(task, before, after))
+    with steady(images.device):
+        for number, task in enumerate(tasks):
+            name = f"{kind} images {task}"
+            progress(number, len(tasks), name)
+            calls = [task_of(original, task, images, load), task_of(model, task, images)]
+            speeds.append(Speed(name, *interleave(calls, images.device, seconds)))
     return speeds
 
 
-def _normaliser(settings: Any) -> Callable[[Tensor], Tensor]:
-    if settings.mean is None:
+def loader(settings: Settings, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What a loader does on the device, before the original sees images that the accelerated model takes raw."""
+    if settings.mean is None or settings.std is None:
         return lambda images: images
-    mean, std = (torch.tensor(values).mul(255)[:, None, None] for values in (settings.mean, settings.std))
-    return lambda images: images.float().sub_(mean.to(images.device)).div_(std.to(images.device))
+    mean, std = (torch.tensor(v, device=device).mul_(255)[:, None, None] for v in (settings.mean, settings.std))
+    return lambda images: images.float().sub_(mean).div_(std)
+
+
+def task_of(
+    model: nn.Module, task: str, images: Tensor, load: Callable[[Tensor], Tensor] = lambda images: images
+) -> Call:
+    """A call that takes the images as far as the task says.
+
+    Args:
+        model: it is put into train mode for GRADIENTS, else into eval mode.
+        task: TOKENS, until the first block; LOGITS; or GRADIENTS, of every parameter.
+        load: what is done to the images before the model sees them; a part of the call.
+    """
+    model.train(task == GRADIENTS)
+    block = _first_block(model)
+    if task == GRADIENTS:
+        return lambda: _step(model, load(images))
+    if task == TOKENS and block is not None:
+        return lambda: _until(block, model, load(images))
+    return lambda: _forward(model, load(images))
 
 
 @torch.no_grad()

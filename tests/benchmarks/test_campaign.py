@@ -48,7 +48,7 @@ def test_as_a_command_from_another_folder(tmp_path: Path) -> None:
 def test_what_matters_most_comes_first_and_all_fits_into_nine_minutes() -> None:
     assert NAMES == [
         "build", "warm", "tests", "primitives", "limits", "validate", "sanitize", "ceilings", "patch_embed", "model",
-        "launch", "masked", "add_position", "input", "tune", "profile",
+        "launch", "masked", "add_position", "input", "tune", "profile", "accelerated", "accelerated_model",
     ]  # fmt: skip
     assert sum(stage.share for stage in STAGES) == runner.BUDGET
     assert runner.BUDGET + 2 * runner.GRACE < 9 * 60 - 15, "installation and start-up take their time too"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,29 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 def test_the_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     limits = Ceilings(flops_per_us=10.0, bytes_per_us=2.0)
     assert limits.floor_us(100.0, 4.0) == 10.0 and limits.floor_us(10.0, 40.0) == 20.0
+
+
+KEPT = """
+import resource, torch
+from fastvit.benchmarks.timing import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+def fault_count():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):  # until the heap has settled, as by warm-up
+    torch.zeros(2**26)  # 256 MB, written to
+before = fault_count()
+torch.zeros(2**26)
+print(fault_count() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def test_freed_memory_is_kept() -> None:
+    """A large block freed and asked for again: from the kernel, page by page, unless it is kept."""
+    faults = {}
+    for keep in (True, False):
+        command = [sys.executable, "-c", KEPT.format(keep=keep)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        faults[keep] = int(run.stdout)
+    assert faults[True] < 64 < faults[False], "fewer than one a huge page of 2 MB, or one a page"

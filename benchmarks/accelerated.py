@@ -1,0 +1,133 @@
+"""Models of other libraries, accelerated, beside themselves: from raw uint8 images to tokens, logits and gradients.
+
+Two suites: what is accelerated, up to the first block, and the model that it is a part of.
+
+The original gets its images as a loader leaves them on the device: to float, then subtract and divide in place, which
+is a part of its time. Both have the same weights; on a GPU both run under bfloat16 autocast.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastvit.benchmarks import models
+from fastvit.benchmarks.problem import Contender, Plan, Problem, our_backends
+from fastvit.benchmarks.rows import OURS
+from fastvit.benchmarks.timing import Call
+from fastvit.interop.acceleration import accelerate, settings_of
+from fastvit.interop.measuring import GRADIENTS, LOGITS, TOKENS, loader, task_of
+from fastvit.interop.verification import example_images, verify_acceleration
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ORIGINAL, PRODUCT = "original", "linear alone"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One model of one library on one batch."""
+
+    library: str
+    model: str
+    batch: int
+    device: torch.device
+    depth: int = 0  # blocks; 0: all
+
+    def original(self) -> nn.Module:
+        """The library's own, from seed 0."""
+        overrides = {"depth": self.depth} if self.depth else {}
+        return models.RIVALS[self.library](self.model, **overrides).to(self.device)
+
+    def accelerated(self, backend: str) -> nn.Module:
+        """The same model, accelerated."""
+        return accelerate(self.original(), mean=MEAN, std=STD, backend=backend)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def __str__(self) -> str:
+        depth = f", depth {self.depth}" if self.depth else ""
+        return f"{self.library} ViT-{self.model}/16 224, batch {self.batch}{depth}"
+
+
+def plan_tokens(size: str, device: torch.device) -> Plan:
+    """The cases of the suite `accelerated`."""
+    batch = 256 if device.type == "cuda" else 16
+    return _plan((TOKENS,), size, device, ("S", "B"), batch)
+
+
+def plan_model(size: str, device: torch.device) -> Plan:
+    """The cases of the suite `accelerated_model`."""
+    full = size == "full"
+    if device.type == "cuda":
+        return _plan((LOGITS, GRADIENTS), size, device, ("S", "B", "L") if full else ("B",), 256)
+    return _plan((LOGITS, GRADIENTS), size, device, ("Ti", "S") if full else ("Ti",), 8)
+
+
+def _plan(tasks: tuple[str, ...], size: str, device: torch.device, names: tuple[str, ...], batch: int) -> Plan:
+    cases = [Setup(library, name, batch, device) for library in models.RIVALS for name in names]
+    if size == "tiny":
+        cases = [Setup(library, "Ti", 1, device, depth=2) for library in models.RIVALS]
+    return [(f"accelerated {setup}", functools.partial(_problems_of, setup, tasks)) for setup in cases]
+
+
+def _problems_of(setup: Setup, tasks: tuple[str, ...]) -> Iterator[Problem]:
+    check = functools.lru_cache(lambda backend: _check(setup, backend))
+    for task in tasks:
+        contenders = [
+            Contender(f"{OURS}{backend}", functools.partial(_ours, setup, task, backend))
+            for backend in our_backends(setup.device)
+        ]
+        contenders.append(Contender(ORIGINAL, functools.partial(_original, setup, task)))
+        if task == TOKENS:
+            contenders.append(Contender(PRODUCT, functools.partial(_product, setup), whole=False))
+        on_gpu = setup.device.type == "cuda"
+        yield Problem(
+            op="accelerated" if task == TOKENS else "accelerated_model",
+            shape=str(setup),
+            dtype="uint8 to bfloat16, autocast" if on_gpu else "uint8 to float32",
+            layout="NCHW",
+            mode=task,
+            contenders=contenders,
+            check=check,
+            batch=setup.batch,
+        )
+
+
+def _ours(setup: Setup, task: str, backend: str) -> Call:
+    model = setup.accelerated(backend)
+    return _under(setup, task_of(model, task, example_images(model, setup.batch)))
+
+
+def _original(setup: Setup, task: str) -> Call:
+    model = setup.accelerated("reference")  # for the images and settings that ours has
+    images, load = example_images(model, setup.batch), loader(settings_of(model), setup.device)
+    return _under(setup, task_of(setup.original(), task, images, load))
+
+
+def _product(setup: Setup) -> Call:
+    """Only the linear layer, on patches that were normalised and unfolded before."""
+    weight = next(p for p in setup.original().parameters() if p.dim() == 4).detach()
+    images = torch.randn(setup.batch, 3, 224, 224, device=setup.device)
+    patches = F.unfold(images, weight.shape[2:], stride=weight.shape[2:]).transpose(1, 2).contiguous()
+    return _under(setup, lambda: F.linear(patches, weight.flatten(1)))
+
+
+def _under(setup: Setup, call: Callable[[], object]) -> Call:
+    def run() -> object:
+        with setup.autocast():
+            return call()
+
+    return run
+
+
+def _check(setup: Setup, backend: str) -> str:
+    """Why ours must not be timed: its outputs and gradients against float64, held to twice the original's error."""
+    model = setup.accelerated(backend)
+    found = verify_acceleration(model, settings_of(model), check=False)
+    return f"not timed, out of tolerance: {found.verdict}" if found.failures else ""
