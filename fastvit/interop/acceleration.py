@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvit.backend import check_known
 from fastvit.checks import FLOAT_DTYPES, normalisation
-from fastvit.interop.host import Fused, Settings, full_name
+from fastvit.interop.host import Fused, Settings, full_name, projection_refusal
 from fastvit.interop.reporting import Change, Refusal, Report
 from fastvit.interop.surgery import mix_in, mixin_of, take_out
 
@@ -124,7 +124,7 @@ def report(model: nn.Module) -> Report:
     companions: set[int] = set()  # change for the sake of one that is named
     for path, module in model.named_modules():
         mixin: Any = mixin_of(module)
-        if mixin is not None and mixin.fuses and id(module) not in companions:
+        if mixin is not None and mixin.parts(module) and id(module) not in companions:
             changes.append(Change.of(path, module, mixin))
             companions.update(id(module.get_submodule(name)) for name in mixin.companions(module))
     return Report(type(model).__name__, tuple(changes), tuple(_plan(model)[1]))
@@ -153,7 +153,7 @@ def _plan(model: nn.Module) -> tuple[list[_Step], list[Refusal]]:
         if found is None:
             continue
         host, mixin = found
-        reason = _misfit(module, host, mixin) or mixin.refusal(module)
+        reason = _misfit(module, host, mixin) or mixin.refusal(module) or _inner_misfit(module, mixin)
         if reason:
             refusals.append(Refusal(path, full_name(_own_class(module)), reason))
             continue
@@ -251,6 +251,15 @@ def _misfit(module: nn.Module, host: type, mixin: type[Fused]) -> str:
     return f"{own.__name__} has a {changed[0]} of its own" if changed else ""
 
 
+def _inner_misfit(module: nn.Module, mixin: type[Fused]) -> str:
+    """Why what a fused call does in place of submodules is not what they do, "" if it is."""
+    for inner in mixin.passed_over(module):
+        own = _own_class(inner)
+        if own.forward.__module__.partition(".")[0] not in LIBRARIES:
+            return f"the {own.__name__} in it has a forward of its own"
+    return ""
+
+
 def _why_none(model: nn.Module, refusals: Sequence[Refusal]) -> str:
     for module in model.modules():
         if any(full_name(base).startswith("fastvit.model.") for base in type(module).__mro__):
@@ -258,6 +267,15 @@ def _why_none(model: nn.Module, refusals: Sequence[Refusal]) -> str:
     if refusals:
         return "model: can't be accelerated, and is unchanged: " + "; ".join(map(str, refusals))
     return (
-        f"model: no patch embedding that is known was found in this {type(model).__name__}; accepted: models of timm, "
-        "torchvision and transformers as listed in docs/interop.md"
+        f"model: no patch embedding that is known was found in this {type(model).__name__}{_first_convolution(model)}; "
+        "accepted: models of timm, torchvision and transformers as listed in docs/interop.md"
     )
+
+
+def _first_convolution(model: nn.Module) -> str:
+    """Why the convolution that most likely sees the images is no patch embedding, "" where it could be one."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            reason = projection_refusal(f"its first convolution, {path or 'the model'},", module)
+            return f": {reason}" if reason else ""
+    return ""

@@ -21,14 +21,30 @@ __all__ = [
     "Settings",
     "cat_rows",
     "full_name",
+    "holds_a_patch",
     "is_observed",
+    "listed",
     "normalised",
+    "present",
     "projection_refusal",
     "upright",
 ]
 
 
 PLAIN = (nn.Conv2d, nn.Linear, nn.Embedding, nn.Identity)
+
+# What the libraries call the tensors that are added to patches, or put before them.
+IN_WORDS = {
+    "pos_embed": "positions",
+    "position_embedding": "positions",
+    "position_embeddings": "positions",
+    "cls_token": "class token",
+    "class_embedding": "class token",
+    "dist_token": "distillation token",
+    "distillation_token": "distillation token",
+    "reg_token": "register tokens",
+    "register_tokens": "register tokens",
+}
 
 
 class Settings(NamedTuple):
@@ -70,7 +86,6 @@ class Fused(Mixin):
     """
 
     hosts: ClassVar[tuple[str, ...]]  # classes by their full names
-    fuses: ClassVar[str]  # what becomes one call, in words
     overrides: ClassVar[tuple[str, ...]] = ("forward",)  # methods that must be the host's own for this mixin to fit
 
     fastvit_settings: Settings
@@ -79,6 +94,11 @@ class Fused(Mixin):
     def refusal(cls, module: Any) -> str:
         """Why this module can't be accelerated, "" if it can."""
         raise NotImplementedError
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        """What becomes one call, in words; nothing where this module changes for the sake of another."""
+        return ()
 
     @classmethod
     def companions(cls, module: Any) -> Mapping[str, type[Fused]]:
@@ -208,13 +228,20 @@ def is_observed(modules: Sequence[nn.Module]) -> bool:
 
 def projection_refusal(name: str, projection: object) -> str:
     """Why this is no projection of patches that do not overlap, "" if it is one."""
+    if isinstance(projection, nn.Conv2d) and projection.kernel_size != projection.stride:
+        kernel, stride = projection.kernel_size, projection.stride
+        do_overlap = any(one > other for one, other in zip(kernel, stride, strict=True))
+        return f"{name} has kernel {kernel} and stride {stride}: its patches {'overlap' if do_overlap else 'lie apart'}"
     if type(projection) is not nn.Conv2d:
         return f"{name} is a {type(projection).__name__}, not a plain Conv2d"
-    if projection.kernel_size != projection.stride:
-        return f"{name} has kernel {projection.kernel_size} and stride {projection.stride}: its patches overlap"
     if projection.padding not in ((0, 0), "valid") or projection.dilation != (1, 1) or projection.groups != 1:
         return f"{name} is a convolution with padding, dilation or groups"
     return ""
+
+
+def holds_a_patch(images: Tensor, patch_size: Sequence[int]) -> bool:
+    """Whether images, [B, C, H, W], are no smaller than a patch."""
+    return images.shape[2] >= patch_size[0] and images.shape[3] >= patch_size[1]
 
 
 def upright(images: Tensor, channels: int) -> Tensor:
@@ -229,6 +256,18 @@ def cat_rows(*rows: Tensor | None) -> Tensor | None:
     if len(present) < 2:
         return present[0] if present else None
     return torch.cat(present, dim=1)
+
+
+def present(module: nn.Module) -> list[str]:
+    """Which of positions, class, distillation and register tokens a module has, in words."""
+    found = [(word, getattr(module, name, None)) for name, word in IN_WORDS.items()]
+    # No register tokens are None in one library, and a tensor without rows in another.
+    return [word for word, it in found if it is not None and not (isinstance(it, Tensor) and it.numel() == 0)]
+
+
+def listed(words: Sequence[str]) -> str:
+    """As in a sentence: "a, b and c"."""
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
 def full_name(cls: type) -> str:

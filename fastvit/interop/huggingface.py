@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from fastvit.interop.host import Fused, Pixels, cat_rows, projection_refusal
+from fastvit.interop.host import Fused, Pixels, cat_rows, holds_a_patch, present, projection_refusal
 
 __all__ = ["MIXINS", "NEED_NORMALISED", "RawPixels", "RawPixelsInLoss"]
 
@@ -22,7 +23,9 @@ __all__ = ["MIXINS", "NEED_NORMALISED", "RawPixels", "RawPixelsInLoss"]
 class Embeddings(Fused):
     """What the embeddings of all models share: where the projection is, and when a call can be ours."""
 
-    fuses = "projection, positions and class token"
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["projection", *present(module)]
 
     @classmethod
     def projection(cls, module: Any) -> Any:
@@ -52,7 +55,7 @@ class Embeddings(Fused):
     def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
         images = self.upright(pixel_values.images if isinstance(pixel_values, Pixels) else pixel_values)
         options = self._options(*args, **kwargs)
-        if options is not None and self.may_fuse(images):
+        if options is not None and self.may_fuse(images) and holds_a_patch(images, self.projection(self).kernel_size):
             result = self.sequence(images, **options)
             if result is not None:
                 return result
@@ -148,7 +151,6 @@ class DINOv3Embeddings(Embeddings):
     """DINOv3, whose positions are rotary, in attention."""
 
     hosts = ("transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEmbeddings",)
-    fuses = "projection, class and register tokens"
 
     @classmethod
     def projection(cls, module: Any) -> Any:
@@ -166,8 +168,11 @@ class ViTMAEEmbeddings(Embeddings):
     """The encoder of a masked autoencoder: patches that are masked are never projected."""
 
     hosts = ("transformers.models.vit_mae.modeling_vit_mae.ViTMAEEmbeddings",)
-    fuses = "projection of the kept patches, positions and class token"
     overrides = ("forward", "random_masking")
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["projection of the kept patches", *present(module)]
 
     def sequence(
         self, images: Tensor, noise: Tensor | None = None, interpolate_pos_encoding: bool | None = False
@@ -221,7 +226,6 @@ class SiglipEmbeddings(CLIPEmbeddings):
     """SigLIP's vision tower, which has no class token."""
 
     hosts = ("transformers.models.siglip.modeling_siglip.SiglipVisionEmbeddings",)
-    fuses = "projection and positions"
 
     def sequence(self, images: Tensor, interpolate_pos_encoding: bool | None = False) -> Tensor | None:
         table = self.position_embedding.weight[None]
@@ -239,7 +243,10 @@ class Siglip2Embeddings(Fused):
     """
 
     hosts = ("transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings",)
-    fuses = "projection and positions"
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["projection", *present(module)]
 
     @classmethod
     def refusal(cls, module: Any) -> str:
@@ -271,7 +278,6 @@ class RawPixels(Fused):
     """A model around embeddings that take raw pixels: what it does to its images beforehand must not touch them."""
 
     hosts = ()
-    fuses = ""
 
     def __init_subclass__(cls) -> None:
         if "_own_class" in vars(cls):
@@ -301,7 +307,6 @@ class RawPixelsInLoss(Fused):
     """A masked autoencoder with its decoder, whose loss is taken on the normalised pixels."""
 
     hosts = ("transformers.models.vit_mae.modeling_vit_mae.ViTMAEForPreTraining",)
-    fuses = ""
 
     def patchify(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The target of the loss."""
@@ -327,9 +332,11 @@ def _table_refusal(table: Any, ids: Any) -> str:
         return f"position_embedding is a {type(table).__name__}, not a plain Embedding"
     if table.padding_idx is not None or table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
         return "position_embedding does more than look up"
-    if not ids.is_meta and ids.flatten().tolist() != list(range(table.num_embeddings)):
-        return "position_ids are not in order"
-    return ""
+    # On the meta device and in fake tensors there are no values to look at; the host makes its ids in order.
+    has_values = not (ids.is_meta or isinstance(ids, FakeTensor))
+    rows = table.num_embeddings
+    is_in_order = ids.tolist() == [list(range(rows))] if has_values else ids.shape == (1, rows)
+    return "" if is_in_order else "position_ids are not in order"
 
 
 MIXINS: tuple[type[Fused], ...] = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.interop.host import Fused, full_name, is_observed
+from fastvit.interop.host import Fused, full_name, is_observed, listed
 
 __all__ = ["Change", "Refusal", "Report"]
 
@@ -31,7 +31,7 @@ class Change:
         return cls(
             path,
             full_name(module._own_class),
-            mixin.fuses,
+            listed(mixin.parts(module)),
             settings.mean,
             settings.std,
             None if settings.residual_dtype is None else str(settings.residual_dtype),
@@ -77,10 +77,9 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        if not self.changes:
-            return f"{self.model}: not accelerated"
-        calls = "one place" if len(self.changes) == 1 else f"{len(self.changes)} places"
-        lines = [f"{self.model}: accelerated in {calls}", *map(str, self.changes)]
+        places = {0: "not accelerated", 1: "accelerated in one place"}
+        count = len(self.changes)
+        lines = [f"{self.model}: {places.get(count, f'accelerated in {count} places')}", *map(str, self.changes)]
         if self.refusals:
             lines += ["left as they are:", *(f"  {refusal}" for refusal in self.refusals)]
         return "\n".join(lines)

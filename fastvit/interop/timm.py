@@ -12,7 +12,7 @@ from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from fastvit.interop.host import Fused, Pixels, cat_rows, full_name, projection_refusal
+from fastvit.interop.host import Fused, Pixels, cat_rows, full_name, holds_a_patch, present, projection_refusal
 from fastvit.model.layers import autocast_dtype
 from fastvit.model.patch_embed import pad_to_patches
 
@@ -23,14 +23,25 @@ class PatchEmbed(Fused):
     """Projection alone; or, handed `Pixels` by a model that makes the whole sequence itself, nothing."""
 
     hosts = ("timm.layers.patch_embed.PatchEmbed",)
-    fuses = "the projection of patches"
 
     proj: nn.Conv2d
     norm: nn.Module
 
     @classmethod
     def refusal(cls, module: Any) -> str:
-        return projection_refusal("proj", module.proj)
+        reason = projection_refusal("proj", module.proj)
+        if reason:
+            return reason
+        # Models of several stages have this class before each, and some a stem before the first. What has as many
+        # channels as a patch has pixels is no image.
+        channels, (height, width) = module.proj.in_channels, module.proj.kernel_size
+        if channels >= height * width:
+            return f"proj takes feature maps, not images: {channels} channels in patches of {height} × {width}"
+        return ""
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["the projection of patches"]
 
     @classmethod
     def leaves(cls, module: Any) -> Sequence[nn.Module]:
@@ -49,7 +60,7 @@ class PatchEmbed(Fused):
             return super().forward(self.as_the_host_takes_them(x))
         images = self.padded(x)
         tokens = self.embed(images, self.proj.weight, self.proj.bias)
-        return self.norm(self._shaped(tokens, self.grid_of(images)))
+        return self.finished(tokens, self.grid_of(images))
 
     def takes(self, images: Tensor) -> bool:
         """Whether the host takes images of this size; where it does not, its own code says so."""
@@ -68,6 +79,10 @@ class PatchEmbed(Fused):
         """Rows and columns of patches."""
         return [images.shape[2] // self.proj.kernel_size[0], images.shape[3] // self.proj.kernel_size[1]]
 
+    def finished(self, tokens: Tensor, grid: list[int]) -> Any:
+        """What the host returns, of projected patches, [B, N, D]."""
+        return self.norm(self._shaped(tokens, grid))
+
     def _shaped(self, tokens: Tensor, grid: list[int]) -> Tensor:
         if self.flatten or self.output_fmt == Format.NLC:
             return tokens
@@ -75,6 +90,21 @@ class PatchEmbed(Fused):
             return tokens.unflatten(1, grid)
         tokens = tokens.transpose(1, 2)  # [B, D, N]
         return tokens if self.output_fmt == Format.NCL else tokens.unflatten(2, grid)
+
+
+class TwinsPatchEmbed(PatchEmbed):
+    """Twins' own class, which takes any size, leaves out what fills no whole patch, and returns its grid too."""
+
+    hosts = ("timm.models.twins.PatchEmbed",)
+
+    def takes(self, images: Tensor) -> bool:
+        return holds_a_patch(images, self.proj.kernel_size)
+
+    def padded(self, images: Tensor) -> Tensor:
+        return images
+
+    def finished(self, tokens: Tensor, grid: list[int]) -> tuple[Tensor, tuple[int, ...]]:
+        return self.norm(tokens), tuple(grid)
 
 
 class _Whole(Fused):
@@ -89,7 +119,11 @@ class _Whole(Fused):
             return f"patch_embed is a {type(module.patch_embed).__name__}: its tokens come from a network of its own"
         if not isinstance(module.patch_embed.norm, nn.Identity):
             return "patch_embed has a norm between projection and positions"
-        return PatchEmbed.refusal(module.patch_embed)
+        return projection_refusal("patch_embed.proj", module.patch_embed.proj)
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["projection", *present(module)]
 
     @classmethod
     def companions(cls, module: Any) -> Mapping[str, type[Fused]]:
@@ -134,7 +168,6 @@ class _Whole(Fused):
 class _InPosEmbed(_Whole):
     """Made in `_pos_embed`, which the model calls with what `patch_embed` returns: the images, still."""
 
-    fuses = "projection, positions, class and register tokens"
     overrides = ("forward", "forward_features", "forward_intermediates", "_pos_embed")
 
     def forward_features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +228,6 @@ class Beit(_Whole):
     """BEiT and BEiT v2, whose positions are relative, in attention, unless it has a table too."""
 
     hosts = ("timm.models.beit.Beit",)
-    fuses = "projection, positions and class token"
     overrides = ("forward", "forward_features")
 
     def forward_features(self, x: Any) -> Tensor:
@@ -216,10 +248,14 @@ class NaFlexEmbeds(Fused):
     """NaFlexViT's embedding of whole images; batches of patches of many sizes stay with timm."""
 
     hosts = ("timm.models.naflexvit.NaFlexEmbeds",)
-    fuses = "projection, positions, class and register tokens of whole images"
 
     proj: Any
     norm: nn.Module
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        positions = ["positions"] if module.pos_embed_type == "factorized" else []  # which is no single tensor
+        return ["projection of whole images", *positions, *present(module)]
 
     @classmethod
     def refusal(cls, module: Any) -> str:
@@ -246,7 +282,7 @@ class NaFlexEmbeds(Fused):
         if patch_coord is not None:
             return super().forward(x, patch_coord, patch_valid)
         x = self.upright(x)
-        if not self.may_fuse(x):
+        if not (self.may_fuse(x) and self.takes(x)):
             return super().forward(self.as_the_host_takes_them(x))
         images = _padded(self, x, self.patch_size) if self.dynamic_img_pad else x
         grid = torch.Size(size // patch for size, patch in zip(images.shape[2:], self.patch_size, strict=True))
@@ -254,6 +290,14 @@ class NaFlexEmbeds(Fused):
         positions = self._positions(grid, prefix)
         tokens = self.embed(images, self._weight(), self.proj.bias, pos_embed=positions, prefix=prefix)
         return self.pos_drop(tokens), grid
+
+    def takes(self, images: Tensor) -> bool:
+        """Whether the host takes images of this size; where it does not, its own code says so."""
+        if self.dynamic_img_pad:
+            return True
+        if self.is_linear:
+            return images.shape[2] % self.patch_size[0] == 0 and images.shape[3] % self.patch_size[1] == 0
+        return holds_a_patch(images, self.patch_size)
 
     def _weight(self) -> Tensor:
         """The projection's weight as a convolution has it, [D, C, P_h, P_w]."""
@@ -284,4 +328,4 @@ def _padded(module: Fused, images: Tensor, patch_size: Sequence[int]) -> Tensor:
     return pad_to_patches(module.as_the_host_takes_them(images), patch_size)
 
 
-MIXINS: tuple[type[Fused], ...] = (VisionTransformer, Eva, Beit, NaFlexEmbeds, PatchEmbed)
+MIXINS: tuple[type[Fused], ...] = (VisionTransformer, Eva, Beit, NaFlexEmbeds, PatchEmbed, TwinsPatchEmbed)

@@ -16,7 +16,6 @@ class Encoder(Fused):
     """The encoder, told where the positions are in its input already."""
 
     hosts = ()
-    fuses = ""
 
     def forward(self, input: Tensor, positioned: bool = False) -> Tensor:
         if not positioned:
@@ -28,7 +27,6 @@ class VisionTransformer(Fused):
     """vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14, and all else of that class without a convolutional stem."""
 
     hosts = ("torchvision.models.vision_transformer.VisionTransformer",)
-    fuses = "projection, positions and class token"
     overrides = ("forward", "_process_input")
 
     conv_proj: nn.Conv2d
@@ -39,6 +37,10 @@ class VisionTransformer(Fused):
         if isinstance(module.conv_proj, nn.Sequential):
             return "conv_proj is a convolutional stem: its tokens come from a network of its own"
         return projection_refusal("conv_proj", module.conv_proj)
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["projection", "positions", "class token"]
 
     @classmethod
     def companions(cls, module: Any) -> Mapping[str, type[Fused]]:

@@ -136,7 +136,7 @@ def example_images(model: nn.Module, batch: int = BATCH) -> Tensor:
     """
     for module in model.modules():
         mixin: Any = mixin_of(module)
-        size = None if mixin is None or not mixin.fuses else mixin.example_size(module)
+        size = None if mixin is None or not mixin.parts(module) else mixin.example_size(module)
         if size is not None:
             break
     else:

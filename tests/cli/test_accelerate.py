@@ -25,7 +25,7 @@ def test_it_prints_the_report_the_parity_and_the_speed(capsys: pytest.CaptureFix
     code = cli.main([*TIMM, *RAW, "--batch", "1", "--seconds", "0.1"])
     out = capsys.readouterr().out
     assert code == 0
-    assert "projection, positions, class and register tokens in one call" in out
+    assert "projection, positions and class token in one call" in out
     assert "takes raw uint8 images" in out
     assert "outputs" in out and "gradients" in out
     assert all(f"uint8 images to {what}" in out for what in ("tokens", "logits", "gradients"))

@@ -273,17 +273,6 @@ def test_empty_batch(name):
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_meta_device(name):
-    model, untouched = pair(name)
-    model.to("meta")
-    outputs = entry(name).outputs(model, entry(name).images().to("meta"))
-    assert outputs[0].is_meta and outputs[0].shape == (2, 5)
-    fresh = fastvit.accelerate(copy.deepcopy(untouched).to("meta")).to_empty(device="cpu")
-    fresh.load_state_dict(untouched.state_dict())
-    everything_agrees(name, fresh, untouched)
-
-
-@pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
 def test_traced_by_torchscript(name):
     """The library's own code is recorded."""

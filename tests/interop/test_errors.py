@@ -63,8 +63,21 @@ def convolutional_stem() -> nn.Module:
     return vit.VisionTransformer(SIZE, 8, 1, 3, 48, 96, conv_stem_configs=stem)
 
 
-def overlapping_pyramid() -> nn.Module:
-    return peer("timm").create_model("pvt_v2_b0", embed_dims=(8, 16, 40, 64), depths=(1, 1, 1, 1))
+def timm_model(name: str) -> Callable[[], nn.Module]:
+    """A model of timm in its full size, without memory."""
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return peer("timm").create_model(name)
+
+    return build
+
+
+def first_convolution(model: str, path: str, kernel: int, stride: int) -> str:
+    return (
+        f"no patch embedding that is known was found in this {model}: its first convolution, {path}, has kernel "
+        rf"\({kernel}, {kernel}\) and stride \({stride}, {stride}\): its patches overlap; accepted: models of timm"
+    )
 
 
 def replaced_forward() -> nn.Module:
@@ -83,7 +96,13 @@ def our_own() -> nn.Module:
         (hybrid, "patch_embed is a HybridEmbed: its tokens come from a network of its own"),
         (overlapping, r"proj has kernel \(8, 8\) and stride \(4, 4\): its patches overlap"),
         (convolutional_stem, "conv_proj is a convolutional stem"),
-        (overlapping_pyramid, "no patch embedding that is known was found in this PyramidVisionTransformerV2"),
+        (timm_model("pvt_v2_b0"), first_convolution("PyramidVisionTransformerV2", "patch_embed.proj", 7, 4)),
+        (timm_model("mvitv2_tiny"), first_convolution("MultiScaleVit", "patch_embed.proj", 7, 4)),
+        (timm_model("pit_ti_224"), first_convolution("PoolingVisionTransformer", "patch_embed.conv", 16, 8)),
+        (timm_model("efficientformer_l1"), first_convolution("EfficientFormer", "stem.conv1", 3, 2)),
+        (timm_model("levit_128s"), first_convolution("LevitDistilled", "stem.conv1.linear", 3, 2)),
+        (timm_model("visformer_tiny"), "patch_embed1 .*: proj takes feature maps, not images: 16 channels in patches"),
+        (lambda: nn.Conv2d(3, 4, 1, stride=2), "in this Conv2d: its first convolution, the model, has .* lie apart"),
         (replaced_forward, "its forward was replaced on the module itself"),
         (our_own, "VisionTransformer is FastViT's own and fused already"),
         (lambda: nn.Linear(3, 4), "no patch embedding that is known was found in this Linear"),
@@ -195,6 +214,28 @@ def test_subclass_with_features_of_its_own():
     assert launched() == 1
 
 
+INNER = {
+    "timm-vit": "patch_embed",
+    "torchvision-vit": "encoder",
+    "transformers-vit": "vit.embeddings.patch_embeddings",
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_subclass_inside_with_a_forward_of_its_own(name):
+    """What one call would pass over is not what the library does."""
+    model = build(name)
+    inner = model.get_submodule(INNER[name])
+    base: Any = type(inner)
+
+    class Mine(base):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            return 2 * super().forward(*args, **options)
+
+    inner.__class__ = Mine
+    expect_refused(model, Unsupported, "the Mine in it has a forward of its own")
+
+
 def test_unchanged_subclass_is_accelerated_whole():
     timm: Any = peer("timm.models.vision_transformer")
 
@@ -213,6 +254,7 @@ BAD_IMAGES = {
     "taller": torch.randn(2, 3, 40, 32),
     "no whole patch": torch.randn(2, 3, 33, 32),
     "smaller": torch.randn(2, 3, 24, 24),
+    "smaller than a patch": torch.randn(2, 3, 3, 32),
     "one channel": torch.randn(2, 1, 32, 32),
     "four channels": torch.randn(2, 4, 32, 32),
     "no batch": torch.randn(3, 32, 32),
@@ -230,7 +272,18 @@ def message_of(model: nn.Module, images: Any) -> tuple[str, str]:
     return "", ""
 
 
-@pytest.mark.parametrize("name", [*LIBRARIES, "transformers-dinov2", "timm-dinov3", "transformers-clip"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *LIBRARIES,
+        "transformers-dinov2",
+        "timm-dinov3",
+        "timm-twins-svt",
+        "transformers-clip",
+        "timm-naflexvit-conv",
+        "timm-naflexvit-linear",
+    ],
+)
 @pytest.mark.parametrize("kind", BAD_IMAGES)
 def test_bad_images_get_the_library_s_own_error(name, kind):
     model, untouched = pair(name)

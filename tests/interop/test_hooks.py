@@ -36,7 +36,8 @@ NAMES = (
     "timm-dinov3",
     "timm-beit",
     "timm-swin",
-    "timm-naflexvit-learned",
+    "timm-twins-pcpvt",
+    "timm-naflexvit-conv",
     "transformers-beit",
     "transformers-dinov2-registers",
     "transformers-dinov3",
@@ -78,8 +79,9 @@ class Listener:
 
 def listen(name: str, model: nn.Module, path: str) -> tuple[dict[str, list[Any]], list[Tensor]]:
     """What is heard at a module during a forward and backward pass, and the outputs."""
-    # timm adds NaFlexViT's positions in place, which torch refuses behind a backward hook.
-    listener = Listener(model.get_submodule(path), backward="naflex" not in name)
+    # timm adds the positions of NaFlexViT and Twins in place, which torch refuses behind a backward hook.
+    adds_in_place = "naflex" in name or "twins" in name
+    listener = Listener(model.get_submodule(path), backward=not adds_in_place)
     images = entry(name).images().requires_grad_()
     outputs = entry(name).outputs(model, images)
     sum(output.float().square().sum() for output in outputs).backward()  # type: ignore[union-attr]

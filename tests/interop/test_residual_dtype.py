@@ -15,8 +15,8 @@ from tests.interop.comparing import Pair, bfloat16_gradients, bfloat16_outputs
 from tests.interop.subjects import LIBRARIES, build, entry
 from tests.interop.zoo import ENTRIES, Entry
 
-# The outermost blocks or stages of a vision model.
-BLOCK = re.compile(r"(?!text_model|decoder)(?:[a-z_]\w*\.)*(?:blocks|layers?|levels)\.(?:encoder_layer_)?\d+")
+# The outermost blocks or stages of a vision model; Twins has lists of blocks in a list.
+BLOCK = re.compile(r"(?!text_model|decoder)(?:[a-z_]\w*\.)*(?:blocks|layers?|levels)\.(?:encoder_layer_)?\d+(?:\.\d+)?")
 LAYER_SCALE = re.compile(r"gamma|lambda")
 
 BF16, FP32 = torch.bfloat16, torch.float32

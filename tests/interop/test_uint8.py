@@ -18,6 +18,7 @@ EACH_MIXIN = [
     "timm-beit-positions",
     "timm-naflexvit-linear",
     "timm-swin",
+    "timm-twins-svt",
     "torchvision-vit",
     "transformers-vit",
     "transformers-beit",

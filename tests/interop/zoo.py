@@ -149,7 +149,8 @@ def _entries_of_timm() -> list[Entry]:
     add("vit-rope-mixed", "ViT, mixed rotary positions", _timm("vit_small_patch16_rope_mixed_224"))
     add("beit", "BEiT", _timm("beit_base_patch16_224"))
     add("beit-positions", "BEiT, absolute positions too", _timm("beit_base_patch16_224", use_abs_pos_emb=True))
-    add("naflexvit-learned", "NaFlexViT, whole images", _naflex(), sizes=sizes)
+    convolution = _naflex(embed_proj_type="conv")
+    add("naflexvit-conv", "NaFlexViT, a convolution as projection", convolution, sizes=(*sizes, (37, 45)))
     factorized = _naflex(pos_embed="factorized")
     add("naflexvit-factorized", "NaFlexViT, positions by row and column", factorized, sizes=sizes)
     add("naflexvit-linear", "NaFlexViT, linear projection", _naflex(embed_proj_type="linear"), sizes=sizes)
@@ -160,6 +161,7 @@ def _entries_with_projection_of_timm() -> list[Entry]:
     """Models that have timm's patch embedding, and a way of their own behind it."""
     tiny = {"patch_size": PATCH, "embed_dim": WIDTH, "num_heads": HEADS}
     swin = {"window_size": 2, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 3)}
+    twins = {"embed_dims": (24, 48), "depths": (1, 2), "num_heads": (2, 3), "mlp_ratios": (2, 2), "sr_ratios": (2, 1)}
     mixer = {"patch_size": PATCH, "embed_dim": WIDTH, "num_blocks": 2}
     nest = {"patch_size": 4, "num_levels": 2, "embed_dims": (24, 48), "num_heads": (2, 3), "depths": (1, 1)}
     relative = _timm_class("vision_transformer_relpos.VisionTransformerRelPos", depth=2, **tiny)
@@ -176,7 +178,11 @@ def _entries_with_projection_of_timm() -> list[Entry]:
         "nest": ("NesT", _timm_class("nest.Nest", **nest)),
         "mixer": ("MLP-Mixer", _timm_class("mlp_mixer.MlpMixer", **mixer)),
     }
-    return [Entry("timm", name, setting, build) for name, (setting, build) in found.items()]
+    entries = [Entry("timm", name, setting, build) for name, (setting, build) in found.items()]
+    any_size = ((SIZE, SIZE), (37, 45))
+    for name, setting, wss in (("twins-pcpvt", "Twins-PCPVT", None), ("twins-svt", "Twins-SVT", (4, 2))):
+        entries.append(Entry("timm", name, setting, _timm_class("twins.Twins", wss=wss, **twins), sizes=any_size))
+    return entries
 
 
 # torchvision
