@@ -58,7 +58,7 @@ class Setup:
 def plan_tokens(size: str, device: torch.device) -> Plan:
     """The cases of the suite `accelerated`."""
     batch = 256 if device.type == "cuda" else 16
-    return _plan((TOKENS,), size, device, ("S", "B"), batch)
+    return _plan((TOKENS,), size, device, ("S", "B"), batch, depth=2)  # of the blocks, none is run
 
 
 def plan_model(size: str, device: torch.device) -> Plan:
@@ -69,8 +69,10 @@ def plan_model(size: str, device: torch.device) -> Plan:
     return _plan((LOGITS, GRADIENTS), size, device, ("Ti", "S") if full else ("Ti",), 8)
 
 
-def _plan(tasks: tuple[str, ...], size: str, device: torch.device, names: tuple[str, ...], batch: int) -> Plan:
-    cases = [Setup(library, name, batch, device) for library in models.RIVALS for name in names]
+def _plan(
+    tasks: tuple[str, ...], size: str, device: torch.device, names: tuple[str, ...], batch: int, depth: int = 0
+) -> Plan:
+    cases = [Setup(library, name, batch, device, depth) for library in models.RIVALS for name in names]
     if size == "tiny":
         cases = [Setup(library, "Ti", 1, device, depth=2) for library in models.RIVALS]
     return [(f"accelerated {setup}", functools.partial(_problems_of, setup, tasks)) for setup in cases]

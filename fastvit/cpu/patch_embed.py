@@ -23,8 +23,9 @@ Channels = Sequence[float] | None  # a value a channel
 # Raw pixels are centred at the middle of their range, as the sums would otherwise spend precision on their offset. As
 # an integer step this costs a pass over bytes rather than over floats; the weights take care of the offset.
 UINT8_CENTRE = 128
-# Of the patch matrix, for each thread: as much as stays in a core's cache beside a part of the weight.
-CHUNK_BYTES = 5 * 2**18
+# Of the patch matrix, for each thread: as much as stays in its share of the last cache. Smaller chunks are no faster,
+# and at the end of each step of a chunk the threads wait for each other: long, where other processes hold a core.
+CHUNK_BYTES = 5 * 2**19
 
 
 @dataclass(frozen=True)

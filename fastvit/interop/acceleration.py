@@ -146,6 +146,7 @@ def _plan(model: nn.Module) -> tuple[list[_Step], list[Refusal]]:
     steps: list[_Step] = []
     refusals: list[Refusal] = []
     planned: set[int] = set()
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     for path, module in model.named_modules():
         if id(module) in planned:
             continue
@@ -154,6 +155,8 @@ def _plan(model: nn.Module) -> tuple[list[_Step], list[Refusal]]:
             continue
         host, mixin = found
         reason = _misfit(module, host, mixin) or mixin.refusal(module) or _inner_misfit(module, mixin)
+        if not reason and first not in mixin.leaves(module):
+            reason = mixin.refusal_behind(module)
         if reason:
             refusals.append(Refusal(path, full_name(_own_class(module)), reason))
             continue

@@ -96,6 +96,11 @@ class Fused(Mixin):
         raise NotImplementedError
 
     @classmethod
+    def refusal_behind(cls, module: Any) -> str:
+        """Why this module can't be accelerated where it is not the first convolution of its model, "" if it can."""
+        return ""
+
+    @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
         """What becomes one call, in words; nothing where this module changes for the sake of another."""
         return ()

@@ -29,15 +29,16 @@ class PatchEmbed(Fused):
 
     @classmethod
     def refusal(cls, module: Any) -> str:
-        reason = projection_refusal("proj", module.proj)
-        if reason:
-            return reason
-        # Models of several stages have this class before each, and some a stem before the first. What has as many
-        # channels as a patch has pixels is no image.
+        return projection_refusal("proj", module.proj)
+
+    @classmethod
+    def refusal_behind(cls, module: Any) -> str:
+        # Models of several stages have this class before each, and some a stem before the first. A model may also be
+        # one of two, both of which see images: these have fewer channels than a patch has pixels.
         channels, (height, width) = module.proj.in_channels, module.proj.kernel_size
-        if channels >= height * width:
-            return f"proj takes feature maps, not images: {channels} channels in patches of {height} × {width}"
-        return ""
+        if channels < height * width:
+            return ""
+        return f"proj takes feature maps, not images: {channels} channels in patches of {height} × {width}"
 
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit.interop import host
+from fastvit.peers import import_peer
 from tests.interop.comparing import built
 from tests.interop.subjects import build
 from tests.interop.zoo import ENTRIES, Entry
@@ -68,6 +69,13 @@ def test_stages_behind_the_first_are_left_alone():
     assert [change.path for change in report.changes] == ["patch_embeds.0"]
     reason = "proj takes feature maps, not images: 24 channels in patches of 2 × 2"
     assert [(refusal.path, refusal.reason) for refusal in report.refusals] == [("patch_embeds.1", reason)]
+
+
+def test_images_of_many_channels_are_images():
+    """As many as a patch has pixels, before any other convolution."""
+    timm: Any = build("timm-vit") and import_peer("timm")
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, in_chans=20, depths=(1, 1), num_heads=(2, 2))
+    assert [change.path for change in fastvit.report(fastvit.accelerate(model)).changes] == ["patch_embed"]
 
 
 def test_reasons_are_given_where_nothing_is_accelerated():
