@@ -26,6 +26,11 @@ from tests.interop.subjects import (
 )
 from tests.interop.zoo import tensors
 
+# Up to torch 2.12 the compiler fails in the checks of transformers itself, with the library's embeddings too.
+_FAILS_IN_THE_LIBRARY = pytest.mark.xfail(
+    torch.__version__ < "2.13", raises=torch._dynamo.exc.InternalTorchDynamoError, reason="torch.compile before 2.13"
+)
+
 # One of every mixin that is not in LIBRARIES.
 OTHERS = (
     "timm-dinov3",
@@ -37,7 +42,7 @@ OTHERS = (
     "transformers-dinov2-registers",
     "transformers-dinov3",
     "transformers-clip",
-    "transformers-siglip2",
+    pytest.param("transformers-siglip2", marks=_FAILS_IN_THE_LIBRARY),
 )
 
 
