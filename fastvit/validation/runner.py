@@ -353,13 +353,13 @@ def _hangs_on_few(row: Row, inputs: Inputs) -> bool:
     """Whether a row failed by its numbers, and there are few of them."""
     if row.status != FAILED or row.reason:
         return False
-    if row.quantity == "forward":
-        prefix = inputs.tensors.get("prefix")
-        # Prefix rows are no products: everybody rounds them alike, most often not at all.
-        tensor = inputs.grad if prefix is None else inputs.grad[:, prefix.shape[-2] :]
-    else:
+    if row.quantity != "forward":
         tensor = inputs.tensors[row.quantity.removeprefix("d_")]
-    return tensor is not None and tensor.numel() < FEW_VALUES
+        return tensor is not None and tensor.numel() < FEW_VALUES
+    # Prefix rows are no products: everybody rounds them alike, most often not at all.
+    prefix = inputs.tensors.get("prefix")
+    rows = 0 if prefix is None else prefix.shape[-2]
+    return inputs.grad[:, rows:].numel() < FEW_VALUES
 
 
 def _dtype_of(inputs: Inputs, name: str) -> torch.dtype:
