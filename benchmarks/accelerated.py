@@ -14,18 +14,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastvit.benchmarks import models
+from fastvit.benchmarks.patch_embed import YARDSTICK
 from fastvit.benchmarks.problem import Contender, Plan, Problem, our_backends
+from fastvit.benchmarks.rivals import loader, patches_of
 from fastvit.benchmarks.rows import OURS
 from fastvit.benchmarks.timing import Call
 from fastvit.interop.acceleration import accelerate, settings_of
-from fastvit.interop.measuring import GRADIENTS, LOGITS, TOKENS, loader, task_of
-from fastvit.interop.verification import example_images, verify_acceleration
+from fastvit.interop.measuring import GRADIENTS, LOGITS, TOKENS, task_of
+from fastvit.interop.verification import verify_acceleration
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ORIGINAL, PRODUCT = "original", "linear alone"
+ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Setup:
     def accelerated(self, backend: str) -> nn.Module:
         """The same model, accelerated."""
         return accelerate(self.original(), mean=MEAN, std=STD, backend=backend)
+
+    def images(self) -> Tensor:
+        """Random raw images [B, 3, 224, 224]."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(256, (self.batch, 3, 224, 224), dtype=torch.uint8, generator=generator).to(self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -87,7 +94,7 @@ def _problems_of(setup: Setup, tasks: tuple[str, ...]) -> Iterator[Problem]:
         ]
         contenders.append(Contender(ORIGINAL, functools.partial(_original, setup, task)))
         if task == TOKENS:
-            contenders.append(Contender(PRODUCT, functools.partial(_product, setup), whole=False))
+            contenders.append(Contender(YARDSTICK, functools.partial(_product, setup), whole=False))
         on_gpu = setup.device.type == "cuda"
         yield Problem(
             op="accelerated" if task == TOKENS else "accelerated_model",
@@ -102,21 +109,17 @@ def _problems_of(setup: Setup, tasks: tuple[str, ...]) -> Iterator[Problem]:
 
 
 def _ours(setup: Setup, task: str, backend: str) -> Call:
-    model = setup.accelerated(backend)
-    return _under(setup, task_of(model, task, example_images(model, setup.batch)))
+    return _under(setup, task_of(setup.accelerated(backend), task, setup.images()))
 
 
 def _original(setup: Setup, task: str) -> Call:
-    model = setup.accelerated("reference")  # for the images and settings that ours has
-    images, load = example_images(model, setup.batch), loader(settings_of(model), setup.device)
-    return _under(setup, task_of(setup.original(), task, images, load))
+    return _under(setup, task_of(setup.original(), task, setup.images(), loader(MEAN, STD, setup.device)))
 
 
 def _product(setup: Setup) -> Call:
     """Only the linear layer, on patches that were normalised and unfolded before."""
     weight = next(p for p in setup.original().parameters() if p.dim() == 4).detach()
-    images = torch.randn(setup.batch, 3, 224, 224, device=setup.device)
-    patches = F.unfold(images, weight.shape[2:], stride=weight.shape[2:]).transpose(1, 2).contiguous()
+    patches = patches_of(loader(MEAN, STD, setup.device)(setup.images()), *weight.shape[2:])
     return _under(setup, lambda: F.linear(patches, weight.flatten(1)))
 
 

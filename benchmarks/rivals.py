@@ -8,7 +8,7 @@ channels_last images and weights are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +48,21 @@ def autocast(inputs: Inputs) -> torch.autocast:
     return torch.autocast(inputs.grad.device.type, inputs.compute, enabled=inputs.autocast)
 
 
-def normaliser(inputs: Inputs) -> Embed:
-    """What a loader does on the device before the model sees the images."""
-    if inputs.mean is None or inputs.std is None:
+def loader(mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device) -> Embed:
+    """What a loader does on the device before a model sees raw images; nothing without mean and std."""
+    if mean is None or std is None:
         return lambda images: images
-    device = inputs.grad.device
-    mean, std = (torch.tensor(v, device=device).mul_(255).view(-1, 1, 1) for v in (inputs.mean, inputs.std))
+    means, stds = (torch.tensor(values, device=device).mul_(255).view(-1, 1, 1) for values in (mean, std))
+    return lambda images: images.float().sub_(means).div_(stds)
+
+
+def normaliser(inputs: Inputs) -> Embed:
+    """The loader of a case, and the cast to what its model computes in."""
+    load = loader(inputs.mean, inputs.std, inputs.grad.device)
+    if inputs.mean is None:
+        return load
     compute = torch.float32 if inputs.autocast else inputs.compute
-    return lambda images: images.float().sub_(mean).div_(std).to(compute)
+    return lambda images: load(images).to(compute)
 
 
 def ours(inputs: Inputs, backend: str) -> Solution:
@@ -117,7 +124,7 @@ def conv2d(inputs: Inputs, channels_last: bool = False) -> Solution:
     return _solution(inputs, embed, [weight, bias, pos_embed, prefix], channels_last)
 
 
-def _patches(x: Tensor, height: int, width: int) -> Tensor:
+def patches_of(x: Tensor, height: int, width: int) -> Tensor:
     """[B, C, H, W] → [B, N, C·P_h·P_w], a copy."""
     batch, channels, rows, columns = x.shape
     x = x.reshape(batch, channels, rows // height, height, columns // width, width).permute(0, 2, 4, 1, 3, 5)
@@ -129,7 +136,7 @@ def linear(inputs: Inputs) -> Solution:
     weight, bias, pos_embed, prefix = parameters = parameters_of(inputs)
 
     def embed(x: Tensor) -> Tensor:
-        x = F.linear(_patches(x, *weight.shape[2:]), weight.view(weight.shape[0], -1), bias)
+        x = F.linear(patches_of(x, *weight.shape[2:]), weight.view(weight.shape[0], -1), bias)
         return _place(x, pos_embed, prefix, inputs.keep)
 
     return _solution(inputs, embed, parameters)
@@ -139,7 +146,7 @@ def product_alone(inputs: Inputs) -> Solution:
     """Only the linear layer, on patches that were normalised and unfolded before: what an implicit GEMM aims at."""
     images, weight, bias = (tensor_of(inputs, name) for name in ("images", "weight", "bias"))
     with torch.no_grad():
-        patches = _patches(normaliser(inputs)(images), *weight.shape[2:]).to(inputs.compute)
+        patches = patches_of(normaliser(inputs)(images), *weight.shape[2:]).to(inputs.compute)
 
     def tokens() -> Tensor:
         with autocast(inputs):

@@ -15,12 +15,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+
+from fastvit.files import written_whole
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas")
@@ -146,13 +147,11 @@ def _digest(*texts: bytes) -> str:
 
 def _run(arguments: list[str], target: Path) -> None:
     """Run the compiler; the target appears whole or not at all, for several processes may build at once."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        partial = Path(scratch) / target.name
-        command = [str(compiler()), *FLAGS, *arguments, "-o", str(partial)]
+    with written_whole(target) as fresh:
+        command = [str(compiler()), *FLAGS, *arguments, "-o", str(fresh)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             raise RuntimeError(f"the emulated kernels don't compile:\n{run.stderr[-4000:]}")
-        partial.replace(target)
 
 
 def cache_folder() -> Path:

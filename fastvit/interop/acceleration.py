@@ -146,7 +146,7 @@ def _plan(model: nn.Module) -> tuple[list[_Step], list[Refusal]]:
     steps: list[_Step] = []
     refusals: list[Refusal] = []
     planned: set[int] = set()
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    _, first = _first_convolution(model)
     for path, module in model.named_modules():
         if id(module) in planned:
             continue
@@ -269,16 +269,15 @@ def _why_none(model: nn.Module, refusals: Sequence[Refusal]) -> str:
             return f"model: {type(module).__name__} is FastViT's own and fused already"
     if refusals:
         return "model: can't be accelerated, and is unchanged: " + "; ".join(map(str, refusals))
+    path, first = _first_convolution(model)
+    reason = "" if first is None else projection_refusal(f"its first convolution, {path or 'the model'},", first)
+    why = f": {reason}" if reason else ""
     return (
-        f"model: no patch embedding that is known was found in this {type(model).__name__}{_first_convolution(model)}; "
+        f"model: no patch embedding that is known was found in this {type(model).__name__}{why}; "
         "accepted: models of timm, torchvision and transformers as listed in docs/interop.md"
     )
 
 
-def _first_convolution(model: nn.Module) -> str:
-    """Why the convolution that most likely sees the images is no patch embedding, "" where it could be one."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            reason = projection_refusal(f"its first convolution, {path or 'the model'},", module)
-            return f": {reason}" if reason else ""
-    return ""
+def _first_convolution(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The convolution that most likely sees the images, and where it is; None where there is none."""
+    return next(((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d)), ("", None))

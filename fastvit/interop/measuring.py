@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.benchmarks.problem import steady
+from fastvit.benchmarks.rivals import loader
 from fastvit.benchmarks.timing import Call, Timing, interleave
 from fastvit.interop.acceleration import restore, settings_of
-from fastvit.interop.host import Settings
 from fastvit.interop.verification import call_with_images, example_images
 
-__all__ = ["GRADIENTS", "LOGITS", "TOKENS", "Speed", "loader", "measure", "task_of"]
+__all__ = ["GRADIENTS", "LOGITS", "TOKENS", "Speed", "measure", "task_of"]
 
 TOKENS, LOGITS, GRADIENTS = TASKS = ("to tokens", "to logits", "to gradients")
 
@@ -49,7 +49,8 @@ def measure(
     """
     original = restore(copy.deepcopy(model))
     images = example_images(model, batch)
-    load = loader(settings_of(model), images.device)
+    settings = settings_of(model)
+    load = loader(settings.mean, settings.std, images.device)
     kind = "uint8" if images.dtype == torch.uint8 else str(images.dtype).removeprefix("torch.")
     tasks = TASKS if _first_block(model) is not None else (LOGITS, GRADIENTS)
     speeds = []
@@ -60,14 +61,6 @@ def measure(
             calls = [task_of(original, task, images, load), task_of(model, task, images)]
             speeds.append(Speed(name, *interleave(calls, images.device, seconds)))
     return speeds
-
-
-def loader(settings: Settings, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What a loader does on the device, before the original sees images that the accelerated model takes raw."""
-    if settings.mean is None or settings.std is None:
-        return lambda images: images
-    mean, std = (torch.tensor(v, device=device).mul_(255)[:, None, None] for v in (settings.mean, settings.std))
-    return lambda images: images.float().sub_(mean).div_(std)
 
 
 def task_of(

@@ -83,7 +83,7 @@ def _add_position(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtyp
 def normalised(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Pixels for PyTorch's own path at half precision: normalised at float32 and rounded once, as loaders do it."""
+    """Pixels for code that takes them normalised: at float32, and rounded to `dtype` once, as loaders do it."""
     is_uint8 = images.dtype == torch.uint8
     if is_uint8 or mean is not None:
         images = images.to(torch.promote_types(images.dtype, torch.float32))
