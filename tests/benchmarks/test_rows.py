@@ -101,10 +101,10 @@ if {keep}:
     keep_freed_memory()
 def fault_count():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):  # until the heap has settled, as by warm-up
-    torch.zeros(2**26)  # 256 MB, written to
+for _ in range(32):  # until the heap has settled, as by warm-up: seen to take up to ten
+    torch.zeros(2**23)  # 32 MB, written to
 before = fault_count()
-torch.zeros(2**26)
+torch.zeros(2**23)
 print(fault_count() - before)
 """
 
