@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastvit.checkpoints.arguments import grid_of, plain_size
+from fastvit.checkpoints.configs import is_flexi
 from fastvit.checkpoints.errors import CheckpointError
 from fastvit.checkpoints.recognition import Recognised
 from fastvit.model.patch_embed import pair, resample_patch_weight
@@ -22,7 +23,7 @@ def adapt(recognised: Recognised, wanted: Mapping[str, Any]) -> Recognised:
     """A checkpoint for another `img_size`, `patch_size` or `in_chans`; unchanged where none differs.
 
     Positions are resampled as `fastvit.positions.resample_pos_embed` does it, the patch weight as in FlexiViT (both
-    bicubic with antialiasing; for JAX's files bilinear without, as timm loads them), and channels are summed or
+    bicubic with antialiasing; for JAX's files and timm's FlexiViT bilinear without, as timm loads them), and channels are summed or
     repeated as in timm.
 
     Args:
@@ -39,8 +40,8 @@ def adapt(recognised: Recognised, wanted: Mapping[str, Any]) -> Recognised:
             arguments[name] = plain_size(pair(name, wanted[name]))
     weight = adapt_channels(state["patch_embed.proj.weight"], wanted.get("in_chans", arguments["in_chans"]))
     arguments["in_chans"] = weight.shape[1]
-    is_jax = recognised.schema in ("jax", "big_vision")
-    resize: dict[str, Any] = {"interpolation": "bilinear" if is_jax else "bicubic", "antialias": not is_jax}
+    is_bilinear = recognised.schema in ("jax", "big_vision") or is_flexi(recognised.config)
+    resize: dict[str, Any] = {"interpolation": "bilinear" if is_bilinear else "bicubic", "antialias": not is_bilinear}
     patch_size = pair("patch_size", arguments["patch_size"])
     state["patch_embed.proj.weight"] = resample_patch_weight(weight, patch_size, **resize)
     if "pos_embed" in state:

@@ -112,6 +112,8 @@ def _from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
             known["fc_norm"] = variant["fc_norm"]
         if "act_layer" not in variant:  # else the MLP's kind settles it
             known["act_layer"] = "gelu"
+    if is_flexi(config):
+        known["no_embed_class"] = True
     if "quickgelu" in name:
         known["act_layer"] = "quick_gelu"
     if config.get("global_pool") is not None:
@@ -122,6 +124,11 @@ def _from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
     if known.get("global_pool") not in POOLS:  # attention pooling is refused by its tensors' names
         known.pop("global_pool", None)
     return known
+
+
+def is_flexi(config: Mapping[str, Any] | None) -> bool:
+    """Whether timm's config names a FlexiViT, which was trained with bilinear resizing of patches and positions."""
+    return "flexi" in str((config or {}).get("architecture", ""))
 
 
 def sizes_from(config: Mapping[str, Any] | None) -> list[Any]:

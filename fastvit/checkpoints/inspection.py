@@ -255,8 +255,8 @@ def _model_lines(found: Inspection) -> Iterator[tuple[str, str]]:
 
 def _use_lines(found: Inspection) -> Iterator[tuple[str, str]]:
     if not found.loads:
-        way_out = " as it is; strict=False leaves out, or starts afresh, what does not fit" if found.schema else ""
-        yield "FastViT", f"does not load it{way_out}"
+        way_out = "; load_pretrained(..., strict=False) leaves out, or starts afresh, what does not fit"
+        yield "FastViT", f"does not load it{' as it is' + way_out if found.schema else ''}"
         return
     yield "FastViT", "loads it: fastvit.load_pretrained(...)"
     able = [schema for schema, reason in found.targets.items() if not reason]

@@ -148,6 +148,9 @@ def _recognised(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Recogni
     return recognise(checkpoint, size_hint=overrides.get("img_size"), **known)
 
 
+_WAY_OUT = "strict=False, on the command line --no-strict, leaves out what does not fit"
+
+
 def _fitting(recognised: Recognised, strict: bool) -> Recognised:
     """Without what does not fit its own model.
 
@@ -157,7 +160,7 @@ def _fitting(recognised: Recognised, strict: bool) -> Recognised:
     if not recognised.problems:
         return recognised
     if strict:
-        raise CheckpointError(_listed(recognised, recognised.problems, "strict=False leaves out what does not fit"))
+        raise CheckpointError(_listed(recognised, recognised.problems, _WAY_OUT))
     return replace(recognised, state=fitting(recognised.state, expected_shapes(recognised.arguments)))
 
 

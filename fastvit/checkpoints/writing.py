@@ -51,16 +51,27 @@ def write_checkpoint(
     tensors = _dense(state)
     text = "" if config is None else json.dumps(config, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
+    if not is_folder:
+        with written_whole(path) as fresh:
+            _save(fresh, tensors, text)
+    elif path.is_dir():
         _write_folder(path, tensors, text)
     else:
-        with written_whole(path) as fresh:
-            if is_folder:
-                fresh.mkdir()
-                _write_folder(fresh, tensors, text)
-            else:
-                _save(fresh, tensors, text)
+        _write_new_folder(path, tensors, text, overwrite)
     sync(path.parent)
+
+
+def _write_new_folder(path: Path, tensors: dict[str, Tensor], config: str, overwrite: bool) -> None:
+    try:
+        with written_whole(path) as fresh:
+            fresh.mkdir()
+            _write_folder(fresh, tensors, config)
+    except OSError:
+        if not path.is_dir():
+            raise
+        # Another process was first: as if it had been there from the start.
+        _check_target(path, True, True, overwrite)
+        _write_folder(path, tensors, config)
 
 
 def _write_folder(folder: Path, tensors: dict[str, Tensor], config: str) -> None:

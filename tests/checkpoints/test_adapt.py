@@ -7,6 +7,8 @@ import torch
 
 from fastvit.checkpoints import CheckpointError, convert, load_pretrained
 from fastvit.checkpoints.adapt import adapt_channels
+from fastvit.checkpoints.files import write_checkpoint
+from tests.checkpoints.conftest import CLASSES, DEPTH, HEADS, IMAGE, PATCH, WIDTH, peer, scrambled
 
 SIZES = {
     "larger": {"img_size": 48},
@@ -42,6 +44,21 @@ def test_as_timm_resamples(size, model, timm_vit, library, agree):
         target.load_state_dict(truth)
         pixels = torch.randn(2, 3, *ours.patch_embed.img_size)
         agree(ours(pixels), target(pixels))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_as_timm_resamples_its_flexivit(size, agree, tmp_path):
+    """timm resizes FlexiViT's bilinearly, by the name; and so does FastViT where a config gives it."""
+    create = peer("timm").create_model
+    small = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "num_classes": CLASSES}
+    source = scrambled(create("flexivit_small", img_size=IMAGE, patch_size=PATCH, **small))
+    write_checkpoint(tmp_path / "flexivit", source.state_dict(), {"architecture": "flexivit_small", "model_args": small})
+    weights = str(tmp_path / "flexivit" / "model.safetensors")
+    model_file = {"pretrained": True, "pretrained_cfg_overlay": {"file": weights, "num_classes": CLASSES}}
+    theirs = create("flexivit_small", **({"img_size": IMAGE, "patch_size": PATCH} | SIZES[size]), **small, **model_file)
+    ours = load_pretrained(tmp_path / "flexivit", **SIZES[size]).state_dict()
+    for name in ("pos_embed", "patch_embed.proj.weight"):
+        agree(ours[name], theirs.state_dict()[name])
 
 
 def test_ambiguous_positions(timm_vit):

@@ -148,7 +148,7 @@ def test_inspect_of_what_does_not_fit(run: Cli, tmp_path: Path, vit: Callable[..
     code, out, err = run("inspect", tmp_path / "odd.pth")
     assert code == 1 and err == ""
     assert all(name in out for name in ("blocks.1.attn.proj.bias", "blocks.1.norm1.weight", "extra.weight"))
-    assert "does not load it as it is; strict=False" in out and "converts" not in out
+    assert "does not load it as it is; load_pretrained(..., strict=False)" in out and "converts" not in out
     found = json.loads(run("inspect", tmp_path / "odd.pth", "--json")[1])
     assert found["loads"] is False and len(found["problems"]) == 3
 

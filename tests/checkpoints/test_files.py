@@ -576,3 +576,26 @@ def test_names_are_given_when_everything_is_on_the_disk(
     else:
         expected = ["file", f"rename {name}", "folder"]
     assert order == expected
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_process_makes_the_folder_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """The second one is answered as if the folder had been there from the start."""
+    replace, theirs, ours = os.replace, weights(), {"ours": torch.ones(3)}
+
+    def renamed(source: Path, target: Path) -> None:
+        if target.name == "vit":
+            monkeypatch.setattr(os, "replace", replace)
+            write_checkpoint(target, theirs, CONFIG)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    if overwrite:
+        write_checkpoint(tmp_path / "vit", ours, CONFIG, overwrite=True)
+    else:
+        with pytest.raises(CheckpointError, match="vit: exists already"):
+            write_checkpoint(tmp_path / "vit", ours, CONFIG)
+    assert read_checkpoint(tmp_path / "vit").state.keys() == (ours if overwrite else theirs).keys()
+    assert os.listdir(tmp_path) == ["vit"]
