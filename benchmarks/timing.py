@@ -25,6 +25,7 @@ Call = Callable[[], object]
 MIN_ROUNDS = 7
 MAX_ROUNDS = 300
 WARM_UP = 3
+SETTLED = 12  # rounds after which glibc's heap asks the kernel for nothing more: it has been seen to take ten
 L2_BYTES = 256 * 2**20  # several times the largest L2 cache
 # glibc's names for what mallopt sets, and what it is set to: no block from the kernel by itself, nothing given back.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -49,16 +50,14 @@ class Timing:
 
 
 def interleave(calls: Sequence[Call], device: torch.device, seconds: float) -> list[Timing]:
-    """Time several calls in turn, round after round, for about `seconds` in all.
+    """Time several calls in turn, round after round, for about `seconds` in all, after a warm-up.
 
     Each round starts with another call, so that none always runs behind the same neighbour.
     """
     if not calls:
         return []
     measure = _cuda_timer(device) if device.type == "cuda" else _cpu_time
-    for call in calls:
-        for _ in range(WARM_UP):
-            call()
+    _warm_up(calls, device, seconds)
     estimate = sum(measure(call) for call in calls) / 1e6
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(estimate, 1e-6))))
     samples: list[list[float]] = [[] for _ in calls]
@@ -67,6 +66,16 @@ def interleave(calls: Sequence[Call], device: torch.device, seconds: float) -> l
             index = (place + number) % len(calls)
             samples[index].append(measure(calls[index]))
     return [Timing.of(values) for values in samples]
+
+
+def _warm_up(calls: Sequence[Call], device: torch.device, seconds: float) -> None:
+    """A few rounds; on a CPU until the heap has settled, or a quarter of the time is gone."""
+    start = time.perf_counter()
+    for number in range(WARM_UP if device.type == "cuda" else SETTLED):
+        if number >= WARM_UP and time.perf_counter() - start > seconds / 4:
+            return
+        for call in calls:
+            call()
 
 
 @functools.cache
