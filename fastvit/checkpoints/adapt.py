@@ -23,8 +23,8 @@ def adapt(recognised: Recognised, wanted: Mapping[str, Any]) -> Recognised:
     """A checkpoint for another `img_size`, `patch_size` or `in_chans`; unchanged where none differs.
 
     Positions are resampled as `fastvit.positions.resample_pos_embed` does it, the patch weight as in FlexiViT (both
-    bicubic with antialiasing; for JAX's files and timm's FlexiViT bilinear without, as timm loads them), and channels are summed or
-    repeated as in timm.
+    bicubic with antialiasing; for JAX's files and timm's FlexiViT bilinear without, as timm loads them), and channels
+    are summed or repeated as in timm.
 
     Args:
         recognised: its positions and its patch weight have the shapes that its arguments say.

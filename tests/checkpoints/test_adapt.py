@@ -51,11 +51,12 @@ def test_as_timm_resamples_its_flexivit(size, agree, tmp_path):
     """timm resizes FlexiViT's bilinearly, by the name; and so does FastViT where a config gives it."""
     create = peer("timm").create_model
     small = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "num_classes": CLASSES}
-    source = scrambled(create("flexivit_small", img_size=IMAGE, patch_size=PATCH, **small))
-    write_checkpoint(tmp_path / "flexivit", source.state_dict(), {"architecture": "flexivit_small", "model_args": small})
+    own = {"img_size": IMAGE, "patch_size": PATCH}
+    state = scrambled(create("flexivit_small", **own, **small)).state_dict()
+    write_checkpoint(tmp_path / "flexivit", state, {"architecture": "flexivit_small", "model_args": small})
     weights = str(tmp_path / "flexivit" / "model.safetensors")
     model_file = {"pretrained": True, "pretrained_cfg_overlay": {"file": weights, "num_classes": CLASSES}}
-    theirs = create("flexivit_small", **({"img_size": IMAGE, "patch_size": PATCH} | SIZES[size]), **small, **model_file)
+    theirs = create("flexivit_small", **(own | SIZES[size]), **small, **model_file)
     ours = load_pretrained(tmp_path / "flexivit", **SIZES[size]).state_dict()
     for name in ("pos_embed", "patch_embed.proj.weight"):
         agree(ours[name], theirs.state_dict()[name])
