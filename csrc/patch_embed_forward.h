@@ -150,8 +150,12 @@ SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address memory, Put 
 template <int COUNT>
 SIMT_DEVICE void finish_token(const PatchEmbed& p, int m, int64_t origin, int column, const float* sums) {
   const Patches& pixels = p.pixels;
-  int patch = pixels.over_kept.remainder(m, pixels.over_kept.quotient(m));
-  if (pixels.keep && origin != BAD_PATCH) patch = static_cast<int>(simt::load_element(pixels.keep + m));
+  int patch = 0;  // of the patch that does not exist: keep may be longer than the table, whose row m need not be there
+  if (!pixels.keep) {
+    patch = pixels.over_kept.remainder(m, pixels.over_kept.quotient(m));
+  } else if (origin != BAD_PATCH) {
+    patch = static_cast<int>(simt::load_element(pixels.keep + m));
+  }
   float value[COUNT];
   load(p.table + static_cast<int64_t>(p.prefix_rows + patch) * p.width + column, value);
   SIMT_UNROLL for (int i = 0; i < COUNT; i++) {

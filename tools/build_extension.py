@@ -7,7 +7,8 @@ setup.py uses it too, so nothing but the standard library is imported; torch's h
 
 FASTVIT_BUILD_CUDA    auto (default): build where everything that it takes is here; 0: don't; 1: fail if it isn't
 FASTVIT_CUDA_ARCHS    GPU architectures, such as 80;90a; default: DEFAULT_ARCHITECTURES, as far as nvcc knows them
-CUDA_HOME, CXX        whose nvcc and which C++ compiler; default: those on PATH
+CUDA_HOME             whose nvcc; where it has none, or is not set: that on PATH, else that of /usr/local/cuda
+CXX                   which C++ compiler; default: that on PATH
 MAX_JOBS              how many compilers run at once; default: one a core
 """
 
@@ -34,6 +35,7 @@ WORK = ROOT / "build" / "extension"
 PACKAGE = Path("fastvit") / "cuda"
 LIBRARY = "_fastvit_cuda.so"
 INFO = "_fastvit_cuda.json"  # beside the library: what it was built from and for, or why it was not
+USUAL_CUDA_HOME = Path("/usr/local/cuda")
 
 MODES = ("auto", "0", "1")
 DEFAULT_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
@@ -101,7 +103,7 @@ def find_toolchain(*, cuda: bool = True) -> tuple[Toolchain | None, list[str]]:
     nvcc = _nvcc() if cuda else None
     includes, libraries = _toolkit(nvcc) if nvcc else ((), ())
     if cuda:
-        found["nvcc (of the CUDA toolkit, on PATH or in $CUDA_HOME)"] = nvcc
+        found["nvcc (of the CUDA toolkit, in $CUDA_HOME, on PATH or in /usr/local/cuda)"] = nvcc
         if nvcc:
             found["cuda_runtime_api.h and libcudart_static.a (of the CUDA toolkit)"] = includes and libraries
     missing = [what for what, it in found.items() if not it]
@@ -233,6 +235,7 @@ def build_extension(folder: Path, environment: Mapping[str, str] = os.environ) -
             write_info(folder / INFO, {"built": False, "reason": reason})
         return reason
     names = architectures(environment.get("FASTVIT_CUDA_ARCHS", ""), toolchain.targets)
+    print(f"nvcc: {toolchain.nvcc}", flush=True)
     build(cuda_library(toolchain, names), folder / LIBRARY)
     return ""
 
@@ -378,10 +381,10 @@ def _torch_version(folder: Path) -> str:
 
 
 def _nvcc() -> str | None:
+    # CUDA_HOME may be left from a toolkit that is no longer there, or name one that is not whole.
     home = os.environ.get("CUDA_HOME")
-    if home:
-        return shutil.which(Path(home) / "bin" / "nvcc")
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    places = [*([f"{home}/bin/nvcc"] if home else []), "nvcc", f"{USUAL_CUDA_HOME}/bin/nvcc"]
+    return next((found for place in places if (found := shutil.which(place))), None)
 
 
 def _toolkit(nvcc: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -30,6 +30,7 @@ void launch(const Queue& queue, void (*kernel)(Parameters), int x, int y, int th
     error = cudaGetLastError();
   }
   if (error != cudaSuccess) {
+    (void)cudaGetLastError();  // which CUDA remembers: the thread's next launch, though healthy, would report it
     throw std::runtime_error("fastvit: CUDA refuses a launch of " + std::to_string(x) + " x " + std::to_string(y) +
                              " blocks of " + std::to_string(threads) + " threads and " +
                              std::to_string(shared_bytes) + " bytes of shared memory: " + cudaGetErrorString(error));

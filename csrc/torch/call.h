@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -58,7 +60,8 @@ class Call {
 
   // A contiguous copy of a tensor.
   View copy(const char* name, const Tensor& tensor, Type type) {
-    kept_.push_back(torch::stable::contiguous(tensor));
+    kept_.push_back(empty(tensor.sizes(), type));
+    torch::stable::copy_(kept_.back(), tensor);
     const View view = describe(kept_.back(), type, const_cast<void*>(kept_.back().const_data_ptr()));
     device_.reads(name, view);
     return view;
@@ -77,21 +80,27 @@ class Call {
   }
 
   // A contiguous tensor on the call's device; its elements are not set.
-  Tensor empty(std::initializer_list<int64_t> sizes, Type type) const {
+  Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Type type) const {
     int64_t strides[4] = {}, count = 1;
     for (std::size_t i = sizes.size(); i-- > 0;) {
       strides[i] = count;
-      count *= std::max<int64_t>(1, sizes.begin()[i]);
+      count *= std::max<int64_t>(1, sizes[i]);
     }
     const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(torch_type(type)));
     AtenTensorHandle handle = nullptr;
-    const auto error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+    const auto error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype,
                                                 type_, index_, &handle);
-    if (error != TORCH_SUCCESS) {
-      const auto what = torch_exception_get_what_without_backtrace;
-      require(false, "fastvit: can't allocate ", count * bytes_of(type), " bytes: ", what ? what() : "out of memory?");
-    }
+    if (error != TORCH_SUCCESS) refuse(count * bytes_of(type));
     return Tensor(handle);
+  }
+
+  // The same, laid out as torch lays out the like of a tensor.
+  Tensor empty_like(const Tensor& tensor, Type type) const {
+    try {
+      return torch::stable::empty_like(tensor);
+    } catch (const std::exception&) {  // nothing but the allocation can fail, and the message does not say so
+      refuse(tensor.numel() * bytes_of(type));
+    }
   }
 
   const Queue& queue() const { return queue_; }
@@ -100,6 +109,13 @@ class Call {
   void finish() { device_.finish(); }
 
  private:
+  // fastvit/cuda/call.py goes by this message: the ABI has no exceptions, so that the type of torch's is lost.
+  [[noreturn]] static void refuse(int64_t bytes) {
+    const auto what = torch_exception_get_what_without_backtrace;
+    throw std::runtime_error("fastvit: can't allocate " + std::to_string(bytes) +
+                             " bytes: " + (what ? what() : "out of memory?"));
+  }
+
   static int32_t device_type(const Tensor& tensor) {
     int32_t type = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));

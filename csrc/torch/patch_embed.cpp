@@ -87,7 +87,7 @@ Tensor patch_embed_cuda(const Tensor& images, const Tensor& weight, const MaybeT
 
 // Laid out as the images, or as NCHW where kernels can't write their layout.
 Tensor empty_image_gradient(const Call& call, const Tensor& images, const View& view) {
-  const Tensor same = torch::stable::empty_like(images);
+  const Tensor same = call.empty_like(images, view.type);
   View layout = view;
   for (int i = 0; i < 4; i++) layout.strides[i] = same.stride(i);
   if (view.sizes[0] == 0 || can_read(layout)) return same;

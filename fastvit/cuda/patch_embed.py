@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit.cuda.call import call
 from fastvit.kernels.layout import INT32_LIMIT
 from fastvit.kernels.normalisation import channel_constants, constants_on_device, image_gradient_constants
 
@@ -94,7 +95,7 @@ def run_forward(
     patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
     _check_sizes(images, weight, max(patches, 0 if keep is None else keep.shape[1]), prefix)
     constants = _constants(mean, std, images, compute_dtype)
-    return op(images, weight, bias, pos_embed, prefix, keep, constants, compute_dtype, dtype, tf32)
+    return call(op, images, weight, bias, pos_embed, prefix, keep, constants, compute_dtype, dtype, tf32)
 
 
 def run_backward(
@@ -119,7 +120,8 @@ def run_backward(
     if need_images:
         stds = None if std is None else tuple(std)
         of_images = constants_on_device(_image_constants(stds, images.shape[1]), images.device)
-    results = op(
+    results = call(
+        op,
         grad,
         product_grad,
         images,

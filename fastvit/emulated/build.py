@@ -24,7 +24,8 @@ from types import ModuleType
 from fastvit.files import written_whole
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+# No warnings: nobody reads them where this is built, and every compiler has its own. tests/emulated reads them.
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden")
 DEFINES = ("-DFASTVIT_HAS_SM90A",)  # the kernels of every GPU
 
 

@@ -46,11 +46,15 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tool(tmp_path: Path) -> Path:
-    """The tool itself, in a checkout of its own."""
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tool itself, in a checkout of its own, and no nvcc in any of the places where it looks."""
     target = tmp_path / "checkout" / "tools" / "build_extension.py"
     target.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "tools" / "build_extension.py", target)
+    text, usual = (ROOT / "tools" / "build_extension.py").read_text(), 'Path("/usr/local/cuda")'
+    assert usual in text
+    target.write_text(text.replace(usual, 'Path("/nowhere")'))
+    monkeypatch.setenv("CXX", shutil.which("c++") or shutil.which("g++") or "c++")
+    monkeypatch.setenv("PATH", str(tmp_path))
     return target
 
 

@@ -401,6 +401,24 @@ def test_a_bad_argument_is_named(ops: Any, call: Callable, changes: dict[str, An
     call(ops)  # and with nothing changed there is no error
 
 
+HUGE = 2**24  # of patches, and of pixels a patch: more of their products than an address space has
+
+
+@pytest.mark.parametrize("which", ["result", "copy", "gradient"])
+def test_memory_that_is_not_there(ops: Any, which: str) -> None:
+    """Each way to allocate says so in the words that fastvit/cuda/call.py knows."""
+    with pytest.raises(RuntimeError, match=r"^fastvit: can't allocate \d{15,} bytes: \S"):
+        if which == "result":
+            call_add_position(ops, tokens=torch.zeros(1).expand(HUGE, 1, HUGE), pos_embed=torch.empty(1, HUGE))
+        elif which == "copy":  # of images whose pixels do not lie side by side
+            call_patch_embed(ops, images=torch.zeros(1).expand(HUGE, 3, 2**12, 2**12))
+        else:
+            images, weight = torch.zeros(2**12).expand(HUGE, 1, 2**12, 2**12), torch.empty(1, 1, 2**12, 2**12)
+            grad, constants = torch.empty(HUGE, 1, 1), torch.ones(4, 1)
+            changes = {"constants": constants, "of_images": constants, "needs": [True, False, False, False]}
+            call_backward(ops, grad=grad, product_grad=grad, images=images, weight=weight, **changes)
+
+
 def test_what_kernels_throw_arrives_with_its_text(ops: Any) -> None:
     # std::invalid_argument, from a primitive that the emulated GPU, of capability 8.0, has not.
     which, operands, sums = 15, (64 + 128) * 64 + 64 * 128, 64 * 128 * 4

@@ -134,6 +134,27 @@ def test_a_patch_that_does_not_exist_contributes_to_no_gradient(images: str) -> 
     assert all(torch.equal(a, b) for a, b in zip(wrong, without, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "images"), [(torch.float32, "same"), (torch.bfloat16, "same"), (torch.bfloat16, "uint8")], ids=str
+)
+@pytest.mark.parametrize("width", [63, 64])
+def test_more_patches_kept_than_there_are_and_one_that_does_not_exist(
+    width: int, dtype: torch.dtype, images: str
+) -> None:
+    """Its row of `keep` lies behind the last row of the positions."""
+    case = PatchEmbedCase("keep", batch=1, grid=(2, 3), patch=(8, 8), width=width, keep=10, repeat_keep=True,
+                          images=images, normalise=True)  # fmt: skip
+    inputs = make_inputs(case, dtype)
+    keep = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 99]])
+    tokens = _tokens(inputs, keep)
+    right = _tokens(inputs, keep.clamp(max=5))
+    assert tokens[0, -1].isnan().all() and torch.equal(tokens[0, :-1], right[0, :-1]) and right.isfinite().all()
+    inputs.grad[0, -1] = 0
+    wrong = _backward(dataclasses.replace(inputs, keep=keep))
+    without = _backward(dataclasses.replace(inputs, keep=keep.clamp(max=5)))
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(wrong, without, strict=True))
+
+
 def test_an_infinite_weight_gives_infinity_as_plain_pytorch_does() -> None:
     images, weight = torch.rand(1, 3, 8, 8), torch.ones(4, 3, 8, 8)
     weight[1, 2, 3, 4] = float("inf")

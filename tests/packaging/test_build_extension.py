@@ -115,6 +115,7 @@ def nothing_here(tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """A machine without nvcc, ninja, compiler and torch."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(tool, "USUAL_CUDA_HOME", tmp_path)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: None)
@@ -149,6 +150,24 @@ def test_a_library_from_elsewhere_is_kept(tool: Any, tmp_path: Path) -> None:
     assert library.read_bytes() == b"built elsewhere" and tool.read_info(info) == {"built": True}
 
 
+def test_nvcc_is_looked_for_in_every_place(tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home, usual, on_path = tmp_path / "home", tmp_path / "usual", tmp_path / "path"
+    places = [home / "bin" / "nvcc", on_path / "nvcc", usual / "bin" / "nvcc"]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("PATH", str(on_path))
+    monkeypatch.setattr(tool, "USUAL_CUDA_HOME", usual)
+    for place in places:
+        assert tool._nvcc() == str(place)
+        place.unlink()
+    assert tool._nvcc() is None
+    places[2].touch(mode=0o755)
+    monkeypatch.delenv("CUDA_HOME")
+    assert tool._nvcc() == str(places[2])
+
+
 def test_toolkit_is_where_nvcc_says_it_is(tool: Any, tmp_path: Path) -> None:
     include, libraries = tmp_path / "include", tmp_path / "lib"
     for path in (include / "cuda_runtime_api.h", libraries / "libcudart_static.a"):
@@ -167,10 +186,13 @@ def test_toolkit_is_where_nvcc_says_it_is(tool: Any, tmp_path: Path) -> None:
 
 # What is left
 
-def test_library_is_built_whole_or_not_at_all(stub_tool: Any, stub_tree: Path) -> None:
+def test_library_is_built_whole_or_not_at_all(
+    stub_tool: Any, stub_tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, environment = stub_tree / "fastvit" / "cuda", {"FASTVIT_CUDA_ARCHS": "80;90a"}
     library, info = folder / "_fastvit_cuda.so", folder / "_fastvit_cuda.json"
     stub_tool.build_extension(folder, environment)
+    assert f"nvcc: {stub_tool._nvcc()}\n" in capsys.readouterr().out
     described = json.loads(info.read_text(encoding="utf-8"))
     assert described["built"] and described["architectures"] == ["80", "90a"] and described["ptx"] == "80"
     assert described["sources"] == stub_tool.sources_digest()
