@@ -24,6 +24,7 @@ from fastvit.kernels.normalisation import (
     constants_on_device,
     image_gradient_constants,
 )
+from fastvit.kernels.precision import product_precision
 from fastvit.kernels.prepare_weight import make_table, prepare
 from fastvit.kernels.row_sums import TARGET_PROGRAMS, sum_by_key, sum_rows
 from fastvit.tuning import FORWARD, TRAINING, configuration
@@ -72,7 +73,8 @@ def forward(
     if tokens.numel() == 0:
         return tokens.to(dtype)
 
-    constants = channel_constants(mean, std, layout.channels, images.dtype, compute_dtype)
+    tf32 = product_precision(compute_dtype) == "tf32"
+    constants = channel_constants(mean, std, layout.channels, images.dtype, compute_dtype, tf32)
     is_uint8 = images.dtype == torch.uint8
     prepared, normaliser, full_bias = prepare(weight, bias, constants, is_uint8, compute_dtype, layout, plan.order)
     factor = UINT8_SCALE if is_uint8 else 1.0
@@ -107,7 +109,7 @@ def forward_tiles(images: Tensor, weight: Tensor, compute_dtype: torch.dtype, dt
     kernel_dtype = _kernel_dtype(compute_dtype, dtype)
     plan = _forward_plan(images, layout, weight.shape[0], compute_dtype, kernel_dtype, layout.batch * layout.patches)
     variant = plan.entry.key[0]
-    types = (images.dtype, compute_dtype, _output(variant, kernel_dtype), _precision(compute_dtype))
+    types = (images.dtype, compute_dtype, _output(variant, kernel_dtype), product_precision(compute_dtype))
     return tuple(manifest.forward_tiles(variant, *types, weight.shape[0]))
 
 
@@ -185,12 +187,13 @@ def _weight_gradient(
     if rows == 0:
         return d_weight.zero_()
     plan = _plan(
-        lambda variant: manifest.weight_gradient(variant, images.dtype, grad.dtype, _precision(grad.dtype)),
+        lambda variant: manifest.weight_gradient(variant, images.dtype, grad.dtype, product_precision(grad.dtype)),
         layout,
         width,
         [images, grad],
     )
-    constants = channel_constants(mean, std, channels, images.dtype, grad.dtype)
+    tf32 = product_precision(grad.dtype) == "tf32"
+    constants = channel_constants(mean, std, channels, images.dtype, grad.dtype, tf32)
     is_uint8 = images.dtype == torch.uint8
     k_length = plan.order.length
     block_m, block_n, block_k = plan.entry.tile
@@ -200,7 +203,7 @@ def _weight_gradient(
     splits = cdiv(rows, rows_per_split)
     parts = torch.empty(splits, width, k_length, dtype=torch.float32, device=grad.device)
     normaliser = parts
-    if images.dtype != grad.dtype:
+    if images.dtype != grad.dtype or tf32:
         _, normaliser, _ = prepare(weight, None, constants, is_uint8, grad.dtype, layout, plan.order)
     launch.launch(
         plan.entry,
@@ -263,7 +266,7 @@ def _image_gradient(
         prefix_rows = 0
     plan = _plan(
         lambda variant: manifest.image_gradient(
-            variant, _output(variant, target.dtype), grad.dtype, _precision(grad.dtype)
+            variant, _output(variant, target.dtype), grad.dtype, product_precision(grad.dtype)
         ),
         layout,
         width,
@@ -311,7 +314,7 @@ def _forward_plan(
     rows: int,
     tile: str | None = None,
 ) -> Plan:
-    precision = _precision(compute_dtype)
+    precision = product_precision(compute_dtype)
     return _plan(
         lambda variant: manifest.forward(
             variant, images.dtype, compute_dtype, _output(variant, kernel_dtype), precision, rows, width, tile
@@ -366,13 +369,6 @@ def _layout_arguments(layout: PatchLayout, plan: Plan, width: int) -> dict[str, 
 def _keep(keep: Tensor | None, like: Tensor) -> Tensor:
     """keep, or a tensor of its dtype that is never read."""
     return keep.contiguous() if keep is not None else torch.empty(1, dtype=torch.int64, device=like.device)
-
-
-def _precision(compute_dtype: torch.dtype) -> str:
-    """How fp32 products are made: as torch's convolutions make them, since a convolution is what this replaces."""
-    if compute_dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def _check_sizes(batch: int, length: int, width: int) -> None:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastvit.kernels import interpreter
+from fastvit.kernels.precision import round_to_tf32
 
 interpreter.mend()
 
@@ -93,7 +94,8 @@ def _patch_embed_weight_gradient(
     BLOCK_K: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = grad_ptr.dtype.element_ty
-    CONVERT: tl.constexpr = images_ptr.dtype.element_ty != grad_ptr.dtype.element_ty
+    TF32: tl.constexpr = PRECISION == "tf32"
+    CONVERT: tl.constexpr = images_ptr.dtype.element_ty != grad_ptr.dtype.element_ty or TF32
     UINT8: tl.constexpr = images_ptr.dtype.element_ty == tl.uint8
     width = width_units * WIDTH_ALIGN
     row_stride = row_stride_units * ALIGN
@@ -137,9 +139,13 @@ def _patch_embed_weight_gradient(
                 # Loaded anew at every step: kept throughout the loop it would cost registers that there are not.
                 pixels = pixels * tl.load(normaliser_ptr + k_length + k, mask=k < k_length, other=0.0)[None, :]
             pixels = pixels.to(COMPUTE)
+        if TF32 and not UINT8:  # centred uint8 pixels are exact
+            pixels = round_to_tf32(pixels)
         token = batch.to(tl.int64) * (kept + prefix) + (index + prefix)
         grad_ptrs = grad_ptr + (token * width)[:, None] + d[None, :]
         grad = tl.load(grad_ptrs, mask=valid[:, None] & (d < width)[None, :], other=0.0)
+        if TF32:
+            grad = round_to_tf32(grad)
         acc = tl.dot(grad.T, pixels, acc, input_precision=PRECISION)
 
     part = (split.to(tl.int64) * width + d) * k_length
@@ -263,6 +269,8 @@ def _patch_embed_image_gradient(
         d_safe = tl.minimum(d_start + d, width - 1)
         weight_ptrs = weight_ptr + d_safe.to(tl.int64)[:, None] * k_length + k[None, :]
         weight = tl.load(weight_ptrs, mask=(k < k_length)[None, :], other=0.0)
+        if PRECISION == "tf32":
+            grad = round_to_tf32(grad)
         acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
 
     acc = acc * tl.load(normaliser_ptr + k_length + k, mask=k < k_length, other=0.0)[None, :]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastvit.kernels import interpreter
+from fastvit.kernels.precision import round_to_tf32
 
 interpreter.mend()
 
@@ -73,7 +74,8 @@ def _patch_embed_forward(
 ):
     BLOCK_K: tl.constexpr = RUN * ROWS
     COMPUTE: tl.constexpr = weight_ptr.dtype.element_ty
-    CONVERT: tl.constexpr = images_ptr.dtype.element_ty != weight_ptr.dtype.element_ty
+    TF32: tl.constexpr = PRECISION == "tf32"
+    CONVERT: tl.constexpr = images_ptr.dtype.element_ty != weight_ptr.dtype.element_ty or TF32
     UINT8: tl.constexpr = images_ptr.dtype.element_ty == tl.uint8
     width = width_units * WIDTH_ALIGN
     row_stride = row_stride_units * ALIGN
@@ -135,6 +137,8 @@ def _patch_embed_forward(
             if not UINT8:  # the scale of uint8 is in the weight
                 pixels = pixels * tl.load(normaliser_ptr + (steps + step) * BLOCK_K + k)[None, :]
             pixels = pixels.to(COMPUTE)
+        if TF32 and not UINT8:  # centred uint8 pixels are exact
+            pixels = round_to_tf32(pixels)
         weight = tl.load(weight_ptrs + step * BLOCK_K)
         acc = tl.dot(pixels, weight.T, acc, input_precision=PRECISION)
 

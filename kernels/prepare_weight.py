@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvit.kernels import interpreter, launch, manifest
 from fastvit.kernels.layout import KOrder, PatchLayout, cdiv
 from fastvit.kernels.normalisation import UINT8_SCALE, ChannelConstants, constants_on_device
+from fastvit.kernels.precision import product_precision, round_to_tf32
 
 interpreter.mend()
 
@@ -31,6 +32,7 @@ interpreter.mend()
         "channels_last",
         "has_bias",
         "inverse_factor",
+        "tf32",
     ],
     do_not_specialize_on_alignment=["weight_ptr", "bias_ptr"],
 )
@@ -51,6 +53,7 @@ def prepare_weight(
     channels_last: tl.int32,
     has_bias: tl.int32,
     inverse_factor: tl.float32,  # 1/256 for uint8, else 1
+    tf32: tl.int32,  # whether products of fp32 are made at TF32 precision
     RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -80,6 +83,8 @@ def prepare_weight(
         bias_shift = tl.load(constants_ptr + 2 * channels + channel, mask=inside, other=0.0)
         pixel_scale = tl.load(constants_ptr + 3 * channels + channel, mask=inside, other=0.0)
         rounded = (weight * weight_scale[None, :]).to(prepared_ptr.dtype.element_ty)
+        if prepared_ptr.dtype.element_ty == tl.float32:
+            rounded = tl.where(tf32 != 0, round_to_tf32(rounded), rounded)
         correction += tl.sum(rounded.to(tl.float32) * bias_shift[None, :], axis=1)
 
         prepared_ptrs = prepared_ptr + d.to(tl.int64)[:, None] * k_length + k[None, :]
@@ -163,6 +168,7 @@ def prepare(
         channels_last=int(layout.channels_last),
         has_bias=int(bias is not None),
         inverse_factor=1.0 / UINT8_SCALE if is_uint8 else 1.0,
+        tf32=int(product_precision(compute_dtype) == "tf32"),
     )
     return prepared, normaliser, bias_out
 

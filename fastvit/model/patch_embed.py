@@ -181,7 +181,8 @@ class PatchEmbed(nn.Module):
             return images
         if not images.is_floating_point():
             images = images.float() / 255  # a mean is no whole number of grey levels
-        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device)[None, :, None, None]
+        # Not from a list, which would be copied from the host: that waits for the device and can't be captured.
+        mean = torch.stack([images.new_full((1, 1), value) for value in self.mean])[None]  # [1, C, 1, 1]
         batch, channels = images.shape[:2]
         images = torch.cat([images, mean.expand(batch, channels, height, more_columns)], dim=3)
         return torch.cat([images, mean.expand(batch, channels, more_rows, width + more_columns)], dim=2)

@@ -101,6 +101,24 @@ def test_a_device_that_is_not_the_current_one(kernels: str) -> None:
         _assert_same_bits([tensor.to("cuda:0") for tensor in there], here)
 
 
+@CASES
+def test_compiled_into_a_cuda_graph(case: PatchEmbedCase, kernels: str) -> None:
+    """torch.compile warms its graphs up with their own pool of memory, in which nothing may outlive the call."""
+    inputs = make_inputs(case, torch.bfloat16, "cuda")
+    mean, std = (0.3, 0.4, 0.5), (0.25, 0.35, 0.45)  # such as no other test has, so that nothing is made beforehand
+    weight = _known(inputs.tensors["weight"])
+
+    def embed(images: Tensor) -> Tensor:
+        return functional.patch_embed(images, weight, mean=mean, std=std, keep=inputs.keep, backend=kernels)
+
+    images = _known(inputs.tensors["images"])
+    compiled = torch.compile(embed, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        found = [compiled(images).clone() for _ in range(4)]
+        expected = embed(images)
+    _assert_same_bits(found, [expected] * 4)
+
+
 @pytest.fixture
 def _waits_raise() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
@@ -169,11 +187,14 @@ def test_quick_validation_passes(kernels: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("images", ["uint8", "same", "float32"])
-def test_more_tiles_than_multiprocessors(images: str, layout: str, dtype: torch.dtype, kernels: str) -> None:
+@pytest.mark.parametrize("width", [520, 528])  # a multiple of 16 has kernels of its own
+def test_more_tiles_than_multiprocessors(
+    width: int, images: str, layout: str, dtype: torch.dtype, kernels: str
+) -> None:
     """The kernels of real batches, which the small cases of the validator don't reach: forward and every gradient."""
     for patch, channels, keep in ((8, 1, None), (16, 3, 99)):
         case = PatchEmbedCase(
-            "many tiles", batch=64, grid=(10, 10), patch=(patch, patch), channels=channels, width=520, images=images,
+            "many tiles", batch=64, grid=(10, 10), patch=(patch, patch), channels=channels, width=width, images=images,
             layout=layout, normalise=True, keep=keep,
         )  # fmt: skip
         rows = check_inputs(backend_candidate(kernels, "cuda"), "patch_embed", make_inputs(case, dtype, "cuda"))

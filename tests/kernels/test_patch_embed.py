@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 U8, HALF, BF16, FP32 = torch.uint8, torch.float16, torch.bfloat16, torch.float32
 DTYPES = [(image, compute) for compute in (BF16, HALF, FP32) for image in (U8, BF16, HALF, FP32)]
@@ -130,6 +132,72 @@ def test_precision_follows_torch(check: Callable, monkeypatch: pytest.MonkeyPatc
     finally:
         convolutions.fp32_precision = before
     assert {entry.constant("PRECISION") for entry in used if entry.compute} == {precision}
+
+
+@pytest.fixture
+def _tf32() -> Iterator[None]:
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "tf32"
+    yield
+    convolutions.fp32_precision = before
+
+
+def _nearest(values: Tensor) -> Tensor:
+    """The nearest values that TF32 has, ties away from zero."""
+    bits = values.cpu().numpy().view("uint32").astype("uint64")
+    nearest = ((bits + 0x1000) & 0xFFFFE000).astype("uint32").view("float32")
+    return torch.from_numpy(nearest).to(values.device)
+
+
+@pytest.mark.usefixtures("_tf32")
+@pytest.mark.parametrize("patch", [(4, 4), (4, 16)], ids=str)
+@pytest.mark.parametrize("width", [16, 17])
+def test_tf32_takes_the_nearest_value_of_every_operand(
+    make: Callable, forward: Callable, backward: Callable, width: int, patch: tuple[int, int]
+) -> None:
+    """Products with ones and zeros: what is left is the other operand, as it was multiplied."""
+    patches, length = 2 * width, patch[0] * patch[1]
+    bare = dict(normalised=False, bias=False, positions="", prefix=0, image=FP32, channels=1)
+    inputs = make(grid=(2, width), width=width, batch=1, patch=patch, **bare)
+    one_of = [torch.eye(n, k, device=inputs.weight.device) for n, k in ((width, length), (patches, width))]
+    needs, few = (True, True, False, False), min(width, length)
+
+    def rows_of(images: Tensor) -> Tensor:
+        return F.unfold(images, patch, stride=patch)[0].T  # [N, K]
+
+    def gradients(grad: Tensor) -> tuple[Tensor, Tensor]:
+        d_images, d_weight, *_ = backward(grad[None], inputs, FP32, needs)
+        return rows_of(d_images), d_weight.view(width, length)
+
+    grad = torch.randn(patches, width, device=inputs.weight.device)
+    weight, pixels = inputs.weight.view(width, length), rows_of(inputs.images)
+    assert not any(values.equal(_nearest(values)) for values in (grad, weight, pixels))
+
+    inputs.weight = one_of[0].view(width, 1, *patch)
+    assert forward(inputs, FP32, FP32)[0, :, :few].equal(_nearest(pixels)[:, :few])
+    assert gradients(grad)[0][:, :few].equal(_nearest(grad)[:, :few])
+    assert gradients(one_of[1])[1].equal(_nearest(pixels)[:width])
+
+    inputs.weight = weight.view(width, 1, *patch)
+    assert gradients(one_of[1])[0][:width].equal(_nearest(weight))
+    single = torch.eye(patches, length, device=weight.device)
+    inputs.images = F.fold(single.T[None], inputs.images.shape[2:], patch, stride=patch)
+    known = min(patches, length)
+    assert forward(inputs, FP32, FP32)[0, :known].equal(_nearest(weight).T[:known])
+    assert gradients(grad)[1].T[:known].equal(_nearest(grad)[:known])
+
+
+@pytest.mark.usefixtures("_tf32")
+@pytest.mark.parametrize("width", [16, 17])
+def test_tf32_keeps_what_is_not_finite(make: Callable, forward: Callable, width: int) -> None:
+    """A NaN whose bits are all ones, as arithmetic on a GPU makes them, would become a zero when rounded."""
+    inputs = make(image=FP32, patch=(4, 16), width=width, batch=3, prefix=1)
+    values = torch.tensor([0x7FFFFFFF, -1, 0x7F800000], dtype=torch.int32, device=inputs.images.device)
+    inputs.images[:, 0, 0, 0] = values.view(torch.float32)
+    tokens = forward(inputs, FP32, FP32)
+    assert tokens[:2, 1].isnan().all() and not tokens[2, 1].isfinite().any()
+    assert tokens[:, 2:].isfinite().all()
 
 
 @pytest.mark.parametrize("image", [U8, FP32], ids=name_of)
