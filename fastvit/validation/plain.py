@@ -2,20 +2,29 @@
 
 To-float, normalise, cast, convolution, gather, cat, add: every step rounds to the dtype that eager PyTorch gives it.
 Shares no code with the reference or with any backend.
+
+Where torch allows TF32, cuDNN takes it or not as each shape has it. The yardstick for kernels that do take it is
+therefore made here: operands rounded to TF32, and nothing else.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastvit import reference
 from fastvit.validation.cases import Inputs
 
 
-def plain_patch_embed(inputs: Inputs, tensors: dict[str, Tensor | None]) -> Tensor:
-    """The eager pipeline on `tensors` (those of `inputs`, perhaps as leaves that require gradients)."""
+def plain_patch_embed(inputs: Inputs, tensors: dict[str, Tensor | None], tf32: bool = False) -> Tensor:
+    """The eager pipeline on `tensors` (those of `inputs`, perhaps as leaves that require gradients).
+
+    `tf32`: float32 is multiplied at TF32 precision.
+    """
     images, weight = tensors["images"], tensors["weight"]
     assert images is not None and weight is not None
     x = images
@@ -26,10 +35,43 @@ def plain_patch_embed(inputs: Inputs, tensors: dict[str, Tensor | None]) -> Tens
         x = (x - x.new_tensor(inputs.mean).view(-1, 1, 1)) / x.new_tensor(inputs.std).view(-1, 1, 1)
     # Under autocast the convolution casts for itself.
     with torch.autocast(x.device.type, inputs.compute, enabled=inputs.autocast):
-        tokens = F.conv2d(x if inputs.autocast else x.to(weight.dtype), weight, _to(tensors["bias"], weight, inputs),
-                          stride=(weight.shape[2], weight.shape[3]))  # fmt: skip
+        x = x if inputs.autocast else x.to(weight.dtype)
+        bias = _to(tensors["bias"], weight, inputs)
+        if tf32:
+            tokens = Tf32Convolution.apply(x, weight)
+            tokens = tokens if bias is None else tokens + bias.view(-1, 1, 1)
+        else:
+            tokens = F.conv2d(x, weight, bias, stride=(weight.shape[2], weight.shape[3]))
         tokens = tokens.flatten(2).transpose(1, 2)
         return _place(tokens, tensors["pos_embed"], tensors["prefix"], inputs.keep).to(inputs.out)
+
+
+class Tf32Convolution(torch.autograd.Function):
+    """float32 images [B, C, H, W], patch weight [D, C, P_h, P_w] -> [B, D, H / P_h, W / P_w], as tensor cores multiply.
+
+    Forward and both gradients: the two operands are rounded to TF32's ten explicit bits of mantissa, to nearest; their
+    products are added exactly, and the sum is rounded to float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        return F.conv2d(_as_tf32(images), _as_tf32(weight), stride=weight.shape[2:]).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        images, weight = (_as_tf32(tensor) for tensor in ctx.saved_tensors)
+        grad, stride = _as_tf32(grads[0]), weight.shape[2:]
+        d_images = conv2d_input(images.shape, weight, grad, stride=stride)
+        d_weight = conv2d_weight(images, weight.shape, grad, stride=stride)
+        return d_images.float(), d_weight.float()
+
+
+def _as_tf32(tensor: Tensor) -> Tensor:
+    """The nearest values that TF32 has, in float64, which holds their products exactly."""
+    wide = tensor.double()
+    unit = torch.exp2(torch.frexp(wide).exponent.double() - 11)  # of the last of eleven bits, the leading one counted
+    return torch.round(wide / unit) * unit
 
 
 def plain_add_position(inputs: Inputs, tensors: dict[str, Tensor | None]) -> Tensor:

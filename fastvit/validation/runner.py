@@ -37,7 +37,10 @@ DRAWS = 16  # of a case whose verdict hangs on fewer than FEW_VALUES values
 
 Tensors = dict[str, Tensor | None]
 Results = dict[str, Tensor]
-_PLAIN = {"patch_embed": plain.plain_patch_embed, "add_position": plain.plain_add_position}
+_PLAIN: dict[str, Callable[..., Tensor]] = {
+    "patch_embed": plain.plain_patch_embed,
+    "add_position": plain.plain_add_position,
+}
 _TRUTH = {"patch_embed": plain.true_patch_embed, "add_position": plain.true_add_position}
 
 
@@ -177,8 +180,7 @@ def check_inputs(candidate: Candidate, op: str, inputs: Inputs, case: str = "", 
     except _Unsupported as error:
         return [Row(candidate.name, op, dtype, case, "all", SKIPPED, reason=str(error), device=str(candidate.device))]
     except Exception as error:  # whatever a kernel raises is a finding, and the other cases still count
-        reason = f"{type(error).__name__}: {error}"
-        return [Row(candidate.name, op, dtype, case, "all", FAILED, reason=reason, device=str(candidate.device))]
+        return [_broken(candidate, op, case, dtype, "all", error)]
     return [_judge(candidate, op, inputs, case, dtype, quantity, ours, theirs, truth) for quantity in truth]
 
 
@@ -292,26 +294,41 @@ def _run(work: list[tuple[Candidate, Case, str]], progress: Progress | None) -> 
     for done, (candidate, case, dtype) in enumerate(work):
         if progress:
             progress(done, len(work), f"{candidate.name} {case.op} {dtype}: {case.name}")
-        try:
-            found = check_case(candidate, case, dtype)
-        except InputUnavailable as error:
-            where = str(candidate.device)
-            rows.append(Row(candidate.name, case.op, dtype, case.name, "all", SKIPPED, reason=str(error), device=where))
-            continue
-        rows += found
-        # Bit-exact repetition is checked on the first case of each kind, and wherever patches repeat.
-        key = (candidate.name, case.op, dtype)
-        if all(row.status == PASSED for row in found) and (key not in repeated or getattr(case, "repeat_keep", False)):
-            repeated.add(key)
-            rows.append(_check_repeat(candidate, case, dtype))
+        found = _check_and_repeat(candidate, case, dtype, repeated)
+        label = f"{dtype}, tf32" if _is_tf32(candidate, case.op, DTYPES[dtype]) else dtype
+        rows += [replace(row, dtype=label) for row in found]
     if progress and work:
         progress(len(work), len(work), "done")
     return rows
 
 
+def _check_and_repeat(candidate: Candidate, case: Case, dtype: str, repeated: set[tuple[str, str, str]]) -> list[Row]:
+    """`check_case`, and bit-exact repetition on the first case of each kind, and wherever patches repeat."""
+    try:
+        rows = check_case(candidate, case, dtype)
+    except InputUnavailable as error:
+        where = str(candidate.device)
+        return [Row(candidate.name, case.op, dtype, case.name, "all", SKIPPED, reason=str(error), device=where)]
+    except Exception as error:  # after a fault on a GPU everything there raises, but what was found stays found
+        return [_broken(candidate, case.op, case.name, dtype, "all", error)]
+    key = (candidate.name, case.op, dtype)
+    if all(row.status == PASSED for row in rows) and (key not in repeated or getattr(case, "repeat_keep", False)):
+        repeated.add(key)
+        rows.append(_check_repeat(candidate, case, dtype))
+    return rows
+
+
+def _broken(candidate: Candidate, op: str, case: str, dtype: str, quantity: str, error: Exception) -> Row:
+    reason = f"{type(error).__name__}: {error}"
+    return Row(candidate.name, op, dtype, case, quantity, FAILED, reason=reason, device=str(candidate.device))
+
+
 def _check_repeat(candidate: Candidate, case: Case, dtype: str) -> Row:
-    inputs = make_inputs(case, DTYPES[dtype], candidate.device)
-    first, second = (_candidate_results(candidate, case.op, inputs) for _ in range(2))
+    try:
+        inputs = make_inputs(case, DTYPES[dtype], candidate.device)
+        first, second = (_candidate_results(candidate, case.op, inputs) for _ in range(2))
+    except Exception as error:  # as above
+        return _broken(candidate, case.op, case.name, dtype, "repeat", error)
     differing = [name for name, value in first.items() if not torch.equal(value, second[name])]
     reason = f"two runs differ in {', '.join(differing)}" if differing else ""
     status = FAILED if differing else PASSED
@@ -371,9 +388,17 @@ def _dtype_of(inputs: Inputs, name: str) -> torch.dtype:
 def _three(candidate: Candidate, op: str, inputs: Inputs) -> tuple[Results, Results, Results]:
     """The results of the candidate, of plain PyTorch and of the reference in float64."""
     ours = _candidate_results(candidate, op, inputs)
-    theirs = _results(lambda tensors: _PLAIN[op](inputs, tensors), inputs, _leaves(inputs))
+    options = {"tf32": True} if _is_tf32(candidate, op, inputs.compute) else {}
+    theirs = _results(lambda tensors: _PLAIN[op](inputs, tensors, **options), inputs, _leaves(inputs))
     truth = _results(lambda tensors: _TRUTH[op](inputs, tensors), inputs, _leaves(inputs, torch.float64))
     return ours, theirs, truth
+
+
+def _is_tf32(candidate: Candidate, op: str, compute: torch.dtype) -> bool:
+    """Whether float32 is multiplied at TF32 precision: where torch allows it, and there is hardware or its like."""
+    is_able = candidate.device.type == "cuda" or candidate.name == "triton"
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return op == "patch_embed" and compute is torch.float32 and is_able and allowed
 
 
 def _candidate_results(candidate: Candidate, op: str, inputs: Inputs) -> Results:

@@ -92,6 +92,35 @@ def test_memory_is_poisoned_and_settings_restored() -> None:
     )
 
 
+def test_a_case_that_breaks_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a fault on a GPU, when not even the inputs of the next case can be made."""
+    make = runner_module.make_inputs
+
+    def broken(case: object, *args: object) -> object:
+        if case == EMBED[1]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return make(case, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner_module, "make_inputs", broken)
+    rows = validate_function(reference.patch_embed, dtypes=["fp32"], cases=EMBED[:3]).rows
+    assert [row.case for row in rows if row.status == "failed"] == [EMBED[1].name]
+    assert {row.case for row in rows if row.status == "passed"} == {EMBED[0].name, EMBED[2].name}
+    assert "RuntimeError: CUDA error: an illegal" in next(row.reason for row in rows if row.status == "failed")
+
+
+def test_a_repetition_that_breaks_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def once(*args: object, **kwargs: object) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("the second call")
+        return reference.patch_embed(*args, **kwargs)  # type: ignore[arg-type]
+
+    failures = validate_function(once, dtypes=["fp32"], cases=EMBED[:1]).failures
+    assert [(row.quantity, row.reason) for row in failures] == [("repeat", "RuntimeError: the second call")]
+
+
 def test_report_prints_and_serialises() -> None:
     rows = (
         Row("cpu", "patch_embed", "float32", "a", "forward", "passed", 1e-7, 4e-7, "all values"),
