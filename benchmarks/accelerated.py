@@ -43,7 +43,8 @@ class Setup:
     def original(self) -> nn.Module:
         """The library's own, from seed 0."""
         overrides = {"depth": self.depth} if self.depth else {}
-        return models.RIVALS[self.library](self.model, **overrides).to(self.device)
+        with self.device:  # see `model.Setup.make`
+            return models.RIVALS[self.library](self.model, **overrides).to(self.device)
 
     def accelerated(self, backend: str) -> nn.Module:
         """The same model, accelerated."""

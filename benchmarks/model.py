@@ -59,7 +59,8 @@ class Setup:
 
     def make(self, build: Callable[..., nn.Module]) -> nn.Module:
         """A model of `models`, on the device."""
-        return build(self.model, self.residual, **self.overrides).to(self.device)
+        with self.device:  # one core of a CPU would take seconds to draw the numbers of a whole model
+            return build(self.model, self.residual, **self.overrides).to(self.device)
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Random images [B, 3, 224, 224] and labels [B]."""

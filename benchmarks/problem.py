@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastvit.backend import BACKENDS, available_backends
+from fastvit.backend import BACKENDS, available_backends, check_known
 from fastvit.benchmarks.rows import OURS, Row
 from fastvit.benchmarks.timing import (
     Call,
@@ -30,10 +31,17 @@ SIZES = ("tiny", "small", "full")
 FORWARD, BOTH, STEP = "forward", "forward+backward", "training step"
 COMPILED, MAX_AUTOTUNE, CHANNELS_LAST = "compiled", "compiled max-autotune", "channels_last"  # settings of rivals
 GRAPH = ", cuda graph"
+WITHOUT = "FASTVIT_WITHOUT"  # environment variable: backends that are left out, separated by commas
+NO_COMPILE = "FASTVIT_NO_COMPILE"  # environment variable: where it is set, nothing is compiled by torch.compile
+NOT_COMPILED = f"not compiled in this run: {NO_COMPILE} is set"
 
 
 class Unavailable(RuntimeError):
     """A contender can't run here, or does not compute the right thing; the message is the reason in its row."""
+
+
+class NotCompiled(Unavailable):
+    """A contender was to be compiled, in a run that is to do without."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +91,22 @@ Plan = list[tuple[str, Callable[[], Iterator[Problem]]]]
 
 
 def our_backends(device: torch.device) -> list[str]:
-    """Backends worth timing on a device: all that run there at full speed, the reference left out."""
+    """Backends worth timing on a device: all that run there at full speed, but for the reference and `left_out`."""
     reasons = available_backends(device)
-    return [b for b in BACKENDS if b != "reference" and not reasons[b] and not is_interpreted(b, device)]
+    without = ("reference", *left_out())
+    return [b for b in BACKENDS if b not in without and not reasons[b] and not is_interpreted(b, device)]
+
+
+def left_out() -> list[str]:
+    """Backends that the environment variable FASTVIT_WITHOUT names, so that a broken one can be gone round.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    names = [part.strip() for part in os.environ.get(WITHOUT, "").split(",") if part.strip()]
+    for name in names:
+        check_known(name, WITHOUT)
+    return names
 
 
 def check_size(size: str) -> None:
@@ -230,8 +251,11 @@ def compiled(function: Callable[[], Result], device: torch.device, setting: str 
     """The function under torch.compile, compiled now.
 
     Raises:
+        NotCompiled: the environment variable FASTVIT_NO_COMPILE is set.
         Unavailable: it can't be compiled here.
     """
+    if os.environ.get(NO_COMPILE):
+        raise NotCompiled(NOT_COMPILED)
     call = torch.compile(_with_own_code(function), dynamic=False, **_COMPILE_OPTIONS[setting])
     started = time.monotonic()
     try:

@@ -1,10 +1,12 @@
 """Record benchmark rows and the page that shows them.
 
     python -m fastvit.benchmarks.record [--size small|full] [--threads N] [SUITE ...]
+    python -m fastvit.benchmarks.record --from out/gpu/bench.jsonl [SUITE ...]
     python -m fastvit.benchmarks.record --render
 
 Writes benchmarks/results/<machine>/<suite>.jsonl, one file a suite, then benchmarks/RESULTS.md from all files there,
-those of other machines included. With --render only the page is written. Run it on a machine that does nothing else.
+those of other machines included. With --from the rows are those of a file that `make gpu` has written, with --render
+only the page is. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -80,6 +82,20 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n\n"
 
 
+def of_campaign(rows: Sequence[Row], suites: Sequence[str]) -> Iterator[list[Row]]:
+    """The rows of each suite that a campaign has measured; of a case that several stages did, the last one's."""
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        known = cases.setdefault(row.case, [])
+        if known and known[-1].command != row.command:
+            known.clear()
+        known.append(row)
+    for suite in suites:
+        found = [row for measured in cases.values() for row in measured if row.op == suite]
+        if found:
+            yield found
+
+
 def _ratio(ratio: float | None) -> str:
     return "" if ratio is None else f"**{ratio:.2f}x**" if ratio < 1 else f"{ratio:.2f}x"
 
@@ -89,38 +105,64 @@ def _time(row: Row) -> str:
     return f"{median:.2f} ms ({p20:.2f} to {p80:.2f})"
 
 
+def _measured(options: argparse.Namespace, suites: Sequence[str]) -> Iterator[list[Row]]:
+    """The rows of each suite, measured here and now."""
+    for name in suites:
+        yield run_suites(
+            [name],
+            options.size,
+            "cuda" if torch.cuda.is_available() else "cpu",
+            lambda done, total, title: print(f"{done}/{total} {title}", file=sys.stderr, flush=True),
+            seconds=options.seconds,
+            threads=options.threads,
+        )
+
+
+def _recorded(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows that are to be written, suite by suite.
+
+    Raises:
+        OSError, ValueError: the file of a campaign can't be read, or is none.
+    """
+    suites = options.suites or list(SUITES)
+    if options.render:
+        return iter(())
+    if not options.source:
+        return _measured(options, suites)
+    found = list(of_campaign(read_json_lines(options.source), suites))
+    if not found:
+        raise ValueError(f"{options.source}: no rows of {', '.join(suites)}")
+    return iter(found)
+
+
 def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
-    """The command line; returns the exit code: 1 if a case of ours was not timed."""
+    """The command line; returns the exit code: 1 if a case of ours was not timed here."""
     about_this = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m fastvit.benchmarks.record", description=about_this)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's setting")
     parser.add_argument("--seconds", type=float, help="to spend on timing each case")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="take the rows of a campaign instead")
     parser.add_argument("--render", action="store_true", help="only write RESULTS.md from the recorded rows")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.suites if name not in SUITES]
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}; known: {', '.join(SUITES)}")
     results = folder / "results"
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
     missing = 0
-    for name in [] if options.render else options.suites or list(SUITES):
-        rows = run_suites(
-            [name],
-            options.size,
-            kind,
-            lambda done, total, title: print(f"{done}/{total} {title}", file=sys.stderr, flush=True),
-            seconds=options.seconds,
-            threads=options.threads,
-        )
-        write_json_lines(rows, results / machine(rows[0]) / f"{name}.jsonl")
+    try:
+        measured = _recorded(options)
+    except (OSError, ValueError) as error:
+        parser.error(f"--from: {error}")
+    for rows in measured:
+        write_json_lines(rows, results / machine(rows[0]) / f"{rows[0].op}.jsonl")
         missing += sum(row.is_ours and row.median_us is None for row in rows)
     recorded = [(path.parent.name, path.stem, read_json_lines(path)) for path in sorted(results.glob("*/*.jsonl"))]
     page = folder / "RESULTS.md"
     page.write_text(render(recorded), encoding="utf-8")
     print(f"Wrote {page.name} from {len(recorded)} files")
-    return int(missing > 0)
+    return int(missing > 0 and not options.source)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,12 @@ def _compiler_of_extension() -> str:
 
 @functools.lru_cache
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where the code differs from it; "" outside a checkout."""
+    """The checkout's commit, with "-dirty" where the code differs from it; "" outside a checkout.
+
+    The environment variable FASTVIT_COMMIT says it of a copy that has no history.
+    """
+    if os.environ.get("FASTVIT_COMMIT"):
+        return os.environ["FASTVIT_COMMIT"]
     root = str(Path(__file__).resolve().parents[1])
     revision = _output_of("git", "-C", root, "rev-parse", "--short=12", "HEAD")
     if not revision:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastvit.benchmarks import accelerated, add_position, input, masked, model, patch_embed
-from fastvit.benchmarks.problem import Plan, check_size, measure, steady
+from fastvit.benchmarks.problem import Plan, Problem, check_size, measure, steady
 from fastvit.benchmarks.rows import Row, command_line, commit, device_name, format_table, versions, write_json_lines
 
 __all__ = ["SUITES", "format_table", "run_plan", "run_suites", "write_json_lines"]
@@ -35,6 +35,7 @@ def run_suites(
     progress: Progress | None = None,
     *,
     on_rows: Callable[[list[Row]], None] | None = None,
+    only: Callable[[Problem], bool] | None = None,
     seconds: float | None = None,
     threads: int | None = None,
 ) -> list[Row]:
@@ -47,6 +48,7 @@ def run_suites(
         device: default: CUDA where there is one, else the CPU.
         progress: called as progress(done, total, description) before each case and at the end.
         on_rows: called with the rows of each case as they come, so that a cut-off loses nothing.
+        only: which problems are measured; default: all.
         seconds: to spend on timing each case; default: by size.
         threads: of the CPU; default: torch's setting.
 
@@ -63,7 +65,7 @@ def run_suites(
             raise ValueError(f"suites: unknown suite {name!r}; known: {', '.join(SUITES)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = [case for name in chosen for case in SUITES[name](size, where)]
-    return run_plan(plan, where, seconds or SECONDS[size], progress, on_rows=on_rows, threads=threads)
+    return run_plan(plan, where, seconds or SECONDS[size], progress, on_rows=on_rows, only=only, threads=threads)
 
 
 def run_plan(
@@ -73,6 +75,7 @@ def run_plan(
     progress: Progress | None = None,
     *,
     on_rows: Callable[[list[Row]], None] | None = None,
+    only: Callable[[Problem], bool] | None = None,
     threads: int | None = None,
 ) -> list[Row]:
     """`run_suites` for a plan of one's own choice."""
@@ -88,6 +91,8 @@ def run_plan(
             if progress:
                 progress(done, len(plan), title)
             for problem in problems():
+                if only and not only(problem):
+                    continue
                 found = [replace(row, **stamp) for row in measure(problem, device, seconds)]
                 rows += found
                 if on_rows:

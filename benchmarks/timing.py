@@ -180,6 +180,9 @@ class Ceilings:
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measured once a process: the best rate of a large square GEMM, and of a copy that no cache holds.
 
+    On a GPU products of float32 are made as those of convolutions are, and so of patch embeddings: by torch's default
+    in TF32, while `torch.mm` takes all bits of its factors.
+
     On a CPU the GEMM is in float32 unless half precision is multiplied in hardware, and it is the better of PyTorch's
     two libraries: on some processors MKL, which `torch.mm` calls, runs at half the rate of oneDNN.
     """
@@ -194,5 +197,18 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     calls: list[Call] = [lambda: target.copy_(source), lambda: torch.mm(left, right, out=product)]
     if not on_gpu:
         calls.append(lambda: gemm.add_product(None, left, right.t()))
-    copy, *products = interleave(calls, device, 1.0 if on_gpu else 0.8)
+    with float32_products(torch.backends.cudnn.conv.fp32_precision):  # type: ignore[attr-defined]
+        copy, *products = interleave(calls, device, 1.0 if on_gpu else 0.8)
     return Ceilings(2 * size**3 / min(timing.p20_us for timing in products), 8 * values / copy.p20_us)
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Make matrix products of float32 on a GPU in a precision of torch's: "ieee", "tf32" or "none"."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -13,6 +13,10 @@ from fastvit.backend import available_backends, reset_launch_counts
 # A tuning table of this machine must not choose what the tests run; processes that they start inherit this.
 os.environ["FASTVIT_TUNING"] = "off"
 
+# float32 is held to what float32 can do; tests that are about TF32 switch it on themselves. This flag, rather than that
+# of convolutions alone, because `torch.backends.cudnn.flags` refuses to work where the two disagree.
+torch.backends.cudnn.allow_tf32 = False
+
 # Deadlines measure the machine, not the code. On a GPU each fresh shape may compile nothing, but costs transfers.
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": bool(os.environ.get("CI"))}
 settings.register_profile("default", max_examples=100, **_COMMON)
@@ -26,6 +30,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def _fresh_state() -> None:
     torch.manual_seed(0)
     reset_launch_counts()
+
+
+def pytest_runtest_teardown() -> None:
+    """End a worker of pytest-xdist in which CUDA is broken; another one takes its place.
+
+    What a kernel does wrong stays with its process: every later call of CUDA fails, and so would every later test. By
+    now the outcome of this test's call is with the process that collects it.
+    """
+    if os.environ.get("PYTEST_XDIST_WORKER") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(70)  # neither Python nor CUDA could clean up
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,10 @@ from pathlib import Path
 
 from fastvit.benchmarks.campaign.runner import BUDGET, campaign, describe_device, end_inside, find_stages
 from fastvit.benchmarks.campaign.stages import STAGES
+from fastvit.benchmarks.problem import NO_COMPILE, WITHOUT, left_out
+
+ENVIRONMENT = f"""environment: {WITHOUT}: backends to leave out, separated by commas; {NO_COMPILE}: if set, no
+torch.compile; FASTVIT_COMMIT: the commit that rows name, where the code is a copy without its history"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,10 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastvit.benchmarks.campaign",
         description="Everything that only a GPU can tell: correctness, speed, tuning and profiles.",
+        epilog=ENVIRONMENT,
     )
     known = ", ".join(stage.name for stage in STAGES)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "out/gpu"), help="folder of results")
-    parser.add_argument("--stage", action="append", help=f"of {known}: only these; repeat, or separate by commas")
+    chosen = f"of {known}: only these; repeat, or separate by commas; validate_* is all that start so"
+    parser.add_argument("--stage", action="append", help=chosen)
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all stages together")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and look for a device, nothing more")
     parser.add_argument("--inside", help=argparse.SUPPRESS)  # a stage, in this process
@@ -32,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a stage prints may not be in this terminal's alphabet
     try:
+        left_out()
         stages = find_stages(STAGES, [options.inside] if options.inside else options.stage)
     except ValueError as error:
         parser.error(str(error))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 
 from fastvit.backend import available_backends
-from fastvit.benchmarks.problem import our_backends
+from fastvit.benchmarks.problem import WITHOUT, left_out, our_backends
 
 FOR_GPUS = ("triton", "cuda")
 
 
 def backends_of(device: str) -> list[str]:
-    """All that run on a device at full speed. Of those that are for GPUs and can't run, the reason is printed."""
+    """All that run on a device at full speed. Of those that are for GPUs and don't, the reason is printed."""
     found = our_backends(torch.device(device))
-    reasons = available_backends(device)
     for name in FOR_GPUS:
         if name not in found:
-            print(f"without {name}: {reasons[name]}", flush=True)
+            print(f"without {name}: {why_not(name, device)}", flush=True)
     return found
+
+
+def why_not(backend: str, device: str) -> str:
+    """Why a backend is not among `backends_of`."""
+    return f"{WITHOUT} names it" if backend in left_out() else available_backends(device)[backend]

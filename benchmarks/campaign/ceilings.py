@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from fastvit.benchmarks.campaign.output import PASSED, Lines, report
 from fastvit.benchmarks.problem import filled
 from fastvit.benchmarks.rows import Row, commit, device_name, versions
-from fastvit.benchmarks.timing import Call, Timing, interleave
+from fastvit.benchmarks.timing import Call, Timing, float32_products, interleave
 
 COMMAND = "make gpu STAGE="  # what a row of the campaign says it was measured by
 OP = "ceiling"
@@ -57,21 +56,10 @@ def measure(device: torch.device, size: int, values: int, seconds: float) -> Ite
 def _time_product(device: torch.device, size: int, dtype: torch.dtype, precision: str, seconds: float) -> Timing:
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
-    with _float32_products(precision):
+    with float32_products(precision):
         return _timed(lambda: torch.mm(left, right, out=product), device, seconds)
 
 
 def _timed(call: Call, device: torch.device, seconds: float) -> Timing:
     (timing,) = interleave([call], device, seconds)
     return timing
-
-
-@contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -1,8 +1,10 @@
-"""Stages tests, primitives and validate: the same tests and the same cases as everywhere, on the GPU."""
+"""Stages tests, primitives and validate_*: the same tests and the same cases as everywhere, on the GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -15,15 +17,16 @@ from typing import Any
 import torch
 
 from fastvit.benchmarks.campaign import pytest_rows
-from fastvit.benchmarks.campaign.output import FAILED, SKIPPED, Lines, passed_if, print_table, report
-from fastvit.validation import Report, check_primitives
+from fastvit.benchmarks.campaign.backends import backends_of, why_not
+from fastvit.benchmarks.campaign.output import FAILED, SKIPPED, Lines, passed_if, print_table, progress, report
+from fastvit.validation import Report, Row, check_primitives
 from fastvit.validation import validate as validate_backends
 from fastvit.validation.cases import DTYPES, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/gpu", "tests/cuda/test_on_gpu.py", "tests/ops", "tests/kernels", "tests/model")
 WORKERS = 8
-ONE_TEST = 60  # seconds after which a test counts as hung
+ONE_TEST = 25  # seconds after which a test counts as hung
 GLANCE = 10.0  # seconds between looks at what the tests have found so far
 
 
@@ -44,7 +47,8 @@ def tests(out: Path, paths: Sequence[str] = TESTS) -> str:
             try:
                 process.wait(GLANCE)
             except subprocess.TimeoutExpired:
-                report(figure=_counted(_read(rows)))
+                found = list(_read(rows))
+                report(figure=_counted(found), running=_running(found))
     found = list(_read(rows))
     for row in found:
         if row["status"] == "failed":
@@ -58,7 +62,7 @@ def tests(out: Path, paths: Sequence[str] = TESTS) -> str:
 
 
 def _pytest_arguments() -> list[str]:
-    arguments = ["-m", "pytest", "-q", "--continue-on-collection-errors"]
+    arguments = ["-m", "pytest", "-q", "--tb=short", "--continue-on-collection-errors"]
     arguments += ["-p", "no:cacheprovider", "-p", pytest_rows.__name__]
     if _has("xdist"):
         arguments += ["-n", str(min(WORKERS, len(os.sched_getaffinity(0))))]
@@ -84,6 +88,12 @@ def _counted(rows: Iterable[dict[str, Any]]) -> str:
     return ", ".join(f"{counts[status]} {status}" for status in ("passed", "failed", "skipped"))
 
 
+def _running(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Tests that have started and not ended: where the tests are cut off, one of them hung."""
+    ended = {row["test"] for row in rows if row["status"] != pytest_rows.STARTED}
+    return [row["test"] for row in rows if row["test"] not in ended]
+
+
 def primitives(out: Path, device: str = "cuda") -> str:
     """`fastvit validate --primitives`: what the CUDA C++ kernels are made of, against the emulation of it."""
     found = check_primitives(device)
@@ -95,18 +105,39 @@ def primitives(out: Path, device: str = "cuda") -> str:
     return passed_if(found.ok) if ran else SKIPPED
 
 
-def validate(out: Path, device: str = "cuda", quick: bool = False) -> str:
-    """Every backend of the device against float64, an op and a dtype at a time."""
+def validate(backend: str, out: Path, device: str = "cuda", quick: bool = False) -> str:
+    """One backend against float64, an op and a dtype at a time; skipped where it can't run.
+
+    A backend has a process of its own, since a kernel that goes wrong breaks CUDA for all that run in the same one.
+    """
+    if backend not in backends_of(device):
+        report(figure=f"without {backend}: {why_not(backend, device)}")
+        return SKIPPED
     lines = Lines(out / "validate.jsonl")
     whole = Report()
-    for op in OPS:
-        for dtype in DTYPES:
-            part = validate_backends(ops=[op], dtypes=[dtype], quick=quick, device=device)
-            lines.write(part.to_json_lines().splitlines())
-            whole = Report(whole.rows + part.rows)
-            report(figure=whole.summary())
-            if torch.device(device).type == "cuda":
-                torch.cuda.empty_cache()
+    for op, dtype in itertools.product(OPS, DTYPES):
+        part = _validate_part(backend, op, dtype, quick, device)
+        lines.write(part.to_json_lines().splitlines())
+        whole = Report(whole.rows + part.rows)
+        report(figure=whole.summary())
+        with contextlib.suppress(RuntimeError):  # where CUDA is broken, the rows say so
+            torch.cuda.empty_cache()
     print_table(whole.table)
     print(whole.summary())
     return passed_if(whole.ok)
+
+
+def _validate_part(backend: str, op: str, dtype: str, quick: bool, device: str) -> Report:
+    """The cases of one op in one dtype; what ends them early is a failure of the case that it came in."""
+    titles = [""]
+
+    def note(done: int, total: int, title: str) -> None:
+        progress(done, total, title)
+        titles.append(title)
+
+    try:
+        return validate_backends([backend], [op], [dtype], quick, device, note)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        print(f"{titles[-1]}: {reason}", flush=True)
+        return Report((Row(backend, op, dtype, titles[-1], "all", FAILED, reason=reason, device=device),))

@@ -1,4 +1,4 @@
-"""Stage limits: every even patch from 2 to 32 and an odd one, and batches whose offsets pass 2^31 values.
+"""Stage limits: batches whose offsets pass 2^31 values, and every even patch from 2 to 32 and an odd one.
 
 Forward and every gradient against float64, by the rule of `fastvit.validation.tolerance`, outputs poisoned with NaN
 beforehand. The numbers are new ones each time: a case's name holds the seed of the run, and its numbers come from the
@@ -68,13 +68,13 @@ def limits(
     out: Path, device: str = "cuda", backends: Sequence[str] | None = None, patches: Sequence[int] = PATCHES,
     dtypes: Iterable[str] = ("bfloat16", "float16", "float32"), threshold: int = THRESHOLD,
 ) -> str:  # fmt: skip
-    """All patches in both layouts, raw and float images; then the large batches. Default: all backends that run."""
+    """The large batches; then all patches in both layouts, raw and float images. Default: all backends that run."""
     lines = Lines(out / "validate.jsonl")
     seed = secrets.randbelow(2**31)
     print(f"seed {seed}, part of every case's name")
     candidates = [backend_candidate(name, device) for name in backends or backends_of(device)]
     whole = Report()
-    checks = _check_patches(candidates, patches, dtypes, seed), _check_beyond(candidates, threshold, seed)
+    checks = _check_beyond(candidates, threshold, seed), _check_patches(candidates, patches, dtypes, seed)
     for rows in itertools.chain(*checks):
         lines.write(row.to_json() for row in rows)
         whole = Report(whole.rows + tuple(rows))
@@ -91,7 +91,13 @@ def _check_patches(
 ) -> Iterator[list[Row]]:
     for dtype, case in itertools.product(dtypes, list(patch_cases(patches, seed))):
         for candidate in candidates:
+            _announce(candidate, case, dtype)
             yield check_case(candidate, case, dtype)
+
+
+def _announce(candidate: Candidate, case: Case, dtype: str) -> None:
+    """Where a kernel hangs, the last line of the log says which."""
+    print(f"{candidate.name} {case.op} {dtype}: {case.name}", flush=True)
 
 
 def patch_cases(patches: Sequence[int], seed: int) -> Iterator[PatchEmbedCase]:
@@ -136,6 +142,7 @@ def beyond_cases(seed: int) -> list[Beyond]:
 def _check_beyond(candidates: Sequence[Candidate], threshold: int, seed: int) -> Iterator[list[Row]]:
     for beyond, candidate in itertools.product(beyond_cases(seed), candidates):
         case, batch = beyond.case, beyond.samples(threshold)
+        _announce(candidate, case, "bfloat16")
         needed, free = beyond.bytes_needed(batch), _free_bytes(candidate.device)
         if needed > free:
             reason = f"needs {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are free"

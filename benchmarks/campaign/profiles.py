@@ -13,6 +13,7 @@ import torch
 
 from fastvit.benchmarks.campaign.backends import backends_of
 from fastvit.benchmarks.campaign.output import Lines, passed_if, print_table, report
+from fastvit.benchmarks.problem import NotCompiled
 from fastvit.benchmarks.profiling import OURS, Setup, format_table, profile
 
 BATCH, MODELS, RIVAL = 256, ("S", "B"), "timm"
@@ -29,7 +30,8 @@ def plan(backends: Sequence[str]) -> list[Setup]:
 def profiles(
     out: Path, device: str = "cuda", setups: Iterable[Setup] | None = None, top: int = 12, **overrides: Any
 ) -> str:
-    """Each profile is printed and written when it is there; one that fails does not keep the others from running."""
+    """Each profile is printed and written when it is there; one that fails does not keep the others from running, and
+    one that was to be compiled, in a run that does without, is skipped."""
     lines = Lines(out / "profile.jsonl")
     words: list[str] = []
     failed = 0
@@ -37,6 +39,9 @@ def profiles(
         print(f"{setup} ...", flush=True)
         try:
             found = profile(setup, device, **overrides)
+        except NotCompiled as error:
+            print(f"{setup}: skipped: {error}", flush=True)
+            continue
         except Exception as error:
             failed += 1
             print(f"{setup}: {type(error).__name__}: {error}", flush=True)

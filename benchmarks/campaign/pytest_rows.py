@@ -1,4 +1,6 @@
-"""A pytest plugin: a line of JSON for each test as it ends, so that a cut-off leaves what was found.
+"""A pytest plugin: a line of JSON for each test as it starts and as it ends.
+
+A cut-off leaves what was found, and the names of the tests that it came in.
 
 FASTVIT_TEST_ROWS=rows.jsonl pytest -p fastvit.benchmarks.campaign.pytest_rows
 """
@@ -15,6 +17,7 @@ import pytest
 from fastvit.benchmarks.campaign.output import Lines
 
 VARIABLE = "FASTVIT_TEST_ROWS"
+STARTED = "started"  # the status of a test that has not ended
 
 
 class Rows:
@@ -22,6 +25,10 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self._lines = Lines(path)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """A test that hangs has no other row."""
+        self._write(nodeid, STARTED, 0.0, None)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Set-up and tear-down count where something went wrong in them; a crashed worker's report has no phase."""
@@ -39,14 +46,14 @@ class Rows:
 
 
 def message_of(details: Any) -> str:
-    """One line of what pytest has to say of a test: the reason of a skip, the error of a failure."""
+    """One line of what pytest has to say of a test: the reason of a skip, the place and the error of a failure."""
     if not details:
         return ""
     if isinstance(details, tuple):  # a skip: file, line, reason
         return str(details[2])[:300]
     crash = getattr(details, "reprcrash", None)
     lines = str(crash.message if crash else details).strip().splitlines() or [""]
-    return (lines[0] if crash else lines[-1])[:300]
+    return (f"{os.path.relpath(crash.path)}:{crash.lineno}: {lines[0]}" if crash else lines[-1])[:300]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import fnmatch
+import itertools
 import json
 import os
 import signal
@@ -10,16 +13,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from fastvit.benchmarks.campaign.output import EXIT_CODES, FAILED, FILES, PASSED, SKIPPED, Lines, Log, understood
 
 BUDGET = 500  # seconds for all stages together: with installation and start-up less than nine minutes
-LEAST = 5.0  # seconds with which a stage is still worth starting
+LEAST = 0.6  # of its share, with which a stage is still worth starting: it takes seconds to load what it needs
+DUMP = 0.5  # seconds that a stage has to say where it hangs, before it is killed
 GRACE = 5.0  # seconds that a killed process has to go
+STDERR = 2  # the file itself, which the campaign listens to, whatever Python's stream is
 NO_DEVICE = "no CUDA device"
 CUT_OFF, NO_TIME = "cut off", "no time left"  # what a stage can't say of itself
 
@@ -29,13 +34,14 @@ class Stage:
     """A step of the campaign.
 
     `share` is its part of the budget in seconds; `run` is called with the folder in a process of its own and returns
-    PASSED, FAILED or SKIPPED.
+    PASSED, FAILED or SKIPPED; `environment` is what that process has in its environment in addition.
     """
 
     name: str
     share: int
     about: str
     run: Callable[[Path], str]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ class Listener:
 
 
 def find_stages(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[Stage]:
-    """The wanted stages in the campaign's order; names may hold several, separated by commas. None: all.
+    """The wanted stages in the campaign's order; names may hold several, separated by commas, and a * in one stands
+    for any letters. None: all.
 
     Raises:
         ValueError: no such stage.
@@ -81,10 +88,10 @@ def find_stages(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[S
         return list(stages)
     names = [part.strip() for value in wanted for part in value.split(",") if part.strip()]
     known = [stage.name for stage in stages]
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if not fnmatch.filter(known, name)]
     if unknown or not names:
         raise ValueError(f"--stage {unknown[0] if unknown else '(empty)'}: known are {', '.join(known)}")
-    return [stage for stage in stages if stage.name in names]
+    return [stage for stage in stages if any(fnmatch.fnmatchcase(stage.name, name) for name in names)]
 
 
 def describe_device() -> dict[str, Any]:
@@ -119,28 +126,33 @@ def campaign(
     results = []
     for stage, deadline in zip(stages, _deadlines(stages, started, budget), strict=True):
         left = deadline - time.monotonic()
-        result = run_stage(stage, out, left, log) if left >= LEAST else Result(stage.name, NO_TIME, 0.0)
+        is_worth_it = left >= LEAST * stage.share
+        result = run_stage(stage, out, left, log) if is_worth_it else Result(stage.name, NO_TIME, 0.0)
         results.append(result)
         summary.write([json.dumps(asdict(result))])
     log("summary", format_results(results), bare=True)
+    not_run = [result.stage for result in results if result.status == NO_TIME]
+    if not_run:
+        log("summary", f"Not run, since {budget:.0f} s were too few: {', '.join(not_run)}", bare=True)
     log("summary", f"Results: {out}", bare=True)
     return int(any(result.status not in (PASSED, SKIPPED) for result in results))
 
 
 def _deadlines(stages: Sequence[Stage], started: float, budget: float) -> list[float]:
-    """When each stage must have ended: the budget is shared out in proportion, and nobody's share is another's."""
-    total = sum(stage.share for stage in stages)
-    spent, deadlines = 0.0, []
-    for stage in stages:
-        spent += budget * stage.share / total
-        deadlines.append(started + spent)
-    return deadlines
+    """When each stage must have ended: the budget is shared out in proportion, and nobody's share is another's.
+
+    A budget smaller than all shares together goes to the first stages, and the last ones have what those leave unspent:
+    with less than its share a stage finds out little.
+    """
+    stretch = max(1.0, budget / sum(stage.share for stage in stages))
+    spent = itertools.accumulate(stretch * stage.share for stage in stages)
+    return [started + min(seconds, budget) for seconds in spent]
 
 
 def run_stage(stage: Stage, out: Path, seconds: float, log: Log) -> Result:
     """Run a stage in its own process, pass on what it prints, and end it when its seconds are over."""
     command = [sys.executable, "-u", "-m", "fastvit.benchmarks.campaign", "--inside", stage.name, "--out", str(out)]
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:replace"}
+    environment = {**os.environ, **stage.environment, "PYTHONIOENCODING": "utf-8:replace"}
     environment.pop("TRITON_INTERPRET", None)
     started = time.monotonic()
     process = subprocess.Popen(
@@ -173,11 +185,14 @@ def _follow(process: subprocess.Popen[str], listener: Listener, seconds: float) 
     assert process.stdout is not None
     reader = threading.Thread(target=listener.listen, args=(process.stdout,), daemon=True)
     reader.start()
+    last = None  # what it said of itself, before it was asked where it is
     try:
         code = process.wait(seconds)
         status = next((name for name, known in EXIT_CODES.items() if known == code), FAILED)
     except subprocess.TimeoutExpired:
         status = CUT_OFF
+        last = listener.last
+        _ask_where(process)
     finally:
         # The stage leads a session of its own: its pool, its pytest and its compilers go with it.
         with contextlib.suppress(ProcessLookupError):
@@ -185,12 +200,22 @@ def _follow(process: subprocess.Popen[str], listener: Listener, seconds: float) 
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
     reader.join(GRACE)
+    listener.last = listener.last if last is None else last
     return status
+
+
+def _ask_where(process: subprocess.Popen[str]) -> None:
+    """Let a stage print the Python frames that it is in, as `end_inside` made it ready to."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGUSR1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(DUMP)
 
 
 def end_inside(stage: Stage, out: Path) -> int:
     """Run a stage in this process; its exit code."""
     out.mkdir(parents=True, exist_ok=True)
+    faulthandler.register(signal.SIGUSR1, file=STDERR)
     return EXIT_CODES[stage.run(out)]
 
 

@@ -1,9 +1,15 @@
-"""The stages in the order of their importance, and their shares of the budget in seconds."""
+"""The stages in the order of their importance, and their shares of the budget in seconds.
+
+A share is what its stage needs to find something out on a GPU of today: starting takes four seconds, a suite's rivals
+six to eleven more. In front stands what is right or wrong, then what is fast: the suites that matter most without
+torch.compile, which can take longer than all else, and at the end what compiled rivals and the other suites add.
+"""
 
 from __future__ import annotations
 
 import functools
 
+from fastvit.benchmarks.campaign.backends import FOR_GPUS
 from fastvit.benchmarks.campaign.build import build
 from fastvit.benchmarks.campaign.ceilings import ceilings
 from fastvit.benchmarks.campaign.correctness import primitives, tests, validate
@@ -12,34 +18,40 @@ from fastvit.benchmarks.campaign.limits import limits
 from fastvit.benchmarks.campaign.profiles import profiles
 from fastvit.benchmarks.campaign.runner import Stage
 from fastvit.benchmarks.campaign.sanitize import sanitize
-from fastvit.benchmarks.campaign.suites import suite
+from fastvit.benchmarks.campaign.suites import compiled, suite
 from fastvit.benchmarks.campaign.tuning import tune
 from fastvit.benchmarks.campaign.warm import warm
+from fastvit.benchmarks.problem import NO_COMPILE
 
 
 def _suite(name: str, share: int) -> Stage:
-    return Stage(
-        name, share, f"the suite {name} at size small, side by side with its rivals", functools.partial(suite, name)
-    )
+    about = f"the suite {name} at size small, side by side with its rivals, none of them compiled"
+    return Stage(name, share, about, functools.partial(suite, name), {NO_COMPILE: "1"})
+
+
+def _validate(backend: str) -> Stage:
+    about = f"every case of the validator against float64, by {backend}"
+    return Stage(f"validate_{backend}", 18, about, functools.partial(validate, backend))
 
 
 STAGES = (
-    Stage("build", 70, "the C++/CUDA extension, compiled for this GPU alone", build),
-    Stage("warm", 35, "compile every kernel of the manifest with a pool of processes", warm),
-    Stage("tests", 65, "the tests of ops, kernels and model, CUDA graphs and streams", tests),
-    Stage("primitives", 20, "what the CUDA C++ kernels are made of, against the emulation of it", primitives),
-    Stage("limits", 30, "every even patch from 2 to 32, and 7; batches whose offsets pass 2^31", limits),
-    Stage("validate", 25, "every case of the validator against float64", validate),
-    Stage("sanitize", 30, "memcheck, racecheck and synccheck of compute-sanitizer on the smallest shapes", sanitize),
-    Stage("ceilings", 10, "the rates of matrix products and of a copy", ceilings),
-    _suite("patch_embed", 55),
-    _suite("model", 55),
-    Stage("launch", 10, "what a call costs the host: the public function, the extension's op, torch.add", launch),
-    _suite("masked", 15),
-    _suite("add_position", 10),
-    _suite("input", 10),
-    Stage("tune", 20, "the fastest backend and configuration for each shape of ViT-S and ViT-B", tune),
-    Stage("profile", 20, "time per kernel of ViT-S and ViT-B steps, ours and timm's, eager and compiled", profiles),
-    _suite("accelerated", 8),
-    _suite("accelerated_model", 12),
+    Stage("build", 55, "the C++/CUDA extension, compiled for this GPU alone", build),
+    Stage("warm", 30, "compile and load every kernel of the manifest with a pool of processes", warm),
+    Stage("tests", 55, "the tests of ops, kernels and model, CUDA graphs and streams", tests),
+    Stage("primitives", 12, "what the CUDA C++ kernels are made of, against the emulation of it", primitives),
+    Stage("limits", 22, "batches whose offsets pass 2^31; every even patch from 2 to 32, and 7", limits),
+    *(_validate(backend) for backend in FOR_GPUS),
+    Stage("sanitize", 22, "memcheck, racecheck and synccheck of compute-sanitizer on the smallest shapes", sanitize),
+    Stage("ceilings", 12, "the rates of matrix products and of a copy", ceilings),
+    _suite("patch_embed", 45),
+    _suite("model", 45),
+    Stage("launch", 12, "what a call costs the host: the public function, the extension's op, torch.add", launch),
+    _suite("add_position", 14),
+    Stage("tune", 22, "the fastest backend and configuration for each shape of ViT-S and ViT-B", tune),
+    Stage("profile", 22, "time per kernel of ViT-S and ViT-B steps, ours and timm's, eager and compiled", profiles),
+    Stage("compiled", 30, "the cases of the suites that have compiled rivals, beside those", compiled),
+    _suite("input", 14),
+    _suite("accelerated", 20),
+    _suite("accelerated_model", 20),
+    _suite("masked", 12),
 )

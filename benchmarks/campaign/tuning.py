@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from fastvit.benchmarks.campaign.output import PASSED, progress, report
 from fastvit.tuning import Table
@@ -13,12 +17,14 @@ MODELS = ("S", "B")
 
 
 def tune(out: Path, device: str = "cuda", models: Sequence[str] = MODELS) -> str:
-    """The table grows and is written model by model."""
+    """The table grows and is written batch by batch and model by model, the largest batch first."""
+    from fastvit.benchmarks.tune import scope_of
     from fastvit.benchmarks.tune import tune as measure
 
+    scope = scope_of(torch.device(device), quick=True)
     table: Table | None = None
-    for model in models:
-        found = measure(device, [model], quick=True, progress=progress)
+    for batch, model in itertools.product(sorted(scope.batches, reverse=True), models):
+        found = measure(device, [model], scope=replace(scope, batches=(batch,)), progress=progress)
         table = found if table is None else table.merged(found)
         table.save(out / "tuning.json")
         report(figure=summary(table))

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit.backend import launch_counts, reset_launch_counts
-from fastvit.benchmarks import accelerated
+from fastvit.benchmarks import accelerated, models
 from fastvit.benchmarks.problem import Contender, Problem, Unavailable
 from fastvit.benchmarks.runner import run_suites
 from fastvit.interop.measuring import GRADIENTS, LOGITS, TOKENS
@@ -42,6 +42,18 @@ def test_both_compute_the_same() -> None:
             assert ours.std() > 0 and relative_error(ours, original.double()) < 1e-5
             seen += 1
     assert seen == 3
+
+
+def test_originals_are_made_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def build(model: str, **overrides: object) -> nn.Module:
+        seen.append(torch.empty(1).device.type)
+        return nn.Linear(1, 1)
+
+    monkeypatch.setitem(models.RIVALS, "timm", build)
+    accelerated.Setup("timm", "Ti", 1, torch.device("meta")).original()
+    assert seen == ["meta"]
 
 
 @pytest.mark.parametrize("task", [TOKENS, LOGITS, GRADIENTS])

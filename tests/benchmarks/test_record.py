@@ -38,6 +38,40 @@ def test_recording_writes_rows_and_page(tmp_path: Path) -> None:
     assert f"## {rows[0].device}" in page and "### add_position" in page
 
 
+def test_a_campaign_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rows stand in one file; of a case that several stages measured, the last one's count."""
+    gpu = {"device": "NVIDIA H100", "commit": "0123456789ab"}
+    embed, add = ("patch_embed", "ViT-S", "float32", "NCHW"), ("add_position", "ViT-S", "float32", "contiguous")
+
+    def row(case: tuple[str, str, str, str], provider: str, mode: str, stage: str, us: float | None) -> Row:
+        return Row(*case, provider, mode, us, us, us, rival=provider, command=f"make gpu STAGE={stage}", **gpu)
+
+    rows = [
+        Row("ceiling", "8192", "bfloat16", "", "torch", "product", 1.0, **gpu),
+        row(embed, "fastvit:triton", "forward", "patch_embed", 10.0),
+        row(embed, "timm compiled", "forward", "patch_embed", None),
+        row(embed, "fastvit:triton", "forward+backward", "patch_embed", 20.0),
+        row(add, "fastvit:triton", "forward", "add_position", 5.0),
+        row(embed, "fastvit:triton", "forward", "compiled", 11.0),
+        row(embed, "timm compiled", "forward", "compiled", 12.0),
+    ]
+    source = tmp_path / "bench.jsonl"
+    write_json_lines(rows, source)
+    assert record.main(["--from", str(source)], tmp_path) == 0
+    folder = tmp_path / "results" / "nvidia-h100"
+    assert {path.name for path in folder.iterdir()} == {"patch_embed.jsonl", "add_position.jsonl"}
+    assert read_json_lines(folder / "patch_embed.jsonl") == [rows[5], rows[6], rows[3]]
+    assert read_json_lines(folder / "add_position.jsonl") == [rows[4]]
+    assert "## NVIDIA H100" in (tmp_path / "RESULTS.md").read_text()
+    capsys.readouterr()
+    for wrong, words in (("nowhere", "No such file"), ("page", "not a benchmark row"), ("empty", "no rows of masked")):
+        (tmp_path / "page").write_text("{")
+        write_json_lines(rows[:1], tmp_path / "empty")
+        with pytest.raises(SystemExit):
+            record.main(["--from", str(tmp_path / wrong), "masked"], tmp_path)
+        assert words in capsys.readouterr().err
+
+
 def test_an_unknown_suite_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         record.main(["speed"], tmp_path)

@@ -60,6 +60,26 @@ def test_models_have_our_weights_and_the_residual_dtype_asked_for(name: str, res
     assert relative_error(found, expected) < 0.02
 
 
+def test_models_are_made_on_their_device() -> None:
+    """And not moved there: a CPU would take seconds to draw the numbers of each."""
+    seen: list[str] = []
+
+    def build(model: str, residual: torch.dtype | None) -> nn.Module:
+        seen.append(torch.empty(1).device.type)
+        return nn.Linear(1, 1)
+
+    Setup("Ti", 1, torch.device("meta")).make(build)
+    assert seen == ["meta"] and torch.empty(1).device == CPU
+
+
+@pytest.mark.parametrize("name", ["ours", *LIBRARIES])
+def test_no_model_draws_its_numbers_elsewhere(name: str) -> None:
+    """Weights that some library made on the CPU all the same would not fit those made on the device."""
+    _need(name)
+    module = Setup("Ti", 1, torch.device("meta"), torch.bfloat16, {"depth": 1}).make(getattr(models, name))
+    assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+
+
 def test_a_model_with_other_weights_is_not_timed() -> None:
     """What a mistake in the translation of weights would be: one parameter that is another's."""
     _need("timm")

@@ -65,6 +65,13 @@ def test_rows_say_where_they_come_from() -> None:
     assert isinstance(commit(), str)
 
 
+def test_a_copy_without_history_can_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVIT_COMMIT", "0123456789ab")
+    assert commit.__wrapped__() == "0123456789ab"
+    monkeypatch.setenv("FASTVIT_COMMIT", "")
+    assert commit.__wrapped__() == commit()
+
+
 def test_a_timing_is_the_median_and_its_spread() -> None:
     timing = Timing.of([float(value) for value in range(11)])
     assert (timing.median_us, timing.p20_us, timing.p80_us, timing.repeats) == (5.0, 2.0, 8.0, 11)

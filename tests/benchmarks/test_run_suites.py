@@ -87,6 +87,28 @@ def test_backends_that_can_run_on_a_gpu_are_ours(missing: str, monkeypatch: pyte
     assert asked == [gpu]
 
 
+def test_a_backend_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "available_backends", lambda device: dict.fromkeys(BACKENDS, ""))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for names, expected in (("", ["cpu", "triton", "cuda"]), ("triton", ["cpu", "cuda"]), (" cuda ,cpu,", ["triton"])):
+        monkeypatch.setenv("FASTVIT_WITHOUT", names)
+        assert [b for b in problem.our_backends(torch.device("cuda")) if b != "emulated"] == expected
+    monkeypatch.setenv("FASTVIT_WITHOUT", "trition")
+    with pytest.raises(ValueError, match="FASTVIT_WITHOUT: unknown backend 'trition'; known: reference, cpu, triton"):
+        problem.our_backends(torch.device("cuda"))
+
+
+def test_a_run_can_do_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> int:
+        return 3
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert problem.compiled(run, torch.device("cpu"))() == 3
+    monkeypatch.setenv("FASTVIT_NO_COMPILE", "1")
+    with pytest.raises(problem.Unavailable, match="not compiled in this run: FASTVIT_NO_COMPILE is set"):
+        problem.compiled(run, torch.device("cpu"))
+
+
 def test_what_is_emulated_or_interpreted_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = dict.fromkeys(BACKENDS, "")
     monkeypatch.setattr(problem, "available_backends", lambda device: everything)
