@@ -504,7 +504,9 @@ class VisionTransformer(nn.Module):
         prefix_tokens = [tokens[:, : self.num_prefix_tokens] for tokens in maps]
         maps = [tokens[:, self.num_prefix_tokens :] for tokens in maps]
         if output_fmt == "NCHW":
-            maps = [tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for tokens in maps]
+            # Not by unflatten, which torch.compile can't trace where a default device is set.
+            grids = [tokens.reshape(len(tokens), rows, columns, tokens.shape[2]) for tokens in maps]
+            maps = [grid.permute(0, 3, 1, 2).contiguous() for grid in grids]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": maps}

@@ -76,7 +76,16 @@ def test_compiles_under_autocast_with_drops_and_checkpointing(residual_dtype, ti
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_compiles_other_methods(tiny):
+@pytest.mark.parametrize("is_default", [True, False], ids=["default_device", "no_default"])
+def test_compiles_other_methods(tiny, device, is_default):
+    if is_default:
+        with torch.device(device):
+            check_compiled_methods(tiny)
+    else:
+        check_compiled_methods(tiny)
+
+
+def check_compiled_methods(tiny):
     model = tiny(reg_tokens=1).eval()
     images = torch.randn(2, 3, 24, 32)
 
