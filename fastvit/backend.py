@@ -124,6 +124,12 @@ def choose(
     return name or _automatic(device.type, _suits_triton(problem, rows) and _is_hopper(device))
 
 
+def multiplies_at_tf32(compute_dtype: torch.dtype) -> bool:
+    """Whether a GPU's products are made at TF32 precision: those of float32, where torch's convolutions may be, since
+    one of them is replaced."""
+    return compute_dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def check_known(name: str, source: str) -> None:
     """Raise ValueError unless `name` is one of :data:`BACKENDS`."""
     if name not in BACKENDS:

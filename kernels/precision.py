@@ -6,12 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fastvit.backend import multiplies_at_tf32
+
 
 def product_precision(compute_dtype: torch.dtype) -> str:
-    """ "ieee" or "tf32": as torch's convolutions make them, since a convolution is what this replaces."""
-    if compute_dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    """ "ieee" or "tf32", in Triton's words."""
+    return "tf32" if multiplies_at_tf32(compute_dtype) else "ieee"
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastvit import functional
-from fastvit.backend import available_backends
+from fastvit.backend import available_backends, multiplies_at_tf32
 from fastvit.benchmarks.campaign.backends import backends_of
 from fastvit.benchmarks.campaign.ceilings import COMMAND
 from fastvit.benchmarks.campaign.output import Lines, passed_if, print_table, report
@@ -164,7 +164,7 @@ def _patch_embed_ops(inputs: Inputs) -> tuple[Call, Call]:
         inputs.tensors[name] for name in ("images", "weight", "bias", "pos_embed", "prefix")
     )
     assert images is not None and weight is not None and prefix is not None
-    normalisation, precision = (inputs.mean, inputs.std), extension.is_tf32(inputs.compute)
+    normalisation, precision = (inputs.mean, inputs.std), multiplies_at_tf32(inputs.compute)
     needs = (False, True, True, True)
     given: list[tuple[Any, ...]] = []
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit.backend import multiplies_at_tf32
 from fastvit.cuda.call import call
 from fastvit.kernels.layout import INT32_LIMIT
 from fastvit.kernels.normalisation import channel_constants, constants_on_device, image_gradient_constants
@@ -46,7 +47,7 @@ def forward(
         keep,
         compute_dtype,
         dtype,
-        tf32=is_tf32(compute_dtype),
+        tf32=multiplies_at_tf32(compute_dtype),
     )
 
 
@@ -66,14 +67,8 @@ def backward(
     grad is [B, R+N, D], or [B, R+N_keep, D] with keep. d_images and d_weight have the shape and dtype of images and
     weight; d_bias is [D] and d_rows [R+N, D], both float32: the gradient summed over patches, and over the batch.
     """
-    op, tf32 = torch.ops.fastvit.patch_embed_backward_cuda, is_tf32(compute_dtype)
+    op, tf32 = torch.ops.fastvit.patch_embed_backward_cuda, multiplies_at_tf32(compute_dtype)
     return run_backward(op, grad, images, weight, mean, std, keep, compute_dtype, prefix_rows, needs, tf32=tf32)
-
-
-def is_tf32(compute_dtype: torch.dtype) -> bool:
-    """Whether products are made at TF32 precision: those of float32, where torch's convolutions may be, as one of them
-    is replaced."""
-    return compute_dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def run_forward(

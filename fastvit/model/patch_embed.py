@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastvit import functional
 from fastvit.checks import normalisation, shape_of
 from fastvit.model.layers import Layer
+from fastvit.ops.decompositions import by_channel
 
 __all__ = ["PatchEmbed", "pad_to_patches", "pair", "resample_patch_weight"]
 
@@ -181,8 +182,7 @@ class PatchEmbed(nn.Module):
             return images
         if not images.is_floating_point():
             images = images.float() / 255  # a mean is no whole number of grey levels
-        # Not from a list, which would be copied from the host: that waits for the device and can't be captured.
-        mean = torch.stack([images.new_full((1, 1), value) for value in self.mean])[None]  # [1, C, 1, 1]
+        mean = by_channel(self.mean, images)[None]  # [1, C, 1, 1]
         batch, channels = images.shape[:2]
         images = torch.cat([images, mean.expand(batch, channels, height, more_columns)], dim=3)
         return torch.cat([images, mean.expand(batch, channels, more_rows, width + more_columns)], dim=2)

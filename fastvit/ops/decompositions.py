@@ -13,7 +13,7 @@ from fastvit.ops import registry
 from fastvit.ops.add_position import add_position
 from fastvit.ops.patch_embed import patch_embed
 
-__all__ = ["decompositions", "normalised", "plain_patch_embed"]
+__all__ = ["by_channel", "decompositions", "normalised", "plain_patch_embed"]
 
 
 def decompositions() -> dict[Any, Callable[..., Tensor]]:
@@ -88,10 +88,11 @@ def normalised(
     if is_uint8:
         images = images / 255
     if mean is not None and std is not None:
-        images = (images - _by_channel(mean, images)) / _by_channel(std, images)
+        images = (images - by_channel(mean, images)) / by_channel(std, images)
     return images.to(dtype)
 
 
-def _by_channel(values: Sequence[float], images: Tensor) -> Tensor:
-    """[C, 1, 1], by ops that a graph can hold: it knows no tensors from lists."""
+def by_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    """[C, 1, 1], by ops that a graph can hold, an exported one or CUDA's: neither knows tensors from lists, which are
+    copied from the host."""
     return torch.stack([images.new_full((1, 1), value) for value in values])

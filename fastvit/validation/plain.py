@@ -9,6 +9,7 @@ therefore made here: operands rounded to TF32, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,34 +38,36 @@ def plain_patch_embed(inputs: Inputs, tensors: dict[str, Tensor | None], tf32: b
     with torch.autocast(x.device.type, inputs.compute, enabled=inputs.autocast):
         x = x if inputs.autocast else x.to(weight.dtype)
         bias = _to(tensors["bias"], weight, inputs)
-        if tf32:
-            tokens = Tf32Convolution.apply(x, weight)
-            tokens = tokens if bias is None else tokens + bias.view(-1, 1, 1)
-        else:
-            tokens = F.conv2d(x, weight, bias, stride=(weight.shape[2], weight.shape[3]))
+        convolution = tf32_conv2d if tf32 else F.conv2d
+        tokens = convolution(x, weight, bias, stride=(weight.shape[2], weight.shape[3]))
         tokens = tokens.flatten(2).transpose(1, 2)
         return _place(tokens, tensors["pos_embed"], tensors["prefix"], inputs.keep).to(inputs.out)
 
 
-class Tf32Convolution(torch.autograd.Function):
-    """float32 images [B, C, H, W], patch weight [D, C, P_h, P_w] -> [B, D, H / P_h, W / P_w], as tensor cores multiply.
+def tf32_conv2d(images: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
+    """`torch.nn.functional.conv2d` of float32 tensors, as tensor cores multiply."""
+    out = _Tf32Convolution.apply(images, weight, stride)
+    return out if bias is None else out + bias.view(-1, 1, 1)
 
-    Forward and both gradients: the two operands are rounded to TF32's ten explicit bits of mantissa, to nearest; their
-    products are added exactly, and the sum is rounded to float32.
+
+class _Tf32Convolution(torch.autograd.Function):
+    """Forward and both gradients: the two operands are rounded to TF32's ten explicit bits of mantissa, to nearest;
+    their products are added exactly, and the sum is rounded to float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, images: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
         ctx.save_for_backward(images, weight)
-        return F.conv2d(_as_tf32(images), _as_tf32(weight), stride=weight.shape[2:]).float()
+        ctx.stride = stride
+        return F.conv2d(_as_tf32(images), _as_tf32(weight), stride=stride).float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         images, weight = (_as_tf32(tensor) for tensor in ctx.saved_tensors)
-        grad, stride = _as_tf32(grads[0]), weight.shape[2:]
-        d_images = conv2d_input(images.shape, weight, grad, stride=stride)
-        d_weight = conv2d_weight(images, weight.shape, grad, stride=stride)
-        return d_images.float(), d_weight.float()
+        grad = _as_tf32(grads[0])
+        d_images = conv2d_input(images.shape, weight, grad, stride=ctx.stride)
+        d_weight = conv2d_weight(images, weight.shape, grad, stride=ctx.stride)
+        return d_images.float(), d_weight.float(), None
 
 
 def _as_tf32(tensor: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from fastvit import functional
-from fastvit.backend import BACKENDS, available_backends, check_known, launch_counts, triton_is_interpreted
+from fastvit.backend import (
+    BACKENDS,
+    available_backends,
+    check_known,
+    launch_counts,
+    multiplies_at_tf32,
+    triton_is_interpreted,
+)
 from fastvit.validation import plain
 from fastvit.validation.cases import (
     DTYPES,
@@ -397,8 +404,7 @@ def _three(candidate: Candidate, op: str, inputs: Inputs) -> tuple[Results, Resu
 def _is_tf32(candidate: Candidate, op: str, compute: torch.dtype) -> bool:
     """Whether float32 is multiplied at TF32 precision: where torch allows it, and there is hardware or its like."""
     is_able = candidate.device.type == "cuda" or candidate.name == "triton"
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return op == "patch_embed" and compute is torch.float32 and is_able and allowed
+    return op == "patch_embed" and is_able and multiplies_at_tf32(compute)
 
 
 def _candidate_results(candidate: Candidate, op: str, inputs: Inputs) -> Results:

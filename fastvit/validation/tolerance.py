@@ -7,7 +7,7 @@ position, column, weight row, pixel row, ...) and for the worst single token row
 a norm over the whole tensor would hide one wrong patch.
 
 The precision is what torch allows: with TF32 allowed for convolutions, as it is by default, float32 on a GPU is held
-to operands rounded to TF32 (see `plain.Tf32Convolution`), and the report says so; without, to float32's own.
+to operands rounded to TF32 (see `plain.tf32_conv2d`), and the report says so; without, to float32's own.
 
 A slice's error is taken relative to its own norm, but at least to the root mean square norm of all slices of its
 kind, so that a slice that happens to be nearly zero does not decide the outcome. There is no absolute tolerance.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -25,20 +24,11 @@ from fastvit.validation.cases import AddPositionCase, PatchEmbedCase, make_input
 from fastvit.validation.faults import planted
 from fastvit.validation.report import Report
 from fastvit.validation.runner import backend_candidate, check_inputs
+from tests.benchmarks.stage_results import last_figure, rows_in
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 BF16 = ("bfloat16",)
 CPU = torch.device("cpu")
-
-
-def _rows(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _figure(printed: str) -> str:
-    """The last one that a stage reported."""
-    values = [found for line in printed.splitlines() if (found := understood(line)) and "figure" in found]
-    return str(values[-1]["figure"])
 
 
 # tests
@@ -68,7 +58,7 @@ def test_each_test_becomes_a_row_and_one_that_hangs_does_not_hold_up_the_others(
     (tmp_path / "test_some.py").write_text(SUITE)
     (tmp_path / "test_import.py").write_text("import no_such_module")
     assert correctness.tests(tmp_path, [str(tmp_path)]) == FAILED
-    rows = _rows(tmp_path / "tests.jsonl")
+    rows = rows_in(tmp_path / "tests.jsonl")
     started = [str(row["test"]).split("::")[-1] for row in rows if row["status"] == "started"]
     assert sorted(started) == ["test_bad", "test_good", "test_hung", "test_later", "test_set_up"]
     found = {str(row["test"]).split("::")[-1].split("/")[-1]: row for row in rows if row["status"] != "started"}
@@ -82,7 +72,7 @@ def test_each_test_becomes_a_row_and_one_that_hangs_does_not_hold_up_the_others(
     assert "no_such_module" in str(found["test_import.py"]["message"])
     assert "crashed while running" in str(found["test_hung"]["message"])
     printed = capsys.readouterr().out
-    assert _figure(printed) == "1 passed, 4 failed, 1 skipped" and "AssertionError: one is" in printed
+    assert last_figure(printed) == "1 passed, 4 failed, 1 skipped" and "AssertionError: one is" in printed
     told = [values for line in printed.splitlines() if (values := understood(line)) and "running" in values]
     assert any("test_hung" in str(values["running"]) for values in told)
     assert "0 passed, 0 failed, 0 skipped" in printed, "counts are told while the tests run"
@@ -149,7 +139,7 @@ def test_after_a_cuda_fault_the_other_tests_have_another_process(tmp_path: Path)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", pytest_rows.__name__, "-p", "no:cacheprovider"]
     subprocess.run([*command, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, check=False)
     found: dict[str, list[object]] = {}
-    for row in _rows(tmp_path / "rows.jsonl"):
+    for row in rows_in(tmp_path / "rows.jsonl"):
         if row["status"] != "started":
             found.setdefault(str(row["test"]).split("::")[-1], []).append(row["status"])
     assert found["test_before"] == found["test_after"] == ["passed"]
@@ -167,7 +157,7 @@ def test_float32_is_tested_as_float32() -> None:
 
 def test_patches_and_large_batches_against_float64(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert limits.limits(tmp_path, "cpu", None, (7,), BF16, 2**19) == PASSED
-    rows = _rows(tmp_path / "validate.jsonl")
+    rows = rows_in(tmp_path / "validate.jsonl")
     assert {row["status"] for row in rows} == {"passed"} and {row["backend"] for row in rows} == {"cpu"}
     cases = list(dict.fromkeys(str(row["case"]).split(", seed")[0] for row in rows))
     beyond = len(limits.beyond_cases(0))
@@ -177,7 +167,7 @@ def test_patches_and_large_batches_against_float64(tmp_path: Path, capsys: pytes
     quantities = {str(row["quantity"]) for row in rows}
     assert {"forward", "d_images", "d_weight", "d_bias", "d_pos_embed", "d_prefix", "d_tokens"} <= quantities
     printed = capsys.readouterr().out
-    assert _figure(printed) == f"passed: {len(rows)} passed, 0 failed, 0 skipped"
+    assert last_figure(printed) == f"passed: {len(rows)} passed, 0 failed, 0 skipped"
     assert all(f"cpu {op} bfloat16: large batch" in printed for op in ("patch_embed", "add_position"))
     assert "cpu patch_embed bfloat16: patch 7, nchw" in printed
 
@@ -186,7 +176,7 @@ def test_the_limits_hold_every_backend_that_runs(
     gpu_backends: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert limits.limits(tmp_path, "cpu", gpu_backends, (2,), BF16, 2**19) == PASSED
-    rows = _rows(tmp_path / "validate.jsonl")
+    rows = rows_in(tmp_path / "validate.jsonl")
     cases = [{row["case"] for row in rows if row["backend"] == name} for name in gpu_backends]
     assert cases[0] == cases[1] and len(cases[0]) == 4 + len(limits.beyond_cases(0))
     assert backends_of("cpu") == ["cpu", *gpu_backends]
@@ -266,7 +256,7 @@ def test_too_little_memory_skips_and_says_so(
 ) -> None:
     monkeypatch.setattr(limits, "_free_bytes", lambda device: 2**30)
     assert limits.limits(tmp_path, "cpu", ["cpu"], (2,), BF16) == PASSED
-    skipped = [row for row in _rows(tmp_path / "validate.jsonl") if row["status"] == "skipped"]
+    skipped = [row for row in rows_in(tmp_path / "validate.jsonl") if row["status"] == "skipped"]
     assert len(skipped) == len(limits.beyond_cases(0))
     assert (
         "GiB of memory, 1 GiB are free" in str(skipped[0]["reason"]) and "skipped 1: needs" in capsys.readouterr().out
@@ -284,12 +274,12 @@ def test_a_wrong_backend_fails_the_limits(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_validator_runs_an_op_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert correctness.validate("cpu", tmp_path, "cpu", quick=True) == PASSED
-    rows = _rows(tmp_path / "validate.jsonl")
+    rows = rows_in(tmp_path / "validate.jsonl")
     assert {(row["op"], row["dtype"]) for row in rows if row["status"] == "passed"} == {
         (op, dtype) for op in ("patch_embed", "add_position") for dtype in ("float32", "bfloat16", "float16")
     }
     printed = capsys.readouterr().out
-    assert _figure(printed).startswith("passed: ")
+    assert last_figure(printed).startswith("passed: ")
     cases = {str(row["case"]) for row in rows}
     assert all(f"cpu patch_embed bfloat16: {case}\n" in printed for case in cases if f"add_position {case}" in printed)
     assert "0/7 cpu patch_embed bfloat16: " in printed and {row["backend"] for row in rows} == {"cpu"}
@@ -312,21 +302,21 @@ def test_what_ends_the_validator_is_a_failed_case_and_the_rest_still_runs(
     monkeypatch.setattr(correctness, "validate_backends", run)
     monkeypatch.setattr(torch.cuda, "empty_cache", broken)
     assert correctness.validate("cpu", tmp_path, "cpu", quick=True) == FAILED
-    rows = _rows(tmp_path / "validate.jsonl")
+    rows = rows_in(tmp_path / "validate.jsonl")
     (failed,) = [row for row in rows if row["status"] == "failed"]
     assert "one patch" in str(failed["case"]) and "illegal memory access" in str(failed["reason"])
     assert len({(row["op"], row["dtype"]) for row in rows}) == 6
-    assert _figure(capsys.readouterr().out).startswith("FAILED")
+    assert last_figure(capsys.readouterr().out).startswith("FAILED")
 
 
 def test_a_backend_that_can_not_run_is_not_validated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert correctness.validate("cuda", tmp_path, "cpu") == SKIPPED
-    assert _figure(capsys.readouterr().out) == "without cuda: it computes on CUDA devices only"
+    assert last_figure(capsys.readouterr().out) == "without cuda: it computes on CUDA devices only"
     monkeypatch.setenv("FASTVIT_WITHOUT", "cpu")
     assert correctness.validate("cpu", tmp_path, "cpu") == SKIPPED
-    assert _figure(capsys.readouterr().out) == "without cpu: FASTVIT_WITHOUT names it"
+    assert last_figure(capsys.readouterr().out) == "without cpu: FASTVIT_WITHOUT names it"
     assert not (tmp_path / "validate.jsonl").exists()
 
 
@@ -361,7 +351,7 @@ name=$2; shift 4; echo "========= COMPUTE-SANITIZER"
     )
     assert sanitize.sanitize(tmp_path, "cpu") == PASSED
     figure = "cpu memcheck 0 errors; cpu racecheck 0 errors; cpu synccheck 0 errors"
-    assert _figure(capsys.readouterr().out) == figure
+    assert last_figure(capsys.readouterr().out) == figure
 
 
 def test_errors_fail_and_are_printed(tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,7 +362,7 @@ echo "========= Invalid __global__ write of size 4 bytes"; echo "========= ERROR
     )
     assert sanitize.sanitize(tmp_path, "cuda", ["triton", "cuda"]) == FAILED
     printed = capsys.readouterr().out
-    assert _figure(printed) == "; ".join(
+    assert last_figure(printed) == "; ".join(
         f"{name} {words}"
         for name in ("triton", "cuda")
         for words in ("memcheck 1 errors", "racecheck 2 errors", "synccheck 2 errors")
@@ -410,7 +400,7 @@ def test_without_the_tool_it_is_skipped(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sanitize.sanitize(tmp_path) == SKIPPED
     printed = capsys.readouterr().out
-    assert "skipped: compute-sanitizer is not on the PATH" in printed and "not on the PATH" in _figure(printed)
+    assert "skipped: compute-sanitizer is not on the PATH" in printed and "not on the PATH" in last_figure(printed)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +417,7 @@ def test_a_tool_that_can_not_work_here_is_skipped(
 ) -> None:
     tool(script)
     assert sanitize.sanitize(tmp_path, "cuda", ["cuda"]) == SKIPPED
-    assert "cuda memcheck skipped: it can't work here: " in _figure(capsys.readouterr().out)
+    assert "cuda memcheck skipped: it can't work here: " in last_figure(capsys.readouterr().out)
 
 
 def test_a_tool_that_does_not_start_is_skipped(tool: Tool, tmp_path: Path) -> None:

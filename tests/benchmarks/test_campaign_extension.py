@@ -18,19 +18,14 @@ from torch import Tensor
 from fastvit import backend as backends
 from fastvit import cuda
 from fastvit.benchmarks.campaign import build, correctness, launch
-from fastvit.benchmarks.campaign.output import FAILED, PASSED, SKIPPED, understood
+from fastvit.benchmarks.campaign.output import FAILED, PASSED, SKIPPED
 from fastvit.benchmarks.rows import Row, read_json_lines, versions
 from fastvit.validation.faults import planted
 from fastvit.validation.report import Report
 from fastvit.validation.report import Row as Verdict
+from tests.benchmarks.stage_results import last_figure
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def _figure(printed: str) -> str:
-    """The last one that a stage reported."""
-    values = [found for line in printed.splitlines() if (found := understood(line)) and "figure" in found]
-    return str(values[-1]["figure"])
 
 
 # build
@@ -67,7 +62,7 @@ def test_without_nvcc_nothing_is_built_and_the_row_says_why(
     hopper: None, tool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert build.build(tmp_path, "cuda", tool) == SKIPPED
-    figure = _figure(capsys.readouterr().out)
+    figure = last_figure(capsys.readouterr().out)
     assert figure.startswith("not built: ") and "nvcc" in figure
 
 
@@ -76,7 +71,7 @@ def test_what_was_asked_for_and_can_not_be_built_fails(
 ) -> None:
     monkeypatch.setenv("FASTVIT_BUILD_CUDA", "1")
     assert build.build(tmp_path, "cuda", tool) == FAILED
-    assert _figure(capsys.readouterr().out).startswith("not built: FASTVIT_BUILD_CUDA=1, but there is no nvcc")
+    assert last_figure(capsys.readouterr().out).startswith("not built: FASTVIT_BUILD_CUDA=1, but there is no nvcc")
 
 
 def test_what_does_not_compile_fails_and_an_older_build_is_told_of(
@@ -88,7 +83,7 @@ def test_what_does_not_compile_fails_and_an_older_build_is_told_of(
     assert build.build(tmp_path, "cuda", tool) == FAILED
     printed = capsys.readouterr().out
     assert "x.cu(3): error: what\n" in printed
-    assert _figure(printed) == "not built: it does not compile; what is measured is an older build"
+    assert last_figure(printed) == "not built: it does not compile; what is measured is an older build"
 
 
 @pytest.mark.parametrize("text", ["", "raise SystemExit('no module named tool')"])
@@ -96,7 +91,7 @@ def test_a_tool_that_breaks_fails(text: str, hopper: None, tmp_path: Path, capsy
     tool = tmp_path / "tool.py"
     tool.write_text(text)
     assert build.build(tmp_path, "cuda", tool) == FAILED
-    assert _figure(capsys.readouterr().out) == f"not built: {'no module named tool' if text else 'it said nothing'}"
+    assert last_figure(capsys.readouterr().out) == f"not built: {'no module named tool' if text else 'it said nothing'}"
 
 
 def test_it_is_built_for_this_gpu_alone_and_must_load(
@@ -109,13 +104,13 @@ def test_it_is_built_for_this_gpu_alone_and_must_load(
         monkeypatch.setitem(backends._REASONS, "cuda", lambda device_type, reason=reason: reason)
         assert build.build(tmp_path, "cuda", tool) == status
         printed = capsys.readouterr().out
-        assert printed.startswith("90a\n") and _figure(printed).startswith("built for sm_90a in 0 s")
-        assert reason in _figure(printed)
+        assert printed.startswith("90a\n") and last_figure(printed).startswith("built for sm_90a in 0 s")
+        assert reason in last_figure(printed)
 
 
 def test_without_a_checkout_it_is_skipped(hopper: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build.build(tmp_path, "cuda", tmp_path / "tool.py") == SKIPPED
-    assert "run this from a checkout" in _figure(capsys.readouterr().out)
+    assert "run this from a checkout" in last_figure(capsys.readouterr().out)
     assert build.TOOL == ROOT / "tools" / "build_extension.py" and build.TOOL.exists()
 
 
@@ -169,7 +164,7 @@ def test_primitives_without_a_gpu_are_skipped_with_the_reason(
 ) -> None:
     assert correctness.primitives(tmp_path) == SKIPPED
     reason = backends.why_unavailable("cuda", "cuda")
-    assert reason and _figure(capsys.readouterr().out) == reason
+    assert reason and last_figure(capsys.readouterr().out) == reason
     (row,) = [json.loads(line) for line in (tmp_path / "validate.jsonl").read_text().splitlines()]
     assert (row["op"], row["status"], row["reason"]) == ("primitive", "skipped", reason)
 
@@ -185,7 +180,7 @@ def test_a_primitive_that_differs_fails(
     )
     monkeypatch.setattr(correctness, "check_primitives", lambda device: Report(rows))
     assert correctness.primitives(tmp_path) == (PASSED if status == "passed" else FAILED)
-    assert _figure(capsys.readouterr().out) == Report(rows).summary()
+    assert last_figure(capsys.readouterr().out) == Report(rows).summary()
     assert len((tmp_path / "validate.jsonl").read_text().splitlines()) == 3
 
 
@@ -208,7 +203,7 @@ def test_calls_are_timed_beside_torchs_add(tmp_path: Path, capsys: pytest.Captur
             assert times[shape, mode, provider] > times[shape, mode, launch.SCALE]
     printed = capsys.readouterr().out
     assert "torch.add" in printed and "not timed: fastvit:cuda (op alone), add_position" in printed
-    assert _figure(printed).startswith("patch_embed: cpu ") and "add_position: cpu" in _figure(printed)
+    assert last_figure(printed).startswith("patch_embed: cpu ") and "add_position: cpu" in last_figure(printed)
 
 
 def test_a_wrong_backend_is_not_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -26,20 +25,11 @@ from fastvit.benchmarks.rows import Row, read_json_lines
 from fastvit.benchmarks.runner import SUITES
 from fastvit.kernels import launch, manifest
 from fastvit.validation.faults import planted
+from tests.benchmarks.stage_results import last_figure, rows_in
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 BF16 = ("bfloat16",)
 CPU = torch.device("cpu")
-
-
-def _rows(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _figure(printed: str) -> str:
-    """The last one that a stage reported."""
-    values = [found for line in printed.splitlines() if (found := understood(line)) and "figure" in found]
-    return str(values[-1]["figure"])
 
 
 # warm
@@ -82,7 +72,7 @@ def test_a_kernel_that_does_not_compile_is_named(
     monkeypatch.setattr(manifest, "entries", lambda: first)
     assert warm.warm(tmp_path) == FAILED
     printed = capsys.readouterr().out
-    assert _figure(printed) == "0 of 1 kernels compiled" and f"\n{first[0].name}: " in printed
+    assert last_figure(printed) == "0 of 1 kernels compiled" and f"\n{first[0].name}: " in printed
 
 
 def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
@@ -121,7 +111,7 @@ def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
 
 def test_rows_of_all_stages_stand_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ceilings(tmp_path, "cpu", size=32, values=2**10, seconds=0.001) == PASSED
-    assert "TFLOP/s; copy " in _figure(capsys.readouterr().out)
+    assert "TFLOP/s; copy " in last_figure(capsys.readouterr().out)
     assert suite("add_position", tmp_path, "cpu", "tiny", 0.001) == PASSED
     assert suite("add_position", tmp_path, "cpu", "tiny", 0.001) == PASSED
     rows = read_json_lines(tmp_path / "bench.jsonl")
@@ -130,7 +120,7 @@ def test_rows_of_all_stages_stand_in_one_file(tmp_path: Path, capsys: pytest.Cap
     assert all(row.flops == 2 * 32**3 for row in rows[:3]) and rows[3].moved_bytes == 8 * 2**10
     assert {row.op for row in rows[4:]} == {"add_position"} and len(rows) == 4 + 2 * len(rows[4:]) // 2
     assert rows[0].command == "make gpu STAGE=ceilings" and rows[4].command == "make gpu STAGE=add_position"
-    assert "6 cases; " in _figure(capsys.readouterr().out)
+    assert "6 cases; " in last_figure(capsys.readouterr().out)
     assert torch.backends.cuda.matmul.fp32_precision not in ("tf32",)
 
 
@@ -138,7 +128,7 @@ def test_a_suite_with_wrong_results_fails(tmp_path: Path, capsys: pytest.Capture
     with planted("add_position: last column wrong"):
         assert suite("add_position", tmp_path, "cpu", "tiny", 0.001) == FAILED
     printed = capsys.readouterr().out
-    assert "not timed: fastvit:cpu" in printed and _figure(printed).endswith("6 not timed")
+    assert "not timed: fastvit:cpu" in printed and last_figure(printed).endswith("6 not timed")
 
 
 def test_compiled_rivals_have_a_stage_of_their_own(
@@ -158,7 +148,7 @@ def test_compiled_rivals_have_a_stage_of_their_own(
     assert len(eager) == 2 * 3 + 2 * 2 and {row.provider for row in left_out} == {"cat + add compiled"}
     assert {row.reason for row in left_out} == {problem.NOT_COMPILED}
     assert compiled(tmp_path, "cpu", "small", 0.001, ["add_position"]) == SKIPPED
-    assert _figure(capsys.readouterr().out) == problem.NOT_COMPILED
+    assert last_figure(capsys.readouterr().out) == problem.NOT_COMPILED
     monkeypatch.delenv(problem.NO_COMPILE)
     assert compiled(tmp_path, "cpu", "small", 0.001, ["add_position"]) == PASSED
     rows = read_json_lines(tmp_path / "bench.jsonl")[len(eager) :]
@@ -240,7 +230,7 @@ def test_the_table_is_written_batch_by_batch_and_model_by_model(
     assert asked == [(256, "S"), (256, "B"), (8, "S"), (8, "B")]
     table = tables.Table.load(tmp_path / "tuning.json")
     assert [sorted(measured) for measured in table.choices.values()] == [[2**11, 2**16]] * 2
-    assert _figure(capsys.readouterr().out) == "4 choices: cpu 4; 4 candidates excluded"
+    assert last_figure(capsys.readouterr().out) == "4 choices: cpu 4; 4 candidates excluded"
     assert [path.name for path in tmp_path.iterdir()] == ["tuning.json"]
 
 
@@ -260,10 +250,10 @@ def test_tables_of_single_batches_make_up_the_whole(tmp_path: Path, monkeypatch:
 def test_profiles_are_written_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = Setup("Ti", 1), Setup("Ti", 1, provider="nobody")
     assert profiles.profiles(tmp_path, "cpu", [good], depth=1) == PASSED
-    assert _figure(capsys.readouterr().out).startswith("Ti fastvit: ")
+    assert last_figure(capsys.readouterr().out).startswith("Ti fastvit: ")
     assert profiles.profiles(tmp_path, "cpu", [bad, good], depth=1) == FAILED
-    assert _figure(capsys.readouterr().out).startswith("1 failed; Ti fastvit: ")
-    rows = _rows(tmp_path / "profile.jsonl")
+    assert last_figure(capsys.readouterr().out).startswith("1 failed; Ti fastvit: ")
+    rows = rows_in(tmp_path / "profile.jsonl")
     assert {row["model"] for row in rows} == {"Ti"} and sum(float(str(row["share"])) for row in rows) == pytest.approx(
         2.0, abs=0.01
     )
@@ -294,5 +284,5 @@ def test_every_backend_that_runs_is_profiled(
     real = profiles.plan
     monkeypatch.setattr(profiles, "plan", lambda names: [setup for setup in real(names) if not setup.compiled])
     profiles.profiles(tmp_path, "cpu", depth=1)
-    providers = {row["provider"] for row in _rows(tmp_path / "profile.jsonl")}
+    providers = {row["provider"] for row in rows_in(tmp_path / "profile.jsonl")}
     assert providers - {"timm"} == {f"fastvit:{name}" for name in ("cpu", *gpu_backends)}

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.backend import triton_is_interpreted
-from fastvit.validation.plain import Tf32Convolution
+from fastvit.backend import multiplies_at_tf32, triton_is_interpreted
+from fastvit.validation.plain import tf32_conv2d
 from fastvit.validation.tolerance import compare
 
 HERE = Path(__file__).parent
@@ -139,12 +139,6 @@ def _strided_images(case: Case, generator: torch.Generator, device: str) -> Tens
     return images.transpose(2, 3) if case.strides == "transposed" else images
 
 
-def is_tf32(compute: torch.dtype) -> bool:
-    from fastvit.kernels.precision import product_precision
-
-    return product_precision(compute) == "tf32"
-
-
 def plain(inputs: Inputs, compute: torch.dtype, out: torch.dtype, leaves: dict[str, Tensor]) -> Tensor:
     """Eager PyTorch at the same precision: what a kernel's error is measured against."""
     x = leaves["images"]
@@ -154,13 +148,10 @@ def plain(inputs: Inputs, compute: torch.dtype, out: torch.dtype, leaves: dict[s
             -1, 1, 1
         )
     weight, bias = leaves["weight"], leaves.get("bias")
-    if is_tf32(compute):
-        tokens = Tf32Convolution.apply(x.to(compute), weight.to(compute))
-        tokens = tokens if bias is None else tokens + bias.float().view(-1, 1, 1)
-    else:
-        tokens = F.conv2d(
-            x.to(compute), weight.to(compute), None if bias is None else bias.to(compute), stride=weight.shape[2:]
-        )
+    convolution = tf32_conv2d if multiplies_at_tf32(compute) else F.conv2d
+    tokens = convolution(
+        x.to(compute), weight.to(compute), None if bias is None else bias.to(compute), stride=weight.shape[2:]
+    )
     tokens = tokens.flatten(2).transpose(1, 2)
     patches, prefix = tokens.shape[1], leaves.get("prefix")
     if "pos_embed" in leaves:
@@ -273,7 +264,7 @@ def check_patch_embed(case: Case, device: str) -> dict[str, Any]:
     if case.image == torch.uint8 and out == case.compute and inputs.weight.dtype == torch.float32:
         # Centred pixels are exact and products are added in fp32: only the gradient itself was ever rounded.
         error = (d_weight.double() - exact_gradients["weight"]).norm() / exact_gradients["weight"].norm()
-        limit = 2**-11 if is_tf32(case.compute) else 1e-5
+        limit = 2**-11 if multiplies_at_tf32(case.compute) else 1e-5
         assert error < limit, f"d_weight of uint8 images: error {error:.2g}"
     failures = [str(result) for result in results if not result.passed]
     assert not failures, f"{case}: " + "; ".join(failures)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,11 +11,10 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 
 @pytest.fixture(autouse=True)
-def _no_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastvit.kernels import normalisation
 
     monkeypatch.setattr(normalisation, "_tables", {})
-    yield
 
 
 @pytest.mark.parametrize("channels", [1, 3, 13])

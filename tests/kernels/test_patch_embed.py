@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -116,6 +117,17 @@ def test_awkward(check: Callable, changes: dict[str, Any]) -> None:
     check(**{"patch": (4, 4), "channels": 2, **changes})
 
 
+@contextmanager
+def convolutions_at(precision: str) -> Iterator[None]:
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = precision
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
+
+
 @pytest.mark.parametrize("width", [16, 17])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_precision_follows_torch(check: Callable, monkeypatch: pytest.MonkeyPatch, precision: str, width: int) -> None:
@@ -124,23 +136,15 @@ def test_precision_follows_torch(check: Callable, monkeypatch: pytest.MonkeyPatc
 
     used, run = set(), launch.launch
     monkeypatch.setattr(launch, "launch", lambda entry, *a, **k: (used.add(entry), run(entry, *a, **k)))
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    try:
-        convolutions.fp32_precision = precision
+    with convolutions_at(precision):
         check(image=FP32, compute=FP32, patch=(4, 16), width=width, batch=1)
-    finally:
-        convolutions.fp32_precision = before
     assert {entry.constant("PRECISION") for entry in used if entry.compute} == {precision}
 
 
 @pytest.fixture
 def _tf32() -> Iterator[None]:
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "tf32"
-    yield
-    convolutions.fp32_precision = before
+    with convolutions_at("tf32"):
+        yield
 
 
 def _nearest(values: Tensor) -> Tensor:

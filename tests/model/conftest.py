@@ -89,8 +89,8 @@ def cancellation(name: str, gradients: dict[str, Tensor]) -> float:
     The gradients of q_norm and k_norm all but vanish (that of k_norm's bias is exactly zero, since softmax does not see
     what all keys share), so that float32 leaves noise of them; those of the projection before them do not.
     """
-    block, norm, _ = name.rpartition(".attn.q_norm.") if ".q_norm." in name else name.rpartition(".attn.k_norm.")
-    if not norm:
+    block, _, inside = name.partition(".attn.")
+    if not inside.startswith(("q_norm.", "k_norm.")):
         return 1.0
     terms = gradients[f"{block}.attn.qkv.weight"].norm()
     return max(1.0, float(terms / gradients[name].norm().clamp_min(1e-30)))

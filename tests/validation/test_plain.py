@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.validation import PatchEmbedCase, make_inputs
-from fastvit.validation.plain import Tf32Convolution, plain_patch_embed
+from fastvit.validation.plain import plain_patch_embed, tf32_conv2d
 
 
 def _truncated(values: Tensor) -> Tensor:
@@ -18,10 +18,9 @@ def _truncated(values: Tensor) -> Tensor:
 
 def _exact_and_found(images: Tensor, weight: Tensor, grad: Tensor) -> list[list[Tensor]]:
     results = []
-    for convolution, dtype in ((F.conv2d, torch.float64), (Tf32Convolution.apply, torch.float32)):
+    for convolution, dtype in ((F.conv2d, torch.float64), (tf32_conv2d, torch.float32)):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (images, weight)]
-        options = {"stride": weight.shape[2:]} if convolution is F.conv2d else {}
-        out = convolution(*leaves, **options)
+        out = convolution(*leaves, None, stride=weight.shape[2:])
         results.append([out, *torch.autograd.grad(out, leaves, grad.to(dtype))])
     return results
 
@@ -47,7 +46,7 @@ def test_others_are_rounded_to_the_nearest() -> None:
 
 def test_not_finite_stays_so() -> None:
     images = torch.tensor([float("nan"), float("inf"), float("-inf")]).view(3, 1, 1, 1)
-    out = Tf32Convolution.apply(images, torch.ones(1, 1, 1, 1)).flatten()
+    out = tf32_conv2d(images, torch.ones(1, 1, 1, 1), None, stride=(1, 1)).flatten()
     assert out[0].isnan() and out[1] == float("inf") and out[2] == float("-inf")
 
 
