@@ -1,0 +1,86 @@
+"""Whether a module still is what it was taken for: what a call that runs no submodules checks before it skips them.
+
+Each function gives the reason why not, in words, and "" where there is none. They look at the module as it is now, cost
+tens of nanoseconds a fact, and under torch.compile become guards of the graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+__all__ = ["full_name", "why_no_projection", "why_not_plain", "why_not_plain_tensor", "why_observed", "warn_once"]
+
+TRACED_TENSORS = (FakeTensor, FunctionalTensor)  # stand in for plain ones while a program is traced
+
+
+def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str:
+    """Why running `module` is more than what `kind` does with its parameters.
+
+    Adapters, parametrisations and FSDP change the class of what they wrap; a hook or a replaced `forward` would miss
+    the call.
+    """
+    if type(module) is not kind:
+        return f"is a {full_name(type(module))}, not {full_name(kind)} itself"
+    return why_observed(module)
+
+
+def why_observed(module: nn.Module) -> str:
+    """Why somebody would miss a call that does not run `module`."""
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return "has hooks"
+    if "forward" in module.__dict__:
+        return "has a forward that was replaced on the module itself"
+    return ""
+
+
+def why_not_plain_tensor(tensor: Tensor | None) -> str:
+    """Why a parameter is more than its values: quantised and sharded ones have a class of their own."""
+    kind = type(tensor)
+    if kind is nn.Parameter or kind is Tensor or tensor is None or isinstance(tensor, TRACED_TENSORS):
+        return ""
+    return f"is a {full_name(kind)}, not a plain tensor"
+
+
+def why_no_projection(module: Any) -> str:
+    """Why this is no plain convolution of patches that neither overlap nor lie apart."""
+    reason = why_not_plain(module, nn.Conv2d)
+    if reason:
+        return reason
+    weight, stride = module.weight, module.stride
+    reason = why_not_plain_tensor(weight) or why_not_plain_tensor(module.bias)
+    if reason:
+        return f"has a parameter that {reason}"
+    _, _, *kernel = weight.shape  # not module.kernel_size, which the call does not read
+    if stride != (*kernel,):
+        steps = (stride, stride) if isinstance(stride, int) else stride
+        do_overlap = any(one > other for one, other in zip(kernel, steps, strict=True))
+        return f"has kernel {(*kernel,)} and stride {stride}: its patches {'overlap' if do_overlap else 'lie apart'}"
+    if module.padding not in ((0, 0), "valid", 0) or module.padding_mode != "zeros":
+        return f"has padding {module.padding}"
+    if module.dilation not in ((1, 1), 1) or module.groups != 1:
+        return f"has dilation {module.dilation} and {module.groups} groups"
+    return ""
+
+
+def full_name(cls: type) -> str:
+    """The name a class is imported by."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warn of something that is told once in a process, also while a graph is traced."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+# As torch.compiler.assume_constant_result, which would import the compiler: a warning is no part of a graph.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
