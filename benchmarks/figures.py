@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from fastvit.benchmarks.rows import OURS, Row, time_text
+from fastvit.benchmarks.rows import OURS, Row, grouped, time_text
 from fastvit.plots import BLUE, GREY, Bar, draw_ratios, new_figure, ranked_bars, save, styled
 
 BARS = 60  # in a picture: more of them are too tall to look at
@@ -21,9 +21,6 @@ LINES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*<>"
 COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b4fa3", "#8c6d31")  # beside our blue
 
-Item = TypeVar("Item")
-Key = TypeVar("Key", bound=Hashable)
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -31,14 +28,6 @@ class Picture:
 
     path: Path
     description: str
-
-
-def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Items by key, both in the order of their first appearance."""
-    groups: dict[Key, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 def yardsticks(rows: Sequence[Row]) -> set[str]:

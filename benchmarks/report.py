@@ -11,12 +11,11 @@ from fastvit.benchmarks.figures import (
     batch_panels,
     batch_pictures,
     draw_roofline,
-    grouped,
     ratio_pictures,
     with_work,
     yardsticks,
 )
-from fastvit.benchmarks.rows import Row, rivals_of, time_text, write_json_lines
+from fastvit.benchmarks.rows import Row, grouped, rivals_of, time_text, write_json_lines
 from fastvit.pages import Markup, head, picture, ratio, section, table, write_page
 
 SHOWN = 6  # pictures of a suite that stand open; the others fold out

@@ -8,11 +8,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from fastvit.files import written_whole
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 OURS = "fastvit:"  # our providers are called fastvit:<backend>
 
 
@@ -170,6 +172,19 @@ def command_line() -> str:
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+def circumstances(device: torch.device, **about: str) -> dict[str, Any]:
+    """What a row says of the run that it comes from: device, versions, commit, and what else is known."""
+    return {"device": device_name(device), "versions": versions(device.type), "commit": commit(), **about}
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Items by key, both in the order of their first appearance."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def format_table(rows: Sequence[Row]) -> RenderableType:
     """Tables for the terminal, one an op: our rows with the ratio to each rival first, losses in red.
 
@@ -179,8 +194,7 @@ def format_table(rows: Sequence[Row]) -> RenderableType:
     from rich.text import Text
 
     parts: list[Any] = []
-    for op in dict.fromkeys(row.op for row in rows):
-        mine = [row for row in rows if row.op == op]
+    for op, mine in grouped(rows, lambda row: row.op).items():
         parts += [_ratio_table(op, mine), time_table(mine)]
         reasons = dict.fromkeys((row.provider, row.mode, row.reason) for row in mine if row.reason)
         parts += [Text(f"  {provider}, {mode}: {reason}") for provider, mode, reason in reasons]
@@ -234,8 +248,8 @@ def time_table(rows: Sequence[Row]) -> Any:
         table.add_column(heading)
     for provider in providers:
         table.add_column(provider, justify="right")
-    for case in dict.fromkeys(row.case for row in rows):
-        times = {row.provider: row.median_us for row in rows if row.case == case}
+    for case, mine in grouped(rows, lambda row: row.case).items():
+        times = {row.provider: row.median_us for row in mine}
         table.add_row(*case[1:], *[time_text(times.get(provider)) for provider in providers])
     return table
 

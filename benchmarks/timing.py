@@ -50,16 +50,21 @@ class Timing:
 
 
 def interleave(calls: Sequence[Call], device: torch.device, seconds: float) -> list[Timing]:
-    """Time several calls in turn, round after round, for about `seconds` in all, after a warm-up.
-
-    Each round starts with another call, so that none always runs behind the same neighbour.
-    """
+    """Time several calls in turn, for about `seconds` in all, after a warm-up."""
     if not calls:
         return []
     measure = _cuda_timer(device) if device.type == "cuda" else _cpu_time
     _warm_up(calls, device, seconds)
     estimate = sum(measure(call) for call in calls) / 1e6
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(estimate, 1e-6))))
+    return in_turns(calls, measure, rounds)
+
+
+def in_turns(calls: Sequence[Call], measure: Callable[[Call], float], rounds: int) -> list[Timing]:
+    """Measure each call once a round, in microseconds.
+
+    Each round starts with another call, so that none always runs behind the same neighbour.
+    """
     samples: list[list[float]] = [[] for _ in calls]
     for number in range(rounds):
         for place in range(len(calls)):

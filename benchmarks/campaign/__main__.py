@@ -10,21 +10,24 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvit.benchmarks.campaign.runner import BUDGET, campaign, describe_device, end_inside, find_stages
+import torch
+
+from fastvit.benchmarks.campaign.runner import BUDGET, campaign, end_inside, find_stages
 from fastvit.benchmarks.campaign.stages import STAGES
 from fastvit.benchmarks.problem import NO_COMPILE, WITHOUT, left_out
+from fastvit.benchmarks.rows import circumstances
 
 ENVIRONMENT = f"""environment: {WITHOUT}: backends to leave out, separated by commas; {NO_COMPILE}: if set, no
 torch.compile; FASTVIT_COMMIT: the commit that rows name, where the code is a copy without its history"""
+NO_DEVICE = "no CUDA device: this command needs a GPU; on a CPU there are `make test` and `fastvit bench`"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 if a stage failed, was cut off or did not start, or if there is no GPU."""
     started = time.monotonic()
+    about = "Everything that only a GPU can tell: correctness, speed, tuning and profiles."
     parser = argparse.ArgumentParser(
-        prog="python -m fastvit.benchmarks.campaign",
-        description="Everything that only a GPU can tell: correctness, speed, tuning and profiles.",
-        epilog=ENVIRONMENT,
+        prog="python -m fastvit.benchmarks.campaign", description=about, epilog=ENVIRONMENT
     )
     known = ", ".join(stage.name for stage in STAGES)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "out/gpu"), help="folder of results")
@@ -47,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         for stage in stages:
             print(f"{stage.name} ({stage.share} s): {stage.about}")
-    try:
-        about = describe_device()
-    except RuntimeError as error:
-        print(f"{error}: this command needs a GPU; on a CPU there are `make test` and `fastvit bench`", file=sys.stderr)
+    if not torch.cuda.is_available():
+        print(NO_DEVICE, file=sys.stderr)
         return 1
-    return 0 if options.dry_run else campaign(stages, options.out.resolve(), options.budget, about, started)
+    if options.dry_run:
+        return 0
+    return campaign(stages, options.out.resolve(), options.budget, circumstances(torch.device("cuda")), started)
 
 
 if __name__ == "__main__":

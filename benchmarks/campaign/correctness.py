@@ -1,112 +1,134 @@
-"""Stages tests, primitives and validate_*: the same tests and the same cases as everywhere, on the GPU."""
+"""Stages tests, primitives, limits and validate_*: what is right on this GPU, and what is wrong.
+
+Tests and cases are the same as everywhere. The limits are batches whose offsets pass 2^31 values, and every even patch
+from 2 to 32 and an odd one; their numbers are new ones each time: a case's name holds the seed of the run, and its
+numbers come from the name, so that a failure can be repeated.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
 import os
-import subprocess
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from fastvit.benchmarks.campaign import pytest_rows
-from fastvit.benchmarks.campaign.backends import backends_of, why_not
-from fastvit.benchmarks.campaign.output import FAILED, SKIPPED, Lines, passed_if, print_table, progress, report
-from fastvit.validation import Report, Row, check_primitives
+from fastvit.benchmarks.campaign.output import append, backends_of, keep_verdicts, progress, report, skipped, why_not
+from fastvit.benchmarks.rivals import tensor_of
+from fastvit.validation import check_primitives
 from fastvit.validation import validate as validate_backends
-from fastvit.validation.cases import DTYPES, OPS
+from fastvit.validation.cases import DTYPES, OPS, AddPositionCase, Case, Inputs, PatchEmbedCase, make_inputs
+from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report, Row
+from fastvit.validation.runner import Candidate, Tensors, backend_candidate, check_case, check_inputs
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/gpu", "tests/cuda/test_on_gpu.py", "tests/ops", "tests/kernels", "tests/model")
 ON_THE_CPU = ("tests/ops/test_cpu.py", "tests/model/test_distributed.py")  # whose time a GPU would wait for
 WORKERS = 8
 ONE_TEST = 25  # seconds after which a test counts as hung
-GLANCE = 10.0  # seconds between looks at what the tests have found so far
+STARTED = "started"  # the status of a test that has not ended
+PATCHES = (*range(2, 33, 2), 7)
+THRESHOLD = 2**31  # values; what 32 bits can't count
+EDGE = 2  # samples at either end of a large batch that are compared
+MARGIN = 1.25  # of memory, for what the estimate leaves out
+GIB = 2**30
+GIVEN = {"patch_embed": "images", "add_position": "tokens"}  # what comes in batches
 
 
 def tests(out: Path, paths: Sequence[str] = TESTS) -> str:
-    """The tests of ops, kernels and model on the GPU, with few hypothesis examples; a line for each test."""
+    """The tests of ops, kernels and model, by pytest in this process; what it prints is for a file of its own."""
     present = [path for path in paths if (ROOT / path).exists()]
     if not present:
         print("the tests are not installed with the package: run this from a checkout")
         return FAILED
-    rows, log = out / "tests.jsonl", out / "tests.log"
-    # What is compiled is for graphs alone; a pool of compilers for each worker would slow the others.
-    few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    environment = {**few, **os.environ, "HYPOTHESIS_PROFILE": "gpu", pytest_rows.VARIABLE: str(rows)}
-    with log.open("w", encoding="utf-8") as printed:
-        process = subprocess.Popen(
-            [sys.executable, *_pytest_arguments(), *present],
-            cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        while process.poll() is None:
-            try:
-                process.wait(GLANCE)
-            except subprocess.TimeoutExpired:
-                found = list(_read(rows))
-                report(figure=_counted(found), running=_running(found))
-    found = list(_read(rows))
-    for row in found:
-        if row["status"] == "failed":
-            print(f"failed: {row['test']}: {row['message']}")
-    ran = any(row["status"] == "passed" for row in found)
-    if process.returncode != 0 and not any(row["status"] == "failed" for row in found):
-        print(log.read_text(encoding="utf-8", errors="replace")[-2000:])
-    print(_counted(found))
-    report(figure=_counted(found))
-    return passed_if(process.returncode == 0 and ran)
+    import pytest
+
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))  # as `python -m pytest` does, for what tests import of each other
+    rows = TestRows(out / "tests.jsonl")
+    with (out / "tests.log").open("w", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
+        code = pytest.main([*_pytest_arguments(), *present], plugins=[rows])
+    return PASSED if code == 0 and rows.counts[PASSED] else FAILED
 
 
 def _pytest_arguments() -> list[str]:
-    arguments = ["-m", "pytest", "-q", "--tb=short", "--continue-on-collection-errors"]
-    arguments += ["-p", "no:cacheprovider", "-p", pytest_rows.__name__]
+    arguments = ["-q", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     arguments += [f"--ignore={path}" for path in ON_THE_CPU]
-    if _has("xdist"):
+    if importlib.util.find_spec("xdist"):
         arguments += ["-n", str(min(WORKERS, len(os.sched_getaffinity(0))))]
-    if _has("pytest_timeout"):
+    if importlib.util.find_spec("pytest_timeout"):
         # A signal does not reach a thread that waits for the GPU; with the thread goes its process.
         arguments += ["--timeout", str(ONE_TEST), "--timeout-method", "thread"]
     return arguments
 
 
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+class TestRows:
+    """A plugin of the process that collects the results: a line for each test as it starts and as it ends.
+
+    A cut-off leaves what was found, and the names of the tests that it came in.
+    """
+
+    __test__ = False  # for pytest: this is none of the tests
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._stdout = path, sys.stdout  # the campaign's, whatever becomes of sys.stdout
+        self.counts: Counter[str] = Counter()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """A test that hangs has no other row."""
+        self._write(nodeid, STARTED)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Set-up and tear-down count where something went wrong in them; a crashed worker's report has no phase."""
+        if report.when == "call" or report.outcome != "passed":
+            self._write(report.nodeid, report.outcome, report.duration, report.longrepr)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file or a module that can't be imported is a failure; one that skips itself says why."""
+        if report.outcome != "passed":
+            self._write(report.nodeid, report.outcome, 0.0, report.longrepr)
+
+    def _write(self, test: str, status: str, seconds: float = 0.0, details: Any = None) -> None:
+        row = {"test": test, "status": status, "seconds": round(seconds, 3), "message": message_of(details)}
+        append(self._path, [json.dumps(row)])
+        if status == STARTED:
+            return
+        self.counts[status] += 1
+        with contextlib.redirect_stdout(self._stdout):
+            if status == FAILED:
+                print(f"failed: {test}: {row['message']}")
+            report(figure=", ".join(f"{self.counts[status]} {status}" for status in (PASSED, FAILED, SKIPPED)))
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):  # the last one may be half written
-            yield json.loads(line)
-
-
-def _counted(rows: Iterable[dict[str, Any]]) -> str:
-    counts = Counter(row["status"] for row in rows)
-    return ", ".join(f"{counts[status]} {status}" for status in ("passed", "failed", "skipped"))
-
-
-def _running(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Tests that have started and not ended: where the tests are cut off, one of them hung."""
-    ended = {row["test"] for row in rows if row["status"] != pytest_rows.STARTED}
-    return [row["test"] for row in rows if row["test"] not in ended]
+def message_of(details: Any) -> str:
+    """One line of what pytest has to say of a test: the reason of a skip, the place and the error of a failure."""
+    if isinstance(details, tuple):  # a skip: file, line, reason
+        return str(details[2])[:300]
+    text = str(getattr(details, "reprcrash", None) or details or "")
+    return text.strip().rpartition("\n")[2][:300]
 
 
 def primitives(out: Path, device: str = "cuda") -> str:
     """`fastvit validate --primitives`: what the CUDA C++ kernels are made of, against the emulation of it."""
     found = check_primitives(device)
-    Lines(out / "validate.jsonl").write(found.to_json_lines().splitlines())
-    print_table(found.table)
-    reasons = "; ".join(reason for _, reason in found.skip_reasons())
-    ran = found.passed + found.failed > 0
-    report(figure=found.summary() if ran else reasons)
-    return passed_if(found.ok) if ran else SKIPPED
+    status = keep_verdicts(out, [found])
+    if found.passed + found.failed:
+        return status
+    return skipped("; ".join(reason for _, reason in found.skip_reasons()))
 
 
 def validate(backend: str, out: Path, device: str = "cuda", quick: bool = False) -> str:
@@ -114,34 +136,124 @@ def validate(backend: str, out: Path, device: str = "cuda", quick: bool = False)
 
     A backend has a process of its own, since a kernel that goes wrong breaks CUDA for all that run in the same one.
     """
+
+    def parts() -> Iterator[Report]:
+        for op, dtype in itertools.product(OPS, DTYPES):
+            yield validate_backends([backend], [op], [dtype], quick, device, progress)
+            with contextlib.suppress(RuntimeError):  # where CUDA is broken, the rows say so
+                torch.cuda.empty_cache()
+
     if backend not in backends_of(device):
-        report(figure=f"without {backend}: {why_not(backend, device)}")
-        return SKIPPED
-    lines = Lines(out / "validate.jsonl")
-    whole = Report()
-    for op, dtype in itertools.product(OPS, DTYPES):
-        part = _validate_part(backend, op, dtype, quick, device)
-        lines.write(part.to_json_lines().splitlines())
-        whole = Report(whole.rows + part.rows)
-        report(figure=whole.summary())
-        with contextlib.suppress(RuntimeError):  # where CUDA is broken, the rows say so
-            torch.cuda.empty_cache()
-    print_table(whole.table)
-    print(whole.summary())
-    return passed_if(whole.ok)
+        return skipped(f"without {backend}: {why_not(backend, device)}")
+    return keep_verdicts(out, parts())
 
 
-def _validate_part(backend: str, op: str, dtype: str, quick: bool, device: str) -> Report:
-    """The cases of one op in one dtype; what ends them early is a failure of the case that it came in."""
-    titles = [""]
+def limits(
+    out: Path, device: str = "cuda", backends: Sequence[str] | None = None, patches: Sequence[int] = PATCHES,
+    dtypes: Iterable[str] = ("bfloat16", "float16", "float32"), threshold: int = THRESHOLD,
+) -> str:  # fmt: skip
+    """The large batches; then all patches in both layouts, raw and float images. Default: all backends that run."""
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}, part of every case's name")
+    candidates = [backend_candidate(name, device) for name in backends or backends_of(device)]
+    checks = _check_beyond(candidates, threshold, seed), _check_patches(candidates, patches, dtypes, seed)
+    return keep_verdicts(out, (Report(tuple(rows)) for rows in itertools.chain(*checks)))
 
-    def note(done: int, total: int, title: str) -> None:
-        progress(done, total, title)
-        titles.append(title)
 
-    try:
-        return validate_backends([backend], [op], [dtype], quick, device, note)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        print(f"{titles[-1]}: {reason}", flush=True)
-        return Report((Row(backend, op, dtype, titles[-1], "all", FAILED, reason=reason, device=device),))
+def patch_cases(patches: Sequence[int], seed: int) -> Iterator[PatchEmbedCase]:
+    """A case for each patch, layout and kind of images, with all parameters."""
+    for patch, layout, images in itertools.product(patches, ("nchw", "channels_last"), ("uint8", "same")):
+        yield PatchEmbedCase(
+            f"patch {patch}, {layout}, images {images}, seed {seed}", batch=3, grid=(3, 5), patch=(patch, patch),
+            width=256, images=images, layout=layout, normalise=True,
+        )  # fmt: skip
+
+
+def _check_patches(
+    candidates: Sequence[Candidate], patches: Sequence[int], dtypes: Iterable[str], seed: int
+) -> Iterator[list[Row]]:
+    for dtype, case, candidate in itertools.product(dtypes, list(patch_cases(patches, seed)), candidates):
+        _announce(candidate, case, dtype)
+        yield check_case(candidate, case, dtype)
+
+
+def _announce(candidate: Candidate, case: Case, dtype: str) -> None:
+    """Where a kernel hangs, the last line of the log says which."""
+    print(f"{candidate.name} {case.op} {dtype}: {case.name}", flush=True)
+
+
+def beyond_cases(seed: int) -> list[tuple[Case, str]]:
+    """Both ends of large batches in real shapes, images at 224 in patches of 16, and whose offsets pass the threshold:
+    those of what is "given" (GIVEN), or of the "result"."""
+    embed = functools.partial(PatchEmbedCase, batch=2 * EDGE, grid=(14, 14), width=256, images="uint8", normalise=True)
+    cases: list[tuple[Case, str]] = [
+        (embed("large batch of raw images"), "given"),
+        (embed("large batch, tokens", width=1024), "result"),
+        (embed("large batch, channels last", layout="channels_last"), "given"),
+        (embed("large batch, masked", keep=49), "given"),
+        (embed("large batch, image gradient", images="same", normalise=False), "given"),
+        (AddPositionCase("large batch", batch=2 * EDGE, patches=196, width=1024), "result"),
+    ]
+    return [(replace(case, name=f"{case.name}, seed {seed}"), what) for case, what in cases]
+
+
+def batch_beyond(case: Case, inputs: Inputs, what: str, threshold: int) -> int:
+    """The batch whose last EDGE samples lie wholly beyond the threshold."""
+    sample = (tensor_of(inputs, GIVEN[case.op]) if what == "given" else inputs.grad)[0]
+    return max(2 * EDGE, -(-threshold // sample.numel()) + EDGE)
+
+
+def bytes_needed(case: Case, inputs: Inputs, batch: int) -> int:
+    """An estimate of the memory: the batch and what it is put together from, tokens, and the gradients of both."""
+    given, result = tensor_of(inputs, GIVEN[case.op])[0], inputs.grad[0]
+    copies = 4 if given.is_floating_point() else 2
+    return round(MARGIN * batch * (copies * given.nbytes + 5 * result.nbytes))
+
+
+def _check_beyond(candidates: Sequence[Candidate], threshold: int, seed: int) -> Iterator[list[Row]]:
+    for (case, what), candidate in itertools.product(beyond_cases(seed), candidates):
+        _announce(candidate, case, "bfloat16")
+        inputs = make_inputs(case, torch.bfloat16, candidate.device)
+        batch = batch_beyond(case, inputs, what, threshold)
+        needed, free = bytes_needed(case, inputs, batch), _free_bytes(candidate.device)
+        if needed > free:
+            reason = f"needs {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are free"
+            where = str(candidate.device)
+            yield [Row(candidate.name, case.op, "bfloat16", case.name, "all", SKIPPED, reason=reason, device=where)]
+        else:
+            large = at_the_ends(candidate, case, batch)
+            yield check_inputs(large, case.op, inputs, f"{case.name}, batch {batch}", "bfloat16")
+
+
+def at_the_ends(candidate: Candidate, case: Case, batch: int) -> Candidate:
+    """The candidate, given a case's samples as the first and last of a batch of `batch`; the others are random."""
+
+    def forward(op: str, inputs: Inputs, tensors: Tensors) -> Tensor:
+        ends, keep = tensors[GIVEN[op]], inputs.keep
+        assert ends is not None
+        if keep is not None:
+            others = torch.randint(case.patches, (batch - 2 * EDGE, keep.shape[1]), device=keep.device)
+            keep = torch.cat([keep[:EDGE], others, keep[EDGE:]])
+        large = torch.cat([ends[:EDGE], _random_like(ends, batch - 2 * EDGE), ends[EDGE:]])
+        assert large.stride()[1:] == ends.stride()[1:]
+        result = candidate.forward(op, replace(inputs, keep=keep), {**tensors, GIVEN[op]: large})
+        if not bool(result.isfinite().all()):
+            raise RuntimeError("values between the ends of the batch were never written, or are wrong")
+        return torch.cat([result[:EDGE], result[-EDGE:]])
+
+    return replace(candidate, forward=forward)
+
+
+def _random_like(tensor: Tensor, batch: int) -> Tensor:
+    """[batch, ...] random numbers, laid out as the tensor."""
+    is_last = tensor.dim() == 4 and not tensor.is_contiguous()
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    found = torch.empty(batch, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device, memory_format=layout)
+    return found.normal_() if found.is_floating_point() else found.random_(256)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -18,14 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fastvit.benchmarks.campaign.output import EXIT_CODES, FAILED, FILES, PASSED, SKIPPED, Lines, Log, understood
+from fastvit.benchmarks.campaign.output import EXIT_CODES, FILES, Log, append, understood
+from fastvit.validation.report import FAILED, PASSED, SKIPPED
 
 BUDGET = 500  # seconds for all stages together: with installation and start-up less than nine minutes
 LEAST = 0.6  # of its share, with which a stage is still worth starting: it takes seconds to load what it needs
 DUMP = 0.5  # seconds that a stage has to say where it hangs, before it is killed
 GRACE = 5.0  # seconds that a killed process has to go
 STDERR = 2  # the file itself, which the campaign listens to, whatever Python's stream is
-NO_DEVICE = "no CUDA device"
 CUT_OFF, NO_TIME = "cut off", "no time left"  # what a stage can't say of itself
 
 
@@ -55,26 +55,22 @@ class Result:
 
 
 class Listener:
-    """Passes on what a stage prints, and remembers its figure."""
+    """Passes on what a stage prints, and remembers its figure and its last words."""
 
     def __init__(self, stage: str, log: Log) -> None:
         self._stage, self._log = stage, log
         self.figure = self.last = ""
 
-    def hear(self, line: str) -> None:
-        """A line of output, without its end."""
-        values = understood(line)
-        if values is not None:
-            self._log.record(self._stage, values)
-            self.figure = str(values.get("figure", self.figure))
-        elif line.strip():
-            self._log(self._stage, line)
-            self.last = line.strip()
-
     def listen(self, output: IO[str]) -> None:
         """Hear everything until the output is closed."""
         for line in output:
-            self.hear(line.rstrip("\n"))
+            values = understood(line)
+            if values is not None:
+                self._log.record(self._stage, values)
+                self.figure = str(values.get("figure", self.figure))
+            elif line.strip():
+                self._log(self._stage, line.rstrip("\n"))
+                self.last = line.strip()
 
 
 def find_stages(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[Stage]:
@@ -94,21 +90,6 @@ def find_stages(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[S
     return [stage for stage in stages if any(fnmatch.fnmatchcase(stage.name, name) for name in names)]
 
 
-def describe_device() -> dict[str, Any]:
-    """GPU, driver and versions; raises RuntimeError where there is no GPU."""
-    import torch
-
-    from fastvit.benchmarks.rows import commit, device_name, versions
-
-    if not torch.cuda.is_available():
-        raise RuntimeError(NO_DEVICE)
-    return {
-        "device": device_name(torch.device("cuda")),
-        "versions": versions("cuda"),
-        "commit": commit(),
-    }
-
-
 def campaign(
     stages: Sequence[Stage], out: Path, budget: float, about: dict[str, Any], started: float | None = None
 ) -> int:
@@ -120,8 +101,8 @@ def campaign(
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)
-    log, summary = Log(out / "log.jsonl", started), Lines(out / "summary.jsonl")
-    summary.write([json.dumps(about)])
+    log, summary = Log(out / "log.jsonl", started), out / "summary.jsonl"
+    append(summary, [json.dumps(about)])
     log("device", json.dumps(about))
     results = []
     for stage, deadline in zip(stages, _deadlines(stages, started, budget), strict=True):
@@ -129,7 +110,7 @@ def campaign(
         is_worth_it = left >= LEAST * stage.share
         result = run_stage(stage, out, left, log) if is_worth_it else Result(stage.name, NO_TIME, 0.0)
         results.append(result)
-        summary.write([json.dumps(asdict(result))])
+        append(summary, [json.dumps(asdict(result))])
     log("summary", format_results(results), bare=True)
     not_run = [result.stage for result in results if result.status == NO_TIME]
     if not_run:
@@ -156,15 +137,9 @@ def run_stage(stage: Stage, out: Path, seconds: float, log: Log) -> Result:
     environment.pop("TRITON_INTERPRET", None)
     started = time.monotonic()
     process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        env=environment,
-        start_new_session=True,
-    )
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        encoding="utf-8", errors="replace", start_new_session=True,
+    )  # fmt: skip
     listener = Listener(stage.name, log)
     status = _follow(process, listener, seconds)
     figure = listener.figure
@@ -182,7 +157,6 @@ def _follow(process: subprocess.Popen[str], listener: Listener, seconds: float) 
     Neither a process that can't be killed (one may be stuck in the driver) nor one that left its session and holds the
     pipe open makes the campaign wait.
     """
-    assert process.stdout is not None
     reader = threading.Thread(target=listener.listen, args=(process.stdout,), daemon=True)
     reader.start()
     last = None  # what it said of itself, before it was asked where it is
@@ -190,9 +164,11 @@ def _follow(process: subprocess.Popen[str], listener: Listener, seconds: float) 
         code = process.wait(seconds)
         status = next((name for name, known in EXIT_CODES.items() if known == code), FAILED)
     except subprocess.TimeoutExpired:
-        status = CUT_OFF
-        last = listener.last
-        _ask_where(process)
+        status, last = CUT_OFF, listener.last
+        # `end_inside` made it ready to print the Python frames that it is in.
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.kill(process.pid, signal.SIGUSR1)
+            process.wait(DUMP)
     finally:
         # The stage leads a session of its own: its pool, its pytest and its compilers go with it.
         with contextlib.suppress(ProcessLookupError):
@@ -202,14 +178,6 @@ def _follow(process: subprocess.Popen[str], listener: Listener, seconds: float) 
     reader.join(GRACE)
     listener.last = listener.last if last is None else last
     return status
-
-
-def _ask_where(process: subprocess.Popen[str]) -> None:
-    """Let a stage print the Python frames that it is in, as `end_inside` made it ready to."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGUSR1)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(DUMP)
 
 
 def end_inside(stage: Stage, out: Path) -> int:
@@ -222,7 +190,5 @@ def end_inside(stage: Stage, out: Path) -> int:
 def format_results(results: Sequence[Result]) -> str:
     """The short table at the end."""
     width = max((len(result.stage) for result in results), default=0)
-    return "\n".join(
-        f"{result.stage:{width}}  {result.status:12}  {result.seconds:6.1f} s  {result.figure}".rstrip()
-        for result in results
-    )
+    lines = (f"{r.stage:{width}}  {r.status:12}  {r.seconds:6.1f} s  {r.figure}".rstrip() for r in results)
+    return "\n".join(lines)

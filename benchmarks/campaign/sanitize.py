@@ -11,16 +11,14 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastvit.benchmarks.campaign import tiny
-from fastvit.benchmarks.campaign.backends import backends_of
-from fastvit.benchmarks.campaign.output import FAILED, PASSED, SKIPPED, report
+from fastvit.benchmarks.campaign.output import backends_of, report, run_program, skipped
+from fastvit.validation.report import FAILED, PASSED, SKIPPED
 
 PROGRAM = "compute-sanitizer"
 FOLDERS = ("/usr/local/cuda/bin",)  # beside $PATH
@@ -32,65 +30,43 @@ MOST_LINES = 60  # of a tool's report that are printed; it can have thousands
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)(?:.*\((\d+) errors?)?")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What one tool found: a status, and words for it."""
-
-    status: str
-    words: str
-
-
 def sanitize(out: Path, device: str = "cuda", backends: Sequence[str] | None = None) -> str:
     """Each tool on each backend (default: all that run), beside each other, since most of their time is loading.
 
     What they print is passed on as it comes, so that a cut-off loses none of it.
     """
-    program = _program()
+    program = shutil.which(PROGRAM, path=os.pathsep.join([os.environ.get("PATH", ""), *FOLDERS]))
     if program is None:
-        reason = f"{PROGRAM} is not on the PATH or in {', '.join(FOLDERS)}"
-        print(f"skipped: {reason}")
-        report(figure=reason)
-        return SKIPPED
-    found: dict[str, Verdict] = {}
+        return skipped(f"{PROGRAM} is not on the PATH or in {', '.join(FOLDERS)}")
+    found: dict[str, tuple[str, str]] = {}
     runs = {f"{name} {tool}": (tool, name) for name, tool in itertools.product(backends or backends_of(device), TOOLS)}
     with ThreadPoolExecutor(max(1, len(runs))) as pool:
         waiting = {pool.submit(_run, run, program, tool, device, name): run for run, (tool, name) in runs.items()}
         for future in as_completed(waiting):
-            run, (code, text) = waiting[future], future.result()
-            found[run] = verdict = judge(code, text)
-            _say(run, f"{verdict.status}: {verdict.words}")
-            report(run=run, status=verdict.status, words=verdict.words)
-            report(figure="; ".join(f"{run} {found[run].words}" for run in runs if run in found))
-    statuses = {verdict.status for verdict in found.values()}
-    return FAILED if FAILED in statuses else PASSED if PASSED in statuses else SKIPPED
+            run = waiting[future]
+            status, words = found[run] = judge(*future.result())
+            _say(run, f"{status}: {words}")
+            report(run=run, status=status, words=words)
+            report(figure="; ".join(f"{run} {found[run][1]}" for run in runs if run in found))
+    statuses = {status for status, _ in found.values()}
+    return next((status for status in (FAILED, PASSED) if status in statuses), SKIPPED)
 
 
-def _program() -> str | None:
-    places = os.pathsep.join([os.environ.get("PATH", ""), *FOLDERS])
-    return shutil.which(PROGRAM, path=places)
-
-
-def _run(run: str, program: str, tool: str, device: str, backend: str) -> tuple[int, str]:
+def _run(run: str, program: str, tool: str, device: str, backend: str) -> tuple[int, list[str]]:
     """The exit code of a tool and all that it printed, of which its own report is passed on as far as MOST_LINES."""
-    # An allocator that hands out parts of larger blocks would hide accesses outside of a tensor.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [program, "--tool", tool, "--error-exitcode", str(ERRORS)]
     command += [sys.executable, "-u", "-m", tiny.__name__, device, backend]
-    lines: list[str] = []
-    reported = 0
+    reported = itertools.count(1)
+
+    def pass_on(line: str) -> None:
+        if not line.startswith(REPORT) or next(reported) <= MOST_LINES:
+            _say(run, line)
+
     try:
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                lines.append(line)
-                reported += line.startswith(REPORT)
-                if reported <= MOST_LINES or not line.startswith(REPORT):
-                    _say(run, line.rstrip())
+        # An allocator that hands out parts of larger blocks would hide accesses outside of a tensor.
+        return run_program(command, pass_on, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     except OSError as error:
-        return -1, str(error)
-    return process.returncode, "".join(lines)
+        return -1, [str(error)]
 
 
 def _say(run: str, words: str) -> None:
@@ -99,25 +75,20 @@ def _say(run: str, words: str) -> None:
     sys.stdout.flush()
 
 
-def judge(code: int, text: str) -> Verdict:
-    """The verdict on a tool's exit code and output."""
-    if tiny.STARTED not in text:
-        return Verdict(SKIPPED, f"skipped: it can't work here: {_reason(code, text)}")
-    errors = max(_errors(text), default=None)
+def judge(code: int, lines: Sequence[str]) -> tuple[str, str]:
+    """The status of a run by its tool's exit code and output, and words for it."""
+    if not any(tiny.STARTED in line for line in lines):
+        return SKIPPED, f"skipped: it can't work here: {_reason(code, lines)}"
+    counts = [int(match[2] or match[1]) for line in lines if (match := SUMMARY.search(line))]
+    errors = max(counts, default=None)
     if errors or code == ERRORS:
-        return Verdict(FAILED, f"{errors or 'some'} errors")
-    if errors is None or tiny.FINISHED not in text:
-        return Verdict(FAILED, f"did not finish: {_reason(code, text)}")
-    return Verdict(PASSED, "0 errors")
+        return FAILED, f"{errors or 'some'} errors"
+    if errors is None or not any(tiny.FINISHED in line for line in lines):
+        return FAILED, f"did not finish: {_reason(code, lines)}"
+    return PASSED, "0 errors"
 
 
-def _errors(text: str) -> Iterator[int]:
-    for match in SUMMARY.finditer(text):
-        yield int(match[2] if match[2] is not None else match[1])
-
-
-def _reason(code: int, text: str) -> str:
+def _reason(code: int, lines: Sequence[str]) -> str:
     """What the tool itself complains of, in lines that start with =========, else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     own = [line.strip("= ") for line in lines if line.startswith(REPORT) and "rror" in line]
-    return (own or lines or [f"exit code {code}"])[0 if own else -1]
+    return next(iter(own or [line for line in reversed(lines) if line]), f"exit code {code}")

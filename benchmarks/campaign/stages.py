@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import functools
 
-from fastvit.benchmarks.campaign.backends import FOR_GPUS
-from fastvit.benchmarks.campaign.build import build
-from fastvit.benchmarks.campaign.ceilings import ceilings
-from fastvit.benchmarks.campaign.correctness import primitives, tests, validate
+from fastvit.benchmarks.campaign.compiling import build, warm
+from fastvit.benchmarks.campaign.correctness import limits, primitives, tests, validate
 from fastvit.benchmarks.campaign.launch import launch
-from fastvit.benchmarks.campaign.limits import limits
-from fastvit.benchmarks.campaign.profiles import profiles
+from fastvit.benchmarks.campaign.output import FOR_GPUS
 from fastvit.benchmarks.campaign.runner import Stage
 from fastvit.benchmarks.campaign.sanitize import sanitize
-from fastvit.benchmarks.campaign.suites import compiled, suite
-from fastvit.benchmarks.campaign.tuning import tune
-from fastvit.benchmarks.campaign.warm import warm
+from fastvit.benchmarks.campaign.speed import ceilings, compiled, profiles, suite, tune
 from fastvit.benchmarks.problem import NO_COMPILE
+
+# What the tests compile is for graphs alone; a pool of compilers for each worker would slow the others.
+FEW = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HYPOTHESIS_PROFILE": "gpu"}
 
 
 def _suite(name: str, share: int) -> Stage:
@@ -37,7 +35,7 @@ def _validate(backend: str) -> Stage:
 STAGES = (
     Stage("build", 55, "the C++/CUDA extension, compiled for this GPU alone", build),
     Stage("warm", 30, "compile and load every kernel of the manifest with a pool of processes", warm),
-    Stage("tests", 55, "the tests of ops, kernels and model, CUDA graphs and streams", tests),
+    Stage("tests", 55, "the tests of ops, kernels and model, CUDA graphs and streams", tests, FEW),
     Stage("primitives", 12, "what the CUDA C++ kernels are made of, against the emulation of it", primitives),
     Stage("limits", 22, "batches whose offsets pass 2^31; every even patch from 2 to 32, and 7", limits),
     *(_validate(backend) for backend in FOR_GPUS),

@@ -9,141 +9,103 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from fastvit import backend as backends
 from fastvit.backend import BACKENDS
 from fastvit.benchmarks import problem
-from fastvit.benchmarks.campaign import backends as campaign_backends
-from fastvit.benchmarks.campaign import correctness, limits, pytest_rows, sanitize, tiny
-from fastvit.benchmarks.campaign.backends import backends_of
-from fastvit.benchmarks.campaign.output import FAILED, FILES, PASSED, SKIPPED, understood
-from fastvit.validation.cases import AddPositionCase, PatchEmbedCase, make_inputs
+from fastvit.benchmarks.campaign import correctness, output, sanitize, tiny
+from fastvit.benchmarks.campaign.output import FILES, backends_of
+from fastvit.validation.cases import PatchEmbedCase, make_inputs
 from fastvit.validation.faults import planted
-from fastvit.validation.report import Report
+from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report, Row
 from fastvit.validation.runner import backend_candidate, check_inputs
 from tests.benchmarks.stage_results import last_figure, rows_in
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-BF16 = ("bfloat16",)
-CPU = torch.device("cpu")
+# tests: pytest in a process of its own, as in the campaign
 
-
-# tests
-
-SUITE = """
-import pytest, signal, time
-def test_hung():
-    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
-    time.sleep(100)
-def test_good(): pass
-def test_bad(): assert 1 == 2, "one is\\nnot two"
-def test_later(): pytest.skip("no GPU")
-@pytest.fixture
-def broken(): raise OSError("no disk")
-def test_set_up(broken): pass
+STAGE = """
+import importlib.util, sys
+from pathlib import Path
+from fastvit.benchmarks.campaign import correctness
+correctness.ONE_TEST, correctness.WORKERS = 2, 1
+find, left_out = importlib.util.find_spec, sys.argv[2:]
+importlib.util.find_spec = lambda name, *rest: None if name in left_out else find(name, *rest)
+print("stage", correctness.tests(Path(sys.argv[1]), [sys.argv[1]]))
 """
-
-
-def test_each_test_becomes_a_row_and_one_that_hangs_does_not_hold_up_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("pytest_timeout")
-    pytest.importorskip("xdist")
-    monkeypatch.setattr(correctness, "ONE_TEST", 2)
-    monkeypatch.setattr(correctness, "GLANCE", 0.5)
-    monkeypatch.setattr(correctness, "WORKERS", 1)
-    (tmp_path / "test_some.py").write_text(SUITE)
-    (tmp_path / "test_import.py").write_text("import no_such_module")
-    assert correctness.tests(tmp_path, [str(tmp_path)]) == FAILED
-    rows = rows_in(tmp_path / "tests.jsonl")
-    started = [str(row["test"]).split("::")[-1] for row in rows if row["status"] == "started"]
-    assert sorted(started) == ["test_bad", "test_good", "test_hung", "test_later", "test_set_up"]
-    found = {str(row["test"]).split("::")[-1].split("/")[-1]: row for row in rows if row["status"] != "started"}
-    assert {name: row["status"] for name, row in found.items()} == {
-        "test_good": "passed", "test_bad": "failed", "test_later": "skipped", "test_set_up": "failed",
-        "test_import.py": "failed", "test_hung": "failed",
-    }  # fmt: skip
-    assert re.fullmatch(r".*test_some.py:7: AssertionError: one is", str(found["test_bad"]["message"]))
-    assert found["test_later"]["message"] == "Skipped: no GPU"
-    assert re.fullmatch(r".*test_some.py:10: OSError: no disk", str(found["test_set_up"]["message"]))
-    assert "no_such_module" in str(found["test_import.py"]["message"])
-    assert "crashed while running" in str(found["test_hung"]["message"])
-    printed = capsys.readouterr().out
-    assert last_figure(printed) == "1 passed, 4 failed, 1 skipped" and "AssertionError: one is" in printed
-    told = [values for line in printed.splitlines() if (values := understood(line)) and "running" in values]
-    assert any("test_hung" in str(values["running"]) for values in told)
-    assert "0 passed, 0 failed, 0 skipped" in printed, "counts are told while the tests run"
-    assert "one is" in (tmp_path / "tests.log").read_text()
-
-
-def test_tests_that_pass_and_tests_that_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(correctness, "_has", lambda module: False)
-    (tmp_path / "test_some.py").write_text("def test_good(): pass")
-    assert correctness.tests(tmp_path, [str(tmp_path)]) == PASSED
-    assert correctness.tests(tmp_path, [str(tmp_path / "nowhere")]) == FAILED
-    assert "run this from a checkout" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} - {"test_some.py", "__pycache__"} <= set(FILES)
-
-
-def test_the_tests_of_a_gpu_are_where_they_are_looked_for() -> None:
-    assert [path for path in correctness.TESTS if not (correctness.ROOT / path).exists()] == []
-
-
-def test_a_pytest_that_does_not_start_shows_its_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(correctness, "_pytest_arguments", lambda: ["-c", "raise SystemExit('no module named pytest')"])
-    assert correctness.tests(tmp_path, [str(tmp_path)]) == FAILED
-    assert "no module named pytest" in capsys.readouterr().out
-
-
-def test_tests_that_have_not_ended_are_known() -> None:
-    rows = [{"test": name, "status": status} for name, status in (
-        ("a", "started"), ("a", "passed"), ("b", "started"), ("c", "started"), ("c", "failed"), ("d", "skipped"),
-    )]  # fmt: skip
-    assert correctness._running(rows) == ["b"]
-
-
-BROKEN_CUDA = """
+# The hook that all tests share, and a CUDA that breaks.
+CONFTEST = """
 import importlib.util, torch
 spec = importlib.util.spec_from_file_location("shared", {conftest!r})
 shared = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(shared)
 pytest_runtest_teardown = shared.pytest_runtest_teardown
-broken = []
+broken = torch.broken = []
 def synchronize():
     if broken: raise RuntimeError("an illegal memory access was encountered")
 torch.cuda.synchronize, torch.cuda.is_initialized = synchronize, lambda: True
-torch.broken = broken
 """
-BREAKS_CUDA = """
-import torch
-def test_before(): pass
-def test_breaks(): torch.broken.append(1)
+SUITE = """
+import pytest, signal, time, torch
+def test_bad(): assert 1 == 2, "one is\\nnot two"
+def test_later(): pytest.skip("no GPU")
+@pytest.fixture
+def no_disk(): raise OSError("no disk")
+def test_set_up(no_disk): pass
+def test_breaks_cuda(): torch.broken.append(1)
+def test_good(): assert not torch.broken
 def test_after(): assert not torch.broken
+def test_hung():
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+    time.sleep(100)
 """
 
 
-def test_after_a_cuda_fault_the_other_tests_have_another_process(tmp_path: Path) -> None:
-    """The hook that all tests share, in a pytest of its own whose CUDA breaks."""
+def _run_tests(folder: Path, *left_out: str) -> str:
+    """What the stage prints that runs the tests of a folder; with the modules that it is to do without."""
+    command = [sys.executable, "-c", STAGE, str(folder), *left_out]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_each_test_becomes_a_row_and_one_that_hangs_or_breaks_cuda_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_timeout")
     pytest.importorskip("xdist")
-    conftest = Path(__file__).parents[1] / "conftest.py"
-    (tmp_path / "conftest.py").write_text(BROKEN_CUDA.format(conftest=str(conftest)))
-    (tmp_path / "test_some.py").write_text(BREAKS_CUDA)
-    environment = {**os.environ, pytest_rows.VARIABLE: str(tmp_path / "rows.jsonl")}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", pytest_rows.__name__, "-p", "no:cacheprovider"]
-    subprocess.run([*command, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, check=False)
-    found: dict[str, list[object]] = {}
-    for row in rows_in(tmp_path / "rows.jsonl"):
-        if row["status"] != "started":
-            found.setdefault(str(row["test"]).split("::")[-1], []).append(row["status"])
-    assert found["test_before"] == found["test_after"] == ["passed"]
-    assert found["test_breaks"] == ["passed", "failed"], "it showed after the test's own call"
+    (tmp_path / "conftest.py").write_text(CONFTEST.format(conftest=str(Path(__file__).parents[1] / "conftest.py")))
+    (tmp_path / "test_some.py").write_text(SUITE)
+    (tmp_path / "test_import.py").write_text("import no_such_module")
+    printed = _run_tests(tmp_path)
+    assert printed.endswith("stage failed\n")
+    rows = rows_in(tmp_path / "tests.jsonl")
+    started = [row["test"].split("::test_")[-1] for row in rows if row["status"] == "started"]
+    assert sorted(started) == ["after", "bad", "breaks_cuda", "good", "hung", "later", "set_up"]
+    assert started.index("breaks_cuda") < max(map(started.index, ("good", "after"))), "which need a CUDA that works"
+    ended = [(row["test"].split("::")[-1], row) for row in rows if row["status"] != "started"]
+    assert sorted((name, row["status"]) for name, row in ended) == [
+        ("test_after", "passed"), ("test_bad", "failed"),
+        ("test_breaks_cuda", "failed"), ("test_breaks_cuda", "passed"),  # it showed after the test's own call
+        ("test_good", "passed"), ("test_hung", "failed"), ("test_import.py", "failed"), ("test_later", "skipped"),
+        ("test_set_up", "failed"),
+    ]  # fmt: skip
+    found = {name: row["message"] for name, row in ended}
+    assert re.fullmatch(r".*test_some.py:3: AssertionError: one is", found["test_bad"])
+    assert found["test_later"] == "Skipped: no GPU"
+    assert re.fullmatch(r".*test_some.py:6: OSError: no disk", found["test_set_up"])
+    assert "no_such_module" in found["test_import.py"] and "crashed while running" in found["test_hung"]
+    assert last_figure(printed) == "3 passed, 5 failed, 1 skipped" and "AssertionError: one is" in printed
+    assert "0 passed, 1 failed, 0 skipped" in printed, "counts are told while the tests run"
+    assert "not two" in (tmp_path / "tests.log").read_text()
+
+
+def test_tests_that_pass_and_tests_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_some.py").write_text("def test_good(): pass")
+    assert _run_tests(tmp_path, "xdist", "pytest_timeout").endswith("stage passed\n")
+    assert {path.name for path in tmp_path.iterdir()} - {"test_some.py", "__pycache__"} <= set(FILES)
+    assert correctness.tests(tmp_path, [str(tmp_path / "nowhere")]) == FAILED
+    assert "run this from a checkout" in capsys.readouterr().out
+    assert [path for path in correctness.TESTS if not (correctness.ROOT / path).exists()] == []
 
 
 def test_float32_is_tested_as_float32() -> None:
@@ -155,38 +117,32 @@ def test_float32_is_tested_as_float32() -> None:
 # limits
 
 
-def test_patches_and_large_batches_against_float64(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert limits.limits(tmp_path, "cpu", None, (7,), BF16, 2**19) == PASSED
+def test_patches_and_large_batches_against_float64_by_every_backend_that_runs(
+    gpu_backends: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backends = ("cpu", *gpu_backends)
+    assert correctness.limits(tmp_path, "cpu", None, (7,), ("bfloat16",), 2**19) == PASSED
     rows = rows_in(tmp_path / "validate.jsonl")
-    assert {row["status"] for row in rows} == {"passed"} and {row["backend"] for row in rows} == {"cpu"}
-    cases = list(dict.fromkeys(str(row["case"]).split(", seed")[0] for row in rows))
-    beyond = len(limits.beyond_cases(0))
-    assert len(cases) == 2 * 2 + beyond
+    assert {row["status"] for row in rows} == {"passed"}
+    found = {name: [row["case"].split(", seed")[0] for row in rows if row["backend"] == name] for name in backends}
+    (cases,) = {tuple(dict.fromkeys(names)) for names in found.values()}
+    beyond = len(correctness.beyond_cases(0))
     assert [case.partition(" ")[0] for case in cases] == ["large"] * beyond + ["patch"] * 4, "the largest first"
     assert {"patch 7, channels_last, images uint8", "large batch, masked", "large batch of raw images"} <= set(cases)
-    quantities = {str(row["quantity"]) for row in rows}
+    quantities = {row["quantity"] for row in rows}
     assert {"forward", "d_images", "d_weight", "d_bias", "d_pos_embed", "d_prefix", "d_tokens"} <= quantities
     printed = capsys.readouterr().out
     assert last_figure(printed) == f"passed: {len(rows)} passed, 0 failed, 0 skipped"
-    assert all(f"cpu {op} bfloat16: large batch" in printed for op in ("patch_embed", "add_position"))
-    assert "cpu patch_embed bfloat16: patch 7, nchw" in printed
-
-
-def test_the_limits_hold_every_backend_that_runs(
-    gpu_backends: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert limits.limits(tmp_path, "cpu", gpu_backends, (2,), BF16, 2**19) == PASSED
-    rows = rows_in(tmp_path / "validate.jsonl")
-    cases = [{row["case"] for row in rows if row["backend"] == name} for name in gpu_backends]
-    assert cases[0] == cases[1] and len(cases[0]) == 4 + len(limits.beyond_cases(0))
-    assert backends_of("cpu") == ["cpu", *gpu_backends]
+    for name in backends:
+        assert all(f"{name} {op} bfloat16: large batch" in printed for op in ("patch_embed", "add_position"))
+        assert f"{name} patch_embed bfloat16: patch 7, nchw" in printed
 
 
 def test_a_backend_that_is_not_there_is_left_out_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reasons = {name: "" for name in BACKENDS} | {"cpu": "not here", "emulated": "not here", "cuda": "it is not built"}
-    for module in (campaign_backends, problem):
+    for module in (output, problem):
         monkeypatch.setattr(module, "available_backends", lambda device: reasons)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backends_of("cuda") == ["triton"]
@@ -198,47 +154,45 @@ def test_a_backend_that_is_not_there_is_left_out_with_its_reason(
 
 
 def test_all_even_patches_up_to_32_are_among_the_limits() -> None:
-    assert set(limits.PATCHES) == {*range(2, 33, 2), 7}
-    cases = list(limits.patch_cases(limits.PATCHES, 1))
-    assert {case.patch[0] for case in cases} == set(limits.PATCHES) and {c.layout for c in cases} > {"nchw"}
+    assert set(correctness.PATCHES) == {*range(2, 33, 2), 7}
+    cases = list(correctness.patch_cases(correctness.PATCHES, 1))
+    assert {case.patch[0] for case in cases} == set(correctness.PATCHES) and {c.layout for c in cases} > {"nchw"}
 
 
 def test_numbers_are_new_each_time_and_can_be_repeated() -> None:
-    first, second, again = (next(limits.patch_cases((2,), seed)) for seed in (1, 2, 1))
+    first, second, again = (next(correctness.patch_cases((2,), seed)) for seed in (1, 2, 1))
     images = [make_inputs(case, torch.bfloat16).tensors["images"] for case in (first, second, again)]
     assert torch.equal(images[0], images[2]) and not torch.equal(images[0], images[1])  # type: ignore[arg-type]
 
 
 def test_the_last_samples_lie_beyond_the_threshold() -> None:
-    for beyond in limits.beyond_cases(0):
-        for threshold in (2**20, limits.THRESHOLD):
-            batch = beyond.samples(threshold)
-            case = replace(beyond.case, batch=batch)
+    for case, what in correctness.beyond_cases(0):
+        inputs = make_inputs(case, torch.bfloat16)
+        for threshold in (2**20, correctness.THRESHOLD):
+            batch = correctness.batch_beyond(case, inputs, what, threshold)
             if isinstance(case, PatchEmbedCase):
-                values = {"input": batch * 3 * 224 * 224, "result": batch * (1 + case.patches) * case.width}
+                sizes = {"given": 3 * 224 * 224, "result": (1 + (case.keep or case.patches)) * case.width}
             else:
-                assert isinstance(case, AddPositionCase)
-                values = {"input": batch * case.patches * case.width, "result": batch * (1 + case.patches) * case.width}
-            each = values[beyond.what] // batch
-            assert (batch - limits.EDGE) * each >= threshold > (batch - limits.EDGE - 1) * each
-            assert beyond.bytes_needed(batch) > values["result"] * 2 + values["input"]
-        assert beyond.bytes_needed(batch) < 70 * limits.GIB, "all of it runs on a GPU of 80 GB"
+                sizes = {"given": case.patches * case.width, "result": (1 + case.patches) * case.width}
+            last = batch - correctness.EDGE
+            assert last * sizes[what] >= threshold > (last - 1) * sizes[what]
+            needed = correctness.bytes_needed(case, inputs, batch)
+            assert needed > batch * (sizes["result"] * 2 + sizes["given"])
+        assert needed < 70 * correctness.GIB, "all of it runs on a GPU of 80 GB"
 
 
 @pytest.mark.parametrize("fault", ["one token zeroed", "last token not written", "last weight row's gradient scaled"])
 def test_a_fault_in_the_last_sample_of_a_large_batch_is_seen(fault: str) -> None:
-    beyond = limits.beyond_cases(0)[0]
-    batch = beyond.samples(2**20)
-    candidate = limits.at_the_ends(backend_candidate("cpu"), beyond.case, batch)
-    inputs = make_inputs(beyond.case, torch.bfloat16)
+    case, _ = correctness.beyond_cases(0)[0]
+    candidate = correctness.at_the_ends(backend_candidate("cpu"), case, 9)
     with planted(fault) as spoilt:
-        rows = check_inputs(candidate, "patch_embed", inputs)
+        rows = check_inputs(candidate, "patch_embed", make_inputs(case, torch.bfloat16))
     failed = {row.quantity for row in rows if row.status == "failed"}
     assert failed & {spoilt.spoils, "all"}
 
 
 def test_values_that_are_not_written_between_the_ends_are_seen() -> None:
-    beyond = limits.beyond_cases(0)[0]
+    case, _ = correctness.beyond_cases(0)[0]
     real = backend_candidate("cpu")
 
     def forward(op: str, inputs: object, tensors: object) -> torch.Tensor:
@@ -246,27 +200,19 @@ def test_values_that_are_not_written_between_the_ends_are_seen() -> None:
         result[len(result) // 2] = float("nan")
         return result
 
-    candidate = limits.at_the_ends(replace(real, forward=forward), beyond.case, 9)
-    (row,) = check_inputs(candidate, "patch_embed", make_inputs(beyond.case, torch.bfloat16))
+    candidate = correctness.at_the_ends(replace(real, forward=forward), case, 9)
+    (row,) = check_inputs(candidate, "patch_embed", make_inputs(case, torch.bfloat16))
     assert row.status == "failed" and "never written" in row.reason
 
 
-def test_too_little_memory_skips_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(limits, "_free_bytes", lambda device: 2**30)
-    assert limits.limits(tmp_path, "cpu", ["cpu"], (2,), BF16) == PASSED
-    skipped = [row for row in rows_in(tmp_path / "validate.jsonl") if row["status"] == "skipped"]
-    assert len(skipped) == len(limits.beyond_cases(0))
-    assert (
-        "GiB of memory, 1 GiB are free" in str(skipped[0]["reason"]) and "skipped 1: needs" in capsys.readouterr().out
-    )
-
-
-def test_a_wrong_backend_fails_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_free_bytes", lambda device: 0)
+def test_too_little_memory_skips_and_a_wrong_backend_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "_free_bytes", lambda device: 2**30)
+    assert correctness.limits(tmp_path, "cpu", ["cpu"], (2,), ("bfloat16",)) == PASSED
+    skipped = [row["reason"] for row in rows_in(tmp_path / "validate.jsonl") if row["status"] == "skipped"]
+    assert len(skipped) == len(correctness.beyond_cases(0))
+    assert all(reason.endswith("GiB of memory, 1 GiB are free") for reason in skipped)
     with planted("patch flattened in another order"):
-        assert limits.limits(tmp_path, "cpu", ["cpu"], (2,), BF16) == FAILED
+        assert correctness.limits(tmp_path, "cpu", ["cpu"], (2,), ("bfloat16",)) == FAILED
 
 
 # validate
@@ -285,27 +231,19 @@ def test_the_validator_runs_an_op_at_a_time(tmp_path: Path, capsys: pytest.Captu
     assert "0/7 cpu patch_embed bfloat16: " in printed and {row["backend"] for row in rows} == {"cpu"}
 
 
-def test_what_ends_the_validator_is_a_failed_case_and_the_rest_still_runs(
+def test_a_broken_cuda_leaves_the_rows_of_what_it_broke(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = correctness.validate_backends
-
-    def run(backends: list[str], ops: list[str], dtypes: list[str], *rest: Any) -> Report:
-        if (ops, dtypes) != (["patch_embed"], ["bfloat16"]):
-            return real(backends, ops, dtypes, *rest)
-        rest[-1](3, 7, "cpu patch_embed bfloat16: one patch")
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    def broken() -> None:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(correctness, "validate_backends", run)
+    monkeypatch.setattr("fastvit.functional.add_position", broken)
     monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    monkeypatch.setattr(correctness, "DTYPES", ("bfloat16",))
     assert correctness.validate("cpu", tmp_path, "cpu", quick=True) == FAILED
     rows = rows_in(tmp_path / "validate.jsonl")
-    (failed,) = [row for row in rows if row["status"] == "failed"]
-    assert "one patch" in str(failed["case"]) and "illegal memory access" in str(failed["reason"])
-    assert len({(row["op"], row["dtype"]) for row in rows}) == 6
+    assert {row["op"] for row in rows if row["status"] == "passed"} == {"patch_embed"}
+    assert all("illegal memory" in row["reason"] for row in rows if row["op"] == "add_position")
     assert last_figure(capsys.readouterr().out).startswith("FAILED")
 
 
@@ -318,6 +256,32 @@ def test_a_backend_that_can_not_run_is_not_validated(
     assert correctness.validate("cpu", tmp_path, "cpu") == SKIPPED
     assert last_figure(capsys.readouterr().out) == "without cpu: FASTVIT_WITHOUT names it"
     assert not (tmp_path / "validate.jsonl").exists()
+
+
+# primitives
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_primitives_without_a_gpu_are_skipped_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert correctness.primitives(tmp_path) == SKIPPED
+    reason = backends.why_unavailable("cuda", "cuda")
+    assert reason and last_figure(capsys.readouterr().out) == reason
+    (row,) = rows_in(tmp_path / "validate.jsonl")
+    assert (row["op"], row["status"], row["reason"]) == ("primitive", "skipped", reason)
+
+
+@pytest.mark.parametrize("status", ["passed", "failed"])
+def test_a_primitive_that_differs_fails(
+    status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"load_matrices": "passed", "multiply_add": status, "warpgroup": "skipped"}
+    rows = tuple(Row("cuda", "primitive", "bytes", name, "bytes", found) for name, found in names.items())
+    monkeypatch.setattr(correctness, "check_primitives", lambda device: Report(rows))
+    assert correctness.primitives(tmp_path) == status
+    assert last_figure(capsys.readouterr().out) == Report(rows).summary()
+    assert len(rows_in(tmp_path / "validate.jsonl")) == 3
 
 
 # sanitize
@@ -427,12 +391,15 @@ def test_a_tool_that_does_not_start_is_skipped(tool: Tool, tmp_path: Path) -> No
 
 
 def test_verdicts() -> None:
-    started, clean = f"{tiny.STARTED}\n", "========= ERROR SUMMARY: 0 errors\n"
-    assert sanitize.judge(0, started + tiny.FINISHED + "\n" + clean).status == PASSED
-    assert sanitize.judge(1, started + "RuntimeError: tokens is not finite\n" + clean).status == FAILED
-    assert sanitize.judge(0, started + tiny.FINISHED).status == FAILED, "the tool never said what it found"
-    assert sanitize.judge(sanitize.ERRORS, started + tiny.FINISHED).status == FAILED
-    assert sanitize.judge(1, clean).status == SKIPPED
+    finished, clean = [tiny.STARTED, tiny.FINISHED], "========= ERROR SUMMARY: 0 errors"
+    for status, code, lines in (
+        (PASSED, 0, [*finished, clean]),
+        (FAILED, 1, [tiny.STARTED, "RuntimeError: tokens is not finite", clean]),
+        (FAILED, 0, finished),  # the tool never said what it found
+        (FAILED, sanitize.ERRORS, finished),
+        (SKIPPED, 1, [clean]),
+    ):
+        assert sanitize.judge(code, lines)[0] == status
 
 
 def test_the_tiny_program_reaches_every_kind_of_kernel(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit.benchmarks.campaign import launch, limits, tiny
-from fastvit.benchmarks.campaign.ceilings import ceilings
-from fastvit.benchmarks.campaign.output import PASSED
+from fastvit.benchmarks.campaign import correctness, launch, tiny
+from fastvit.benchmarks.campaign.speed import ceilings
 from fastvit.benchmarks.problem import FORWARD
 from fastvit.benchmarks.profiling import Setup, profile
 from fastvit.benchmarks.rows import read_json_lines
-from fastvit.validation.cases import make_inputs
+from fastvit.validation.cases import Case, make_inputs
+from fastvit.validation.report import PASSED
 from fastvit.validation.runner import backend_candidate, check_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -52,11 +52,10 @@ def test_a_call_costs_more_than_the_op_alone(kernels: str) -> None:
         assert call and alone and 1 < alone < call < 1000, rows
 
 
-@pytest.mark.parametrize("place", range(len(limits.beyond_cases(0))))
-def test_samples_at_the_ends_of_a_batch(place: int, kernels: str) -> None:
+@pytest.mark.parametrize(("case", "what"), correctness.beyond_cases(0), ids=lambda value: getattr(value, "name", value))
+def test_samples_at_the_ends_of_a_batch(case: Case, what: str, kernels: str) -> None:
     """The check of huge batches, on small ones."""
-    beyond = limits.beyond_cases(0)[place]
-    candidate = limits.at_the_ends(backend_candidate(kernels, "cuda"), beyond.case, beyond.samples(2**21))
-    inputs = make_inputs(beyond.case, torch.bfloat16, "cuda")
-    rows = check_inputs(candidate, beyond.case.op, inputs)
-    assert rows and all(row.status == "passed" for row in rows), rows
+    inputs = make_inputs(case, torch.bfloat16, "cuda")
+    batch = correctness.batch_beyond(case, inputs, what, 2**21)
+    rows = check_inputs(correctness.at_the_ends(backend_candidate(kernels, "cuda"), case, batch), case.op, inputs)
+    assert rows and all(row.status == PASSED for row in rows), rows

@@ -1,0 +1,209 @@
+"""The stages of the campaign that compile, on a CPU: the C++/CUDA extension's build, and Triton's kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastvit import backend as backends
+from fastvit import cuda
+from fastvit.benchmarks.campaign import compiling
+from fastvit.benchmarks.rows import versions
+from fastvit.kernels import launch, manifest
+from fastvit.validation.report import FAILED, PASSED, SKIPPED
+from tests.benchmarks.stage_results import last_figure, said
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# build
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 without anything that builds for it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "is_outdated", lambda: False)
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    monkeypatch.delenv("FASTVIT_BUILD_CUDA", raising=False)
+
+
+def _tool(folder: Path, text: str) -> Path:
+    path = folder / "checkout" / "tools" / "build_extension.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    return path
+
+
+def test_each_gpu_has_an_architecture() -> None:
+    known = {(8, 0): "80", (8, 9): "89", (9, 0): "90a", (10, 0): "100", (12, 1): "121"}
+    assert {capability: compiling.architecture_of(*capability) for capability in known} == known
+
+
+@pytest.mark.parametrize("mode", ["auto", "1"])
+def test_without_nvcc_nothing_is_built_and_the_row_says_why(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the tool itself, in a checkout of its own, and no nvcc in any of the places where it looks."""
+    text, usual = compiling.TOOL.read_text(), 'Path("/usr/local/cuda")'
+    assert usual in text and compiling.TOOL == ROOT / "tools" / "build_extension.py"
+    tool = _tool(tmp_path, text.replace(usual, 'Path("/nowhere")'))
+    monkeypatch.setenv("CXX", shutil.which("c++") or shutil.which("g++") or "c++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FASTVIT_BUILD_CUDA", mode)
+    assert compiling.build(tmp_path, "cuda", tool) == (SKIPPED if mode == "auto" else FAILED)
+    figure = last_figure(capsys.readouterr().out)
+    asked_for = "FASTVIT_BUILD_CUDA=1, but there is no nvcc"
+    assert figure.startswith("not built: ") and "nvcc" in figure and (asked_for in figure) == (mode == "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "it said nothing"),
+        ("raise SystemExit('no module named tool')", "no module named tool"),
+        (
+            "import sys; print('x.cu(3): error'); print('error: it does not compile', file=sys.stderr)",
+            "it does not compile",
+        ),
+    ],
+)
+def test_a_tool_that_breaks_fails_and_an_older_build_is_told_of(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda, "is_outdated", lambda: True)
+    assert compiling.build(tmp_path, "cuda", _tool(tmp_path, text)) == FAILED
+    printed = capsys.readouterr().out
+    assert last_figure(printed) == f"not built: {words}; what is measured is an older build"
+    assert ("x.cu(3): error\n" in printed) == ("x.cu" in text)
+
+
+def test_it_is_built_for_this_gpu_alone_and_must_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = _tool(tmp_path, "import os; print(os.environ['FASTVIT_CUDA_ARCHS']); print('built: /here/_fastvit_cuda.so')")
+    monkeypatch.setenv("FASTVIT_CUDA_ARCHS", "80;100")
+    for reason, status in (("", PASSED), ("it can't be loaded", FAILED)):
+        monkeypatch.setitem(backends._REASONS, "cuda", lambda device_type, reason=reason: reason)
+        assert compiling.build(tmp_path, "cuda", tool) == status
+        printed = capsys.readouterr().out
+        assert printed.startswith("90a\n") and last_figure(printed).startswith("built for sm_90a in ")
+        assert reason in last_figure(printed)
+
+
+def test_without_a_checkout_it_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compiling.build(tmp_path, "cuda", tmp_path / "tool.py") == SKIPPED
+    assert "run this from a checkout" in last_figure(capsys.readouterr().out)
+
+
+def test_installing_on_a_gpu_builds_nothing_and_asks_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extension is the campaign's, which goes on without it."""
+    spec = importlib.util.spec_from_file_location("gpu_env", ROOT / "tools" / "gpu_env.py")
+    assert spec is not None and spec.loader is not None
+    found: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    asked: list[tuple[list[str], dict[str, Any]]] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        asked.append((command, options))
+        return SimpleNamespace(stdout=str(tmp_path), returncode=7)
+
+    monkeypatch.setattr(found.sys, "argv", ["gpu_env.py", str(tmp_path / "env")])
+    monkeypatch.setattr(found.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(found.venv, "create", lambda *_, **__: None)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("FASTVIT_BUILD_CUDA", "1")
+    assert found.main() == 7
+    command, options = asked[-1]
+    assert {"--no-index", "--no-deps", "--no-build-isolation", "--editable"} <= set(command)
+    assert options["env"]["FASTVIT_BUILD_CUDA"] == "0" and options["env"]["PATH"]
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_row_says_which_compiler_built_the_extension(is_built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    built_with = ["g++ 13", "torch 2.11", "Build cuda_13.0"]
+    monkeypatch.setattr(cuda, "build_info", lambda: {"versions": built_with} if is_built else {"reason": "no nvcc"})
+    monkeypatch.setattr(cuda, "why_missing", lambda: "" if is_built else "not built")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 9)
+    versions.cache_clear()
+    assert versions("cuda")["nvcc"] == ("Build cuda_13.0" if is_built else "")
+    versions.cache_clear()
+
+
+# warm
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_warming_compiles_what_a_launch_would_look_for(tmp_path: Path) -> None:
+    """With a driver that only names its GPU, an entry compiles along the path of a launch."""
+    pytest.importorskip("triton")
+    code = """
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+driver.set_active(Driver())
+from fastvit.benchmarks.campaign.compiling import warm_entry
+from fastvit.kernels import manifest
+for kernel in ("add_position", "sum_rows"):
+    entry = next(entry for entry in manifest.entries() if entry.kernel == kernel)
+    assert warm_entry(entry).asm["cubin"]
+"""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_kernel_that_does_not_compile_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a driver none compiles."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(compiling, "PROCESSES", 1)
+    first = manifest.entries()[:1]
+    monkeypatch.setattr(manifest, "entries", lambda: first)
+    assert compiling.warm(tmp_path) == FAILED
+    printed = capsys.readouterr().out
+    assert last_figure(printed) == "0 of 1 kernels compiled" and f"\n{first[0].name}: " in printed
+
+
+def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pool of one, in this process, and a kernel of which Triton says what it takes once it is loaded."""
+    pytest.importorskip("triton")
+
+    class Kernel:
+        def _init_handles(self) -> None:
+            if not fits:
+                raise RuntimeError("out of resource: shared memory")
+            self.n_regs, self.n_spills = 168, 4
+
+    entries = manifest.entries()[:1]
+    function = SimpleNamespace(params=[], warmup=lambda **_: Kernel())
+    monkeypatch.setattr(manifest, "entries", lambda: entries)
+    monkeypatch.setattr(launch, "jit_function", lambda entry: function)
+    monkeypatch.setattr(compiling, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
+    for has_gpu, fits, status in ((False, True, PASSED), (True, True, PASSED), (True, False, FAILED)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert compiling.warm(tmp_path) == status
+        printed = capsys.readouterr().out
+        assert said(printed, "kernel") == [entries[0].name]
+        assert ["shared memory" in error for error in said(printed, "error")] == ([] if fits else [True])
+        assert [*said(printed, "n_regs"), *said(printed, "n_spills")] == ([168, 4] if has_gpu and fits else [])

@@ -1,0 +1,284 @@
+"""The stages of the campaign that measure, on a CPU and at tiny sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvit import backend as backends
+from fastvit import tuning as tables
+from fastvit.benchmarks import add_position, problem, timing
+from fastvit.benchmarks import tune as tuner
+from fastvit.benchmarks.campaign import launch, speed
+from fastvit.benchmarks.profiling import Setup
+from fastvit.benchmarks.rows import Row, read_json_lines
+from fastvit.benchmarks.runner import SUITES
+from fastvit.validation.faults import planted
+from fastvit.validation.report import FAILED, PASSED, SKIPPED
+from tests.benchmarks.stage_results import last_figure, rows_in
+
+CPU = torch.device("cpu")
+
+
+# ceilings and suites
+
+
+def test_rows_of_all_stages_stand_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed.ceilings(tmp_path, "cpu", size=32, values=2**10, seconds=0.001) == PASSED
+    assert "TFLOP/s; copy " in last_figure(capsys.readouterr().out)
+    assert speed.suite("add_position", tmp_path, "cpu", "tiny", 0.001) == PASSED
+    assert speed.suite("add_position", tmp_path, "cpu", "tiny", 0.001) == PASSED
+    rows = read_json_lines(tmp_path / "bench.jsonl")
+    assert [row.dtype for row in rows[:4]] == ["bfloat16", "float32, tf32", "float32, ieee", "float32"]
+    assert all(row.op == "ceiling" and row.median_us and row.device and row.versions for row in rows[:4])
+    assert all(row.flops == 2 * 32**3 for row in rows[:3]) and rows[3].moved_bytes == 8 * 2**10
+    assert {row.op for row in rows[4:]} == {"add_position"} and len(rows) == 4 + 2 * len(rows[4:]) // 2
+    assert rows[0].command == "make gpu STAGE=ceilings" and rows[4].command == "make gpu STAGE=add_position"
+    assert "6 cases; " in last_figure(capsys.readouterr().out)
+    assert torch.backends.cuda.matmul.fp32_precision not in ("tf32",)
+
+
+def test_a_suite_with_wrong_results_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with planted("add_position: last column wrong"):
+        assert speed.suite("add_position", tmp_path, "cpu", "tiny", 0.001) == FAILED
+    printed = capsys.readouterr().out
+    assert "not timed: fastvit:cpu" in printed and last_figure(printed).endswith("6 not timed")
+
+
+def test_compiled_rivals_have_a_stage_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The suite alone does without them, and what it has measured is there whatever becomes of a compiler."""
+    plan = {
+        with_compiled: functools.partial(add_position._problems_of, "Ti", 2, patches, "float32", CPU, with_compiled)
+        for patches, with_compiled in ((4, True), (9, False))
+    }
+    monkeypatch.setitem(SUITES, "add_position", lambda size, device: [(str(key), make) for key, make in plan.items()])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setenv(problem.NO_COMPILE, "1")
+    assert speed.suite("add_position", tmp_path, "cpu", "small", 0.001) == PASSED
+    eager = read_json_lines(tmp_path / "bench.jsonl")
+    left_out = [row for row in eager if row.median_us is None]
+    assert len(eager) == 2 * 3 + 2 * 2 and {row.provider for row in left_out} == {"cat + add compiled"}
+    assert {row.reason for row in left_out} == {problem.NOT_COMPILED}
+    assert speed.compiled(tmp_path, "cpu", "small", 0.001, ["add_position"]) == SKIPPED
+    assert last_figure(capsys.readouterr().out) == problem.NOT_COMPILED
+    monkeypatch.delenv(problem.NO_COMPILE)
+    assert speed.compiled(tmp_path, "cpu", "small", 0.001, ["add_position"]) == PASSED
+    rows = read_json_lines(tmp_path / "bench.jsonl")[len(eager) :]
+    assert len(rows) == 2 * 3 and all(row.median_us and "4 patches" in row.shape for row in rows)
+    assert {row.command for row in rows} == {"make gpu STAGE=compiled"}
+    assert set(speed.WITH_COMPILED) < set(SUITES)
+
+
+def test_ours_that_was_not_to_be_compiled_is_no_failure() -> None:
+    row = Row("model", "ViT-S", "float32", "NCHW", "fastvit:triton compiled", "training step")
+    assert speed.not_timed([row, replace(row, reason=problem.NOT_COMPILED)]) == [row]
+
+
+def test_float32_ceilings_are_those_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch makes in TF32 unless it is told not to, and matrix products not."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, seen = convolution.fp32_precision, []
+
+    def timed(calls: list[object], *_: object) -> list[timing.Timing]:
+        seen.append(matmul.fp32_precision)
+        return [timing.Timing(1.0, 1.0, 1.0, 1)] * len(calls)
+
+    monkeypatch.setattr(timing, "interleave", timed)
+    try:
+        for precision in ("tf32", "ieee"):
+            convolution.fp32_precision = precision
+            timing.ceilings.__wrapped__(CPU, torch.float32)
+            assert seen.pop() == precision and matmul.fp32_precision == "none"
+    finally:
+        convolution.fp32_precision = before
+
+
+def test_the_headline_names_the_worst_case() -> None:
+    case = ("patch_embed", "ViT-S", "float32", "NCHW")
+    rows = [
+        Row(*case, "fastvit:triton", "forward", 10.0, headline=1.5, best_rival="timm compiled"),
+        Row(*case, "timm compiled", "forward", 15.0, rival="timm"),
+        Row(*case, "fastvit:triton", "training step", 10.0, headline=0.9, best_rival="linear"),
+        Row(*case, "fastvit:triton", "training step, cuda graph", reason="can't be captured"),
+    ]
+    found = speed.headline(rows)
+    worst = "worst: linear, ViT-S, float32, training step"
+    assert found == f"3 cases; 0.90x to 1.50x the best rival; {worst}"
+    rows.append(Row(*case, "fastvit:cuda", "forward", 20.0, headline=0.75, best_rival="timm compiled"))
+    found = speed.headline(rows)
+    assert found == f"3 cases; 0.90x to 1.50x the best rival; {worst}; fastest of ours: triton 2", "the faster of ours"
+    rows.append(Row(*case, "fastvit:cuda", "training step", 8.0, headline=1.1, best_rival="linear"))
+    assert speed.headline(rows).endswith("1.10x to 1.50x the best rival; worst: linear, ViT-S, float32, training step; "
+                                   "fastest of ours: triton 1, cuda 1")  # fmt: skip
+    assert not speed.not_timed(rows), "a call that can't be captured is no failure"
+    assert speed.headline([]) == "0 cases"
+    assert speed.headline([Row(*case, "fastvit:triton", "forward", reason="wrong")]) == "1 case; 1 not timed"
+
+
+# tune and profile
+
+
+def test_the_table_is_written_batch_by_batch_and_model_by_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[int, str]] = []
+    choice = tables.Choice("cpu", {"reference": 2.0, "cpu": 1.0}, excluded={"triton": "wrong"})
+
+    def measure(device: str, models: list[str], scope: tuner.Scope, progress: object) -> tables.Table:
+        if asked:
+            assert len(tables.Table.load(tmp_path / "tuning.json").choices) == min(len(asked), 2)
+        (model,), (batch,) = models, scope.batches
+        asked.append((batch, model))
+        problem = tables.Problem("add_position", "forward", *[torch.float32] * 3, (tuner.WIDTHS[model],), False)
+        return tables.Table("a GPU", {"torch": "2"}, {problem: {tables.bucket(batch * 196): choice}})
+
+    monkeypatch.setattr(tuner, "tune", measure)
+    assert speed.tune(tmp_path, "cuda") == PASSED
+    assert asked == [(256, "S"), (256, "B"), (8, "S"), (8, "B")]
+    table = tables.Table.load(tmp_path / "tuning.json")
+    assert [sorted(measured) for measured in table.choices.values()] == [[2**11, 2**16]] * 2
+    assert last_figure(capsys.readouterr().out) == "4 choices: cpu 4; 4 candidates excluded"
+    assert [path.name for path in tmp_path.iterdir()] == ["tuning.json"]
+
+
+def test_tables_of_single_batches_make_up_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the measuring itself, at a size of no importance."""
+    scope = tuner.Scope((1, 4), ("float32",), 0.001)
+    monkeypatch.setattr(tuner, "scope_of", lambda device, quick: scope)
+    monkeypatch.setattr(tuner, "tune", functools.partial(tuner.tune, image=32, threads=1))
+    assert speed.tune(tmp_path, "cpu", ["Ti"]) == PASSED
+    table, whole = tables.Table.load(tmp_path / "tuning.json"), tuner.tune("cpu", ["Ti"], scope=scope)
+    assert {problem: set(found) for problem, found in table.choices.items()} == {
+        problem: set(found) for problem, found in whole.choices.items()
+    }
+    assert all(len(found) == 2 for found in table.choices.values()) and len(table.choices) == 4
+
+
+def test_profiles_are_written_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that fails keeps nobody from running, and one that was to be compiled can be skipped."""
+    monkeypatch.setenv(problem.NO_COMPILE, "1")
+    good, bad, compiled = Setup("Ti", 1), Setup("Ti", 1, provider="nobody"), Setup("Ti", 1, compiled=True)
+    assert speed.profiles(tmp_path, "cpu", [compiled, good], depth=1) == PASSED
+    printed = capsys.readouterr().out
+    assert last_figure(printed).startswith("Ti fastvit: ")
+    assert f"{compiled}: skipped: {problem.NOT_COMPILED}" in printed
+    assert speed.profiles(tmp_path, "cpu", [bad, good], depth=1) == FAILED
+    assert last_figure(capsys.readouterr().out).startswith("1 failed; Ti fastvit: ")
+    rows = rows_in(tmp_path / "profile.jsonl")
+    assert {row["model"] for row in rows} == {"Ti"} and sum(row["share"] for row in rows) == pytest.approx(2, abs=0.01)
+
+
+def test_every_backend_that_runs_is_profiled_eager_ones_first(
+    gpu_backends: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Setup] = []
+
+    def note(setup: Setup, device: str) -> None:
+        asked.append(setup)
+        raise problem.NotCompiled("nor profiled")
+
+    monkeypatch.setattr(speed, "profile", note)
+    assert speed.profiles(tmp_path, "cpu") == FAILED, "nothing was"
+    eager = [f"fastvit:{name}" for name in ("cpu", *gpu_backends)]
+    assert [(setup.compiled, setup.model, setup.provider) for setup in asked] == [
+        (compiled, model, provider)
+        for compiled, providers in ((False, [*eager, "timm"]), (True, ["fastvit", "timm"]))
+        for model in "SB"
+        for provider in providers
+    ]
+
+
+# launch
+
+
+def test_calls_are_timed_beside_torchs_add(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.launch(tmp_path, "cpu", rounds=2) == PASSED
+    rows = read_json_lines(tmp_path / "bench.jsonl")
+    assert len(rows) == 2 * 2 * 3 and len({row.case for row in rows}) == 4
+    for row in rows:
+        if row.provider == launch.ALONE:
+            assert row.median_us is None and row.reason == "it computes on CUDA devices only"
+        else:
+            assert row.median_us and row.repeats == 2 and row.device and row.versions
+        assert row.command == "make gpu STAGE=launch"
+    times = {(row.shape, row.mode, row.provider): row.median_us or 0.0 for row in rows}
+    for shape, mode, provider in times:
+        if provider == "fastvit:cpu":
+            assert times[shape, mode, provider] > times[shape, mode, launch.SCALE]
+    printed = capsys.readouterr().out
+    assert "torch.add" in printed and "not timed: fastvit:cuda (op alone), add_position" in printed
+    assert last_figure(printed).startswith("patch_embed: cpu ") and "add_position: cpu" in last_figure(printed)
+
+
+def test_a_wrong_backend_is_not_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with planted("add_position: last column wrong"):
+        assert launch.launch(tmp_path, "cpu", rounds=1) == FAILED
+    wrong = [row for row in read_json_lines(tmp_path / "bench.jsonl") if "out of tolerance" in row.reason]
+    assert {(row.provider, row.shape.split(",")[0]) for row in wrong} == {("fastvit:cpu", "add_position")}
+    assert "not timed: fastvit:cpu" in capsys.readouterr().out
+
+
+def test_without_any_kernel_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "backends_of", lambda device: [])
+    assert launch.launch(tmp_path, "cpu", rounds=1) == FAILED
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[tuple[Any, ...]]]]:
+    """In the place of the extension's ops, functions that note what they are given."""
+    tokens, rows = torch.zeros(1, 5, 192, dtype=torch.bfloat16), torch.zeros(5, 192)
+    weight = torch.zeros(192, 3, 16, 16, dtype=torch.bfloat16)
+    of_embedding = [torch.empty(0), weight, torch.zeros(192), rows]
+    results = {
+        "patch_embed": [tokens], "patch_embed_backward": of_embedding,
+        "add_position": [tokens], "add_position_backward": [rows],
+    }  # fmt: skip
+    noted: dict[str, list[tuple[Any, ...]]] = {name: [] for name in results}
+
+    def run(name: str, *arguments: Any) -> Any:
+        noted[name].append(arguments)
+        found = [result.clone() for result in results[name]]
+        return found if len(found) > 1 else found[0]
+
+    ops = {f"{name}_cuda": functools.partial(run, name) for name in results}
+    monkeypatch.setattr(torch.ops, "fastvit", SimpleNamespace(**ops))
+    monkeypatch.setitem(backends._REASONS, "cuda", lambda device_type: "")
+    monkeypatch.setattr(launch, "backends_of", lambda device: ["cuda"])
+    monkeypatch.setattr(launch, "check_backend", lambda *_: "")
+    monkeypatch.setattr(launch, "CALLS", 1)
+    backends.implementation.cache_clear()
+    yield noted
+    backends.implementation.cache_clear()
+
+
+def test_the_op_alone_is_given_what_the_public_function_gives_it(
+    given: dict[str, list[tuple[Any, ...]]], tmp_path: Path
+) -> None:
+    assert launch.launch(tmp_path, "cpu", rounds=1) == PASSED
+    rows = read_json_lines(tmp_path / "bench.jsonl")
+    assert all(row.median_us for row in rows) and len(rows) == 2 * 2 * 3
+    assert [row.whole for row in rows[:3]] == [True, False, False]
+    timed = launch.WARM_UP + 1
+    for name, calls in given.items():
+        # In two modes or one: to be timed, by the function and alone, and to see what it gives (twice for a gradient).
+        assert len(calls) == (2 * timed + 1 if "backward" in name else 4 * timed + 3), name
+        described = {tuple(map(_described, call)) for call in calls}
+        assert len(described) == 1, name
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):  # the numbers of small ones too: of constants
+        return value.dtype, tuple(value.shape), value.stride(), str(value.tolist()) if value.numel() <= 12 else ""
+    return tuple(value) if isinstance(value, list | tuple) else value
