@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["foreign_features", "foreign_model"]
+__all__ = ["DEQUANTISE", "QUANTISED", "foreign_features", "foreign_model"]
 
+QUANTISED = "a model with quantised weights"
+DEQUANTISE = "dequantise it first, and save its state_dict()"
 _ONLY_TABLES = "FastViT adds a table of positions to the tokens"
 _ONLY_PATCHES = "FastViT's tokens are projected patches"
 _ONLY_COLUMNS = "FastViT's tokens keep one width and one grid from block to block"
@@ -17,6 +19,11 @@ _NOT_READ = "FastViT does not read these names; convert it to timm's first"
 # Names are searched for these from top to bottom, the particular before the general.
 # These appear among names that a plain ViT has too, and change what the model computes:
 _FEATURES = (
+    (r"\.(lora_\w+|base_layer|ia3_l|hada_\w+|lokr_\w+|[bh]?oft_\w+|vera_lambda_\w+|modules_to_save)(\.|$)",
+     "an adapter such as LoRA that is not merged into its model",
+     "merge it first, with peft's merge_and_unload(), and save the state_dict() of what that returns"),
+    (r"\.(absmax|quant_map|quant_state\.\w+|SCB|weight_format|qweight|qzeros|zero_point|_packed_params"
+     r"|weight_(scale|scale_inv|packed|zero_point|qdata)|weight\._(data|scale))$", QUANTISED, DEQUANTISE),
     (r"layers\.\d+\.blocks\.\d+\..*relative_position|features\.\d+\.\d+\.attn\.relative_position",
      "a Swin Transformer", _ONLY_COLUMNS),
     (r"attn\.q_bias|layers?\.\d+\.lambda_1|beit.*relative_position", "a BEiT or EVA", _ONLY_TABLES),
@@ -32,8 +39,8 @@ _FEATURES = (
 
 # These are recognised where no names of a ViT's patches, or of its blocks, were found:
 _MODELS = (
-    (r"^visual\.(conv1|transformer)", "a CLIP in OpenAI's names", _NOT_READ),
-    (r"^visual\.trunk\.", "an OpenCLIP model around timm's ViT", "strip 'visual.trunk.' from its names"),
+    (r"(^|\.)visual\.(conv1|transformer)", "a CLIP in OpenAI's names", _NOT_READ),
+    (r"(^|\.)_?flat_param(_\d+)?$", "a part of a model that FSDP holds in shards", "save its full state_dict instead"),
     (r"downsample_layers\.|\.dwconv\.|conv_dw\.weight|dwconv\.weight", "a ConvNeXt or MobileNet", _ONLY_PATCHES),
     (r"layer[1-4]\.\d+\.conv1\.weight|resnet\.|encoder\.stages\.\d+", "a ResNet", _ONLY_PATCHES),
     (r"features\.\d+\.", "a convolutional network", _ONLY_PATCHES),

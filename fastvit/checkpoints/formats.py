@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickletools
-import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvit.peers import import_peer
-
 from .errors import CheckpointError
+from .pickles import LEGACY_TORCH, read_torch
 
-__all__ = [
-    "CONFIG",
-    "CONFIG_KEY",
-    "FOLDER_WEIGHTS",
-    "WEIGHTS",
-    "file_kind",
-    "read_json",
-    "read_npz",
-    "read_safetensors",
-    "read_torch",
-]
+__all__ = ["CONFIG", "CONFIG_KEY", "FOLDER_WEIGHTS", "WEIGHTS", "read_file", "read_json"]
 
 # The files of a model's folder; the first kind of weights that is there is taken.
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -45,17 +33,27 @@ _FOREIGN = {
     b"<!": "a web page; the download went wrong",
     b"<html": "a web page; the download went wrong",
 }
-_LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
 _ACCEPTED = "accepted are .safetensors, .pth or .pt (torch.save) and .npz (JAX)"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 
 
-def file_kind(path: Path) -> str:
-    """ "safetensors", "torch" or "npz", whatever the name ends in.
+def read_file(path: Path, allow: Sequence[str] = ()) -> tuple[str, Any, dict[str, Any] | None]:
+    """What a file is ("safetensors", "torch" or "npz", whatever its name ends in), its contents and its config.
+
+    Args:
+        allow: full names of classes whose objects a torch file may have.
 
     Raises:
-        CheckpointError: none of these, empty or cut off; the message says what it looks like.
+        CheckpointError: none of these, empty, cut off or damaged, or with Python objects in it.
+        ImportError: safetensors is needed and not installed.
     """
+    kind = _kind(path)
+    if kind == "safetensors":
+        return kind, *_read_safetensors(path)
+    return kind, _read_npz(path) if kind == "npz" else read_torch(path, allow), None
+
+
+def _kind(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(32)
@@ -66,9 +64,9 @@ def file_kind(path: Path) -> str:
             raise CheckpointError(f"{path}: {meaning}; {_ACCEPTED}")
     if start.startswith(b"PK"):
         return _kind_of_zip(path, size)
-    if start.startswith(_LEGACY_TORCH):
+    if start.startswith(LEGACY_TORCH):
         return "torch"
-    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and not _LEGACY_TORCH.startswith(start):
+    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") and not LEGACY_TORCH.startswith(start):
         raise CheckpointError(
             f"{path}: a pickle that torch.save did not write; unpickling may run code, so it is not read; {_ACCEPTED}"
         )
@@ -94,14 +92,10 @@ def _kind_of_zip(path: Path, size: int) -> str:
     raise CheckpointError(f"{path}: a zip archive without weights; {_ACCEPTED}")
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Names and CPU tensors of a .safetensors file, and the config in its metadata where it has one.
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Names and CPU tensors of a .safetensors file, and the config in its metadata where it has one."""
+    import safetensors
 
-    Raises:
-        CheckpointError: truncated, damaged, or with a dtype that torch lacks.
-        ImportError: safetensors is not installed.
-    """
-    safetensors = import_peer("safetensors")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -123,51 +117,8 @@ def _config_in(text: str) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def read_torch(path: Path) -> Any:
-    """What torch.save wrote: tensors and plain values, on the CPU.
-
-    Raises:
-        CheckpointError: truncated, damaged, or with anything else in it, which would be code to run.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    # By where it breaks: RuntimeError, UnpicklingError, EOFError, KeyError …
-    except Exception as error:
-        raise CheckpointError(f"{path}: {_why_not_loaded(path, error)}") from error
-
-
-def _why_not_loaded(path: Path, error: Exception) -> str:
-    message = str(error)
-    name = re.search(r"GLOBAL ([\w.]+)", message)
-    if (name or "WeightsUnpickler" in message) and _has_whole_pickles(path):
-        what = f"pickled code or objects ({name[1]})" if name else "more than tensors and plain values"
-        return (
-            f"it holds {what}, which are not loaded; where you trust the file, save its state_dict alone, or allow the "
-            "class with torch.serialization.add_safe_globals"
-        )
-    return f"truncated or damaged ({path.stat().st_size} bytes, {type(error).__name__})"
-
-
-def _has_whole_pickles(path: Path) -> bool:
-    """False where a file of torch's old format is cut off in one of its first four pickles, which are only scanned."""
-    with path.open("rb") as file:
-        if file.read(len(_LEGACY_TORCH)) != _LEGACY_TORCH:
-            return True
-        try:
-            for _ in range(3):
-                for _ in pickletools.genops(file):
-                    pass
-        except Exception:  # ValueError, UnicodeDecodeError …, by what is missing
-            return False
-    return True
-
-
-def read_npz(path: Path) -> dict[str, Tensor]:
-    """Names and tensors of a .npz file; "/" in names stays. bfloat16, which NumPy lacks, is restored.
-
-    Raises:
-        CheckpointError: truncated, damaged, or with Python objects or text in it.
-    """
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    """Names and tensors of a .npz file; "/" in names stays. bfloat16, which NumPy lacks, is restored."""
     state = {}
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastvit.peers import import_peer
-
 from .errors import CheckpointError
 from .formats import FOLDER_WEIGHTS
 
@@ -42,7 +40,7 @@ def download(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise CheckpointError(f"{name}: not a name on the hub; accepted is owner/name or owner/name@revision")
     try:
-        hub = import_peer("huggingface_hub")
+        import huggingface_hub as hub
     except ImportError as error:
         raise ImportError(f"{name}: a name on the hub needs huggingface_hub (pip install huggingface_hub)") from error
     repository, _, revision = name.partition("@")

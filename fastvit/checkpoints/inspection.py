@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fastvit.model.variants import variant_arguments
 
+from .arguments import nearest_variant
 from .errors import CheckpointError
 from .files import read_checkpoint
 from .huggingface import huggingface_kind
-from .schemas import SCHEMAS, Recognised, nearest_variant, recognise, to_schema
+from .recognition import Recognised, recognise
+from .targets import SCHEMAS, to_schema
 
 __all__ = ["Inspection", "inspect"]
 
@@ -52,7 +54,7 @@ class Inspection:
     """What was found; `str()` of it is for people, `to_dict()` for programs.
 
     Attributes:
-        source, kind, notes: as of the `Checkpoint`.
+        source, kind: as of the `Checkpoint`. notes: as of `Recognised`.
         tensors, values, bytes: how many tensors, numbers in them, and bytes these take.
         dtypes: numbers by dtype, such as {"float32": 5717416}.
         config: what the config beside the weights says it is of; "" without one.
@@ -70,12 +72,12 @@ class Inspection:
 
     source: str
     kind: str
-    notes: tuple[str, ...]
     tensors: int
     values: int
     bytes: int
     dtypes: dict[str, int]
     config: str
+    notes: tuple[str, ...] = ()
     schema: str = ""
     family: str = ""
     library_class: str = ""
@@ -102,20 +104,22 @@ class Inspection:
         return "\n".join(f"{heading:<13} {text}" for heading, text in _lines(self))
 
 
-def inspect(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Inspection:
+def inspect(
+    source: str | os.PathLike[str] | Mapping[str, Tensor], *, key: str | None = None, allow: Sequence[str] = ()
+) -> Inspection:
     """Say what a checkpoint is; a model of another architecture is a finding too, under `problems`.
 
     Args:
         source: what `read_checkpoint` takes: a file, a folder, a state_dict or a name on the hub.
+        key, allow: as in `load_pretrained`.
 
     Raises:
         CheckpointError, TypeError, ImportError: it can't be read.
     """
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, allow=allow)
     found = Inspection(
         source=checkpoint.source,
         kind=checkpoint.kind,
-        notes=checkpoint.notes,
         tensors=len(checkpoint.state),
         values=sum(tensor.numel() for tensor in checkpoint.state.values()),
         bytes=sum(tensor.nbytes for tensor in checkpoint.state.values()),
@@ -123,7 +127,7 @@ def inspect(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Inspection
         config=_config(checkpoint.config),
     )
     try:
-        recognised = recognise(checkpoint)
+        recognised = recognise(checkpoint, key=key)
     except CheckpointError as error:
         return replace(found, problems=[str(error).removeprefix(f"{checkpoint.source}: ")])
     return _described(found, recognised)
@@ -134,6 +138,7 @@ def _described(found: Inspection, recognised: Recognised) -> Inspection:
     variant = nearest_variant(arguments, {"deit": "deit_", "deit3": "deit3_"}.get(recognised.family, ""))
     return replace(
         found,
+        notes=recognised.notes,
         schema=recognised.schema,
         family=recognised.family,
         library_class=_library_class(recognised),

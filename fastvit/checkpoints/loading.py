@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ _CONVERTED = (
 def load_pretrained(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     *,
+    key: str | None = None,
+    allow: Sequence[str] = (),
     strict: bool = True,
     new_head: bool = False,
     **overrides: Any,
@@ -50,6 +52,10 @@ def load_pretrained(
     Args:
         source: a .safetensors, .pth, .pt or .npz file, a folder with config.json and weights, a state_dict, or the
             name of a model on the Hugging Face hub, "owner/name".
+        key: which of several Vision Transformers in a training's checkpoint: the keys, or the beginning of the names,
+            that it is under, such as "teacher" or "state_dict.student.backbone".
+        allow: full names of classes, such as "package.module.Class", whose objects a torch file may have beside its
+            weights. They are left out; no code of theirs is run.
         strict: False: what does not fit is left out, what is missing is fresh, and a warning lists both.
         new_head: a fresh head in place of the checkpoint's, which `num_classes` other than its own needs.
         overrides: arguments of `VisionTransformer`. `img_size`, `patch_size` and `in_chans` adapt the weights;
@@ -65,7 +71,7 @@ def load_pretrained(
         ValueError, TypeError: an override that can't be.
         ImportError: a hub name without huggingface_hub, or a .safetensors file without safetensors.
     """
-    recognised = _recognised(read_checkpoint(source), overrides)
+    recognised = _recognised(read_checkpoint(source, allow=allow), key, overrides)
     fitted = _fitting(adapt_head(recognised, overrides.get("num_classes"), new_head), strict)
     fitted = adapt(fitted, overrides) if "patch_embed.proj.weight" in fitted.state else fitted
     arguments = {**fitted.arguments, **overrides}
@@ -85,6 +91,8 @@ def convert(
     destination: str | os.PathLike[str],
     to: str = "timm",
     *,
+    key: str | None = None,
+    allow: Sequence[str] = (),
     strict: bool = True,
     overwrite: bool = False,
     **overrides: Any,
@@ -97,6 +105,7 @@ def convert(
             Hugging Face's format is always a folder, torchvision's always a file.
         to: "timm", "torchvision", "huggingface" (the names that the hub has, and that transformers 4 and 5 load),
             "huggingface-v5" (those of transformers 5 in memory) or "fastvit".
+        key, allow: as in `load_pretrained`.
         strict: False: leave out what has no place, and say so.
         overwrite: replace what is at `destination`.
         overrides: `img_size`, `patch_size`, `in_chans`, `num_classes=0`, `num_heads`, `norm_eps`, `act_layer`,
@@ -121,8 +130,7 @@ def convert(
         raise CheckpointError(f"{destination}: names a file; Hugging Face's format is a folder, with config.json in it")
     if to == "torchvision" and not is_file:
         raise CheckpointError(f"{destination}: names a folder; torchvision has files alone: .pth, .pt or .safetensors")
-    checkpoint = read_checkpoint(source)
-    recognised = _recognised(checkpoint, overrides)
+    recognised = _recognised(read_checkpoint(source, allow=allow), key, overrides)
     whole = adapt_head(recognised, overrides.get("num_classes"))
     if whole.missing or whole.misshapen:
         raise CheckpointError(_listed(whole, whole.problems, "a part of a checkpoint can't be converted"))
@@ -136,16 +144,16 @@ def convert(
     write_checkpoint(destination, state, config, overwrite=overwrite)
     return [
         f"{recognised.source}: {recognised.family} in {recognised.schema}'s names",
-        *checkpoint.notes,
+        *recognised.notes,
         *(f"assumed: {line}" for line in fitted.assumed),
         *(f"left out: {line}" for line in whole.problems),
         *remarks(fitted, to, state, config is not None),
     ]
 
 
-def _recognised(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Recognised:
+def _recognised(checkpoint: Checkpoint, key: str | None, overrides: Mapping[str, Any]) -> Recognised:
     known = {name: overrides[name] for name in _TOLD if isinstance(overrides.get(name), (str, int, float))}
-    return recognise(checkpoint, size_hint=overrides.get("img_size"), **known)
+    return recognise(checkpoint, key=key, size_hint=overrides.get("img_size"), **known)
 
 
 _WAY_OUT = "strict=False, on the command line --no-strict, leaves out what does not fit"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ __all__ = [
     "Stored",
     "Table",
     "names_of",
-    "packed",
     "read_names",
     "reshaped",
     "write_names",
@@ -45,104 +45,66 @@ class Stored:
     write: Callable[[Tensor], Sequence[Tensor]] | None = None
 
 
-def packed(*names: str) -> Stored:
-    """Parts that lie one after the other in our tensor's first dimension, such as query, key and value."""
-    return Stored(names, lambda parts: torch.cat(list(parts)), lambda tensor: tensor.chunk(len(names)))
-
-
 def reshaped(name: str, read: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor] | None = None) -> Stored:
     """One tensor in another arrangement."""
     writes = None if write is None else lambda tensor: [write(tensor)]
     return Stored((name,), lambda parts: read(parts[0]), writes)
 
 
-# Our name to the library's. "#" is the number of a block, "*" is "weight" or "bias", "**" is anything.
+# Our name to the library's. "#" is the number of a block, "*" is "weight" or "bias", "**" is anything, and "{q,k,v}"
+# names parts that lie one after the other in our tensor's first dimension.
 Table = Mapping[str, "str | Stored"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """One library's names.
+    """All that is particular to one library's form of a model.
 
     Attributes:
         schema: "timm", "torchvision", "huggingface", "huggingface-v5", "jax" or "big_vision".
         family: what the model is where nothing says more.
-        encoder: names of the encoder, behind one of `prefixes`.
-        head: names of the classifier, without a prefix, unless `head_has_prefix`.
-        older: names of earlier versions, and what they are called now.
+        table: its names; those of the encoder stand behind one of `prefixes`, those of the head do not, unless
+            `head_has_prefix`.
+        older: names of earlier versions or of a model's own code, and ours for them.
         unused: names of the encoder's tensors that do not enter its output; kept for the way back.
         beside: names of other parts of a larger model; left out.
         refused: names that are understood but have no place in FastViT, and why.
+        fixed: arguments that its classes have in any case.
+        assumed: arguments that its code takes where nothing says otherwise.
         projection: the head has no bias.
     """
 
     schema: str
     family: str
-    encoder: Table
-    head: Table
+    table: Table
     prefixes: tuple[str, ...] = ("",)
     head_has_prefix: bool = False
     older: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    assumed: Mapping[str, Any] = field(default_factory=dict)
     projection: bool = False
 
-    def split(self, name: str, prefix: str) -> tuple[str | None, str | None]:
-        """A file's name as the encoder's table and as the head's has it; None where it can't be one of theirs."""
-        inside = name.removeprefix(prefix) if name.startswith(prefix) else None
-        return inside, inside if self.head_has_prefix else name
+    def find(self, name: str, prefix: str) -> tuple[str, int] | None:
+        """Our name for a file's tensor, and which part of it that is; None if it has no place."""
+        for pattern, ours, part in _rows(self, prefix):
+            if match := pattern.fullmatch(name):
+                return _filled(ours, match), part
+        return None
+
+    def stored(self, ours: str, prefix: str) -> tuple[Stored, list[str]] | None:
+        """How our tensor is stored, and its names in a file; None: it can't be."""
+        for pattern, where in self.table.items():
+            if match := _pattern(pattern).fullmatch(ours):
+                stored = _as_stored(where)
+                return stored, [_filled(self.join(ours, name, prefix), match) for name in stored.names]
+        return None
 
     def join(self, ours: str, name: str, prefix: str) -> str:
         """The full name in a file."""
         return name if ours.startswith("head.") and not self.head_has_prefix else prefix + name
-
-    def find(self, name: str, prefix: str) -> _Place | None:
-        """Where a file's tensor goes, None if it has no place."""
-        inside, outside = self.split(name, prefix)
-        return (inside and self._find(self._encoder, inside)) or (outside and self._find(self._head, outside)) or None
-
-    def stored(self, ours: str) -> tuple[Stored, str, str] | None:
-        """How our tensor is stored, with the number of its block and "weight" or "bias"; None: it can't be."""
-        for pattern, where in (*self.encoder.items(), *self.head.items()):
-            match = _pattern(pattern).fullmatch(ours)
-            if match:
-                groups = match.groupdict()
-                return _as_stored(where), groups.get("block") or "", groups.get("kind") or ""
-        return None
-
-    def _find(self, rows: Sequence[tuple[re.Pattern[str], str, int]], name: str) -> _Place | None:
-        name = self._renamed(name)
-        for pattern, ours, part in rows:
-            match = pattern.fullmatch(name)
-            if match:
-                groups = match.groupdict()
-                return _Place(_filled(ours, groups.get("block") or "", groups.get("kind") or ""), part)
-        return None
-
-    def _renamed(self, name: str) -> str:
-        for pattern, now in self.older.items():
-            match = _pattern(pattern).fullmatch(name)
-            if match:
-                groups = match.groupdict()
-                return _filled(now, groups.get("block") or "", groups.get("kind") or "")
-        return name
-
-    @cached_property
-    def _encoder(self) -> list[tuple[re.Pattern[str], str, int]]:
-        return list(_rows(self.encoder))
-
-    @cached_property
-    def _head(self) -> list[tuple[re.Pattern[str], str, int]]:
-        return list(_rows(self.head))
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Our tensor's name, and which part of it."""
-
-    ours: str
-    part: int
 
 
 @dataclass
@@ -171,42 +133,47 @@ def read_names(layout: Layout, prefix: str, state: Mapping[str, Tensor]) -> Name
     parts: dict[str, dict[int, tuple[str, Tensor]]] = {}
     for name, tensor in state.items():
         place = layout.find(name, prefix)
-        if place is not None:
-            slots = parts.setdefault(place.ours, {})
-            if place.part in slots:
-                found.misshapen.append(f"{name}: {slots[place.part][0]} is the same tensor by another name")
-            else:
-                slots[place.part] = (name, tensor)
+        if place is None:
+            _sort_out(layout, prefix, name, tensor, found)
             continue
-        candidates = [inside for inside in (layout.split(name, prefix)[0], name) if inside is not None]
-        reason = next((layout.refused[key] for key in layout.refused if _any_matches([key], candidates)), "")
-        if reason:
-            found.refused[name] = reason
-        elif _any_matches(layout.unused, candidates):
-            found.unused[candidates[0]] = tensor
-        elif _any_matches(layout.beside, candidates):
-            found.beside.append(name)
+        slots = parts.setdefault(place[0], {})
+        if place[1] in slots:
+            found.misshapen.append(f"{name}: {slots[place[1]][0]} is the same tensor by another name")
         else:
-            found.unknown.append(name)
+            slots[place[1]] = (name, tensor)
     for ours, slots in parts.items():
         _assemble(layout, prefix, ours, slots, found)
     return found
 
 
+def _sort_out(layout: Layout, prefix: str, name: str, tensor: Tensor, found: Names) -> None:
+    """Note what a tensor is that is none of the model's."""
+    candidates = {name, name.removeprefix(prefix)}
+    reason = next((why for pattern, why in layout.refused.items() if _any_matches([pattern], candidates)), "")
+    if reason:
+        found.refused[name] = reason
+    elif _any_matches(layout.unused, candidates):
+        found.unused[name.removeprefix(prefix)] = tensor
+    elif _any_matches(layout.beside, candidates):
+        found.beside.append(name)
+    else:
+        found.unknown.append(name)
+
+
 def _assemble(layout: Layout, prefix: str, ours: str, slots: dict[int, tuple[str, Tensor]], found: Names) -> None:
     """Put our tensor together from its parts in the file."""
-    where = layout.stored(ours)
+    where = layout.stored(ours, prefix)
     if where is None:
         raise CheckpointError(f"{ours}: the table of {layout.schema} names it only in one direction")
-    stored, block, kind = where
-    names = [layout.join(ours, _filled(name, block, kind), prefix) for name in stored.names]
+    stored, names = where
     if len(slots) < len(names):
         found.incomplete += [name for part, name in enumerate(names) if part not in slots]
         return
+    in_order = [slots[part] for part in range(len(names))]
     try:
-        found.state[ours] = stored.read([slots[part][1] for part in range(len(names))])
+        found.state[ours] = stored.read([tensor for _, tensor in in_order])
     except Refusal as refusal:
-        found.refused.update({slots[part][0]: str(refusal) for part in range(len(names))})
+        found.refused.update({name: str(refusal) for name, _ in in_order})
     except (RuntimeError, IndexError):
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in slots.values())
         found.misshapen.append(f"{shapes}: not the shape of {ours}")
@@ -221,14 +188,12 @@ def write_names(layout: Layout, prefix: str, state: Mapping[str, Tensor]) -> Sta
     out: State = {}
     lost: list[str] = []
     for ours, tensor in state.items():
-        where = layout.stored(ours)
-        write = where and where[0].write
-        if where is None or write is None:
+        where = layout.stored(ours, prefix)
+        if where is None or where[0].write is None:
             lost.append(ours)
             continue
-        stored, block, kind = where
-        for name, part in zip(stored.names, write(tensor), strict=True):
-            out[layout.join(ours, _filled(name, block, kind), prefix)] = part.contiguous()
+        for name, part in zip(where[1], where[0].write(tensor), strict=True):
+            out[name] = part.contiguous()
     if lost:
         raise CheckpointError(f"{layout.schema}: has no place for {', '.join(lost)}")
     return out
@@ -236,30 +201,38 @@ def write_names(layout: Layout, prefix: str, state: Mapping[str, Tensor]) -> Sta
 
 def names_of(layout: Layout, prefix: str, ours: str) -> list[str]:
     """What our tensor is called in a file; our own name where the layout has none."""
-    where = layout.stored(ours)
-    if where is None:
-        return [ours]
-    stored, block, kind = where
-    return [layout.join(ours, _filled(name, block, kind), prefix) for name in stored.names]
+    where = layout.stored(ours, prefix)
+    return [ours] if where is None else where[1]
 
 
-def _rows(table: Table) -> Iterator[tuple[re.Pattern[str], str, int]]:
-    for ours, where in table.items():
-        for part, name in enumerate(_as_stored(where).names):
-            yield _pattern(name), ours, part
+@cache
+def _rows(layout: Layout, prefix: str) -> list[tuple[re.Pattern[str], str, int]]:
+    """The table with patterns of a file's names first, older names too: pattern, our name, part."""
+    rows = [
+        (_pattern(layout.join(ours, name, prefix)), ours, part)
+        for ours, where in layout.table.items()
+        for part, name in enumerate(_as_stored(where).names)
+    ]
+    return rows + [(_pattern(layout.join(ours, name, prefix)), ours, 0) for name, ours in layout.older.items()]
 
 
 def _as_stored(where: str | Stored) -> Stored:
     if isinstance(where, Stored):
         return where
-    return Stored((where,), lambda parts: parts[0], lambda tensor: [tensor])
+    start, brace, rest = where.partition("{")
+    if not brace:
+        return Stored((where,), lambda parts: parts[0], lambda tensor: [tensor])
+    inside, _, end = rest.partition("}")
+    names = tuple(start + part + end for part in inside.split(","))
+    return Stored(names, lambda parts: torch.cat(list(parts)), lambda tensor: tensor.chunk(len(names)))
 
 
-def _filled(pattern: str, block: str, kind: str) -> str:
-    return pattern.replace("#", block).replace("*", kind)
+def _filled(pattern: str, match: re.Match[str]) -> str:
+    groups = match.groupdict()
+    return pattern.replace("#", groups.get("block") or "").replace("*", groups.get("kind") or "")
 
 
-def _any_matches(patterns: Sequence[str], names: Sequence[str]) -> bool:
+def _any_matches(patterns: Sequence[str], names: set[str]) -> bool:
     return any(_pattern(pattern).fullmatch(name) for pattern in patterns for name in names)
 
 

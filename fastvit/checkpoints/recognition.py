@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,32 +14,21 @@ from fastvit.checkpoints.arguments import arguments_of, fold_class_position, mod
 from fastvit.checkpoints.configs import family_of, known_from, sizes_from
 from fastvit.checkpoints.errors import CheckpointError
 from fastvit.checkpoints.files import Checkpoint
-from fastvit.checkpoints.foreign import foreign_features, foreign_model
-from fastvit.checkpoints.layouts import LAYOUTS, takes_head
+from fastvit.checkpoints.finding import Model, choose, find_models, normalised
+from fastvit.checkpoints.foreign import DEQUANTISE, QUANTISED, foreign_features, foreign_model
+from fastvit.checkpoints.layouts import LAYOUTS, MANY_LAYERS, takes_head
 from fastvit.checkpoints.naming import Layout, Names, State, names_of, read_names
 
 __all__ = ["Recognised", "expected_shapes", "fitting", "recognise"]
 
+LISTED = 6  # names in a message, at most
 UNUSED = "unused."  # FastViT's own folders keep what the model does not use under this
 
-# What a library's code takes where its files do not say. JAX's gelu is the approximation by tanh.
-_CONVENTIONS: dict[str, dict[str, Any]] = {
-    "timm": {"norm_eps": 1e-6, "act_layer": "gelu"},
-    "torchvision": {"norm_eps": 1e-6, "act_layer": "gelu"},
-    "huggingface": {"norm_eps": 1e-12, "act_layer": "gelu"},
-    "jax": {"norm_eps": 1e-6, "act_layer": "gelu_tanh"},
-}
-# What a library's classes have in any case.
-_FIXED: dict[str, dict[str, Any]] = {
-    "torchvision": {"act_layer": "gelu", "global_pool": "token"},
-    "huggingface": {"global_pool": "token"},
-}
-_OF_FAMILY: dict[tuple[str, str], dict[str, Any]] = {
-    ("timm", "clip"): {"norm_eps": 1e-5},
-    ("huggingface", "clip"): {"norm_eps": 1e-5, "act_layer": "quick_gelu"},
-    ("huggingface", "dinov2"): {"norm_eps": 1e-6},
-}
-_LIBRARIES = {"fastvit": "timm", "huggingface-v5": "huggingface", "big_vision": "jax"}
+# What a training keeps in a model and an encoder is taken without.
+_BESIDE = re.compile(
+    r"((\w+_)?(criterion|loss|metrics?|acc|accuracy|predictor|projector|decoder)(_\w+)?|projection_head|n_averaged"
+    r"|queue(_ptr)?|center|logit_scale)(\.|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,7 @@ class Recognised:
         beside: names of other parts of a larger model, which are left out.
         config: the checkpoint's config.json.
         source: what to call it in a message.
+        notes: where in the checkpoint it was, and what is beside it.
     """
 
     schema: str
@@ -75,6 +66,7 @@ class Recognised:
     beside: list[str] = field(default_factory=list)
     config: dict[str, Any] | None = None
     source: str = "state_dict"
+    notes: tuple[str, ...] = ()
 
     @property
     def problems(self) -> list[str]:
@@ -87,11 +79,12 @@ class Recognised:
         ]
 
 
-def recognise(checkpoint: Checkpoint, *, size_hint: Any = None, **known: Any) -> Recognised:
+def recognise(checkpoint: Checkpoint, *, key: str | None = None, size_hint: Any = None, **known: Any) -> Recognised:
     """Say what a checkpoint is, and bring it into our names.
 
     Args:
         checkpoint: from `read_checkpoint`.
+        key: which Vision Transformer of it is meant, where it has several.
         size_hint: an image size to try where the checkpoint's positions fill no square and nothing else says it.
         known: arguments of the checkpoint's model that it does not say, such as `num_heads` or `img_size`; they win
             over what it does say.
@@ -100,41 +93,39 @@ def recognise(checkpoint: Checkpoint, *, size_hint: Any = None, **known: Any) ->
         CheckpointError: another architecture; the message says what it seems to be, and why it is not read.
     """
     try:
-        return _recognise(checkpoint, known, size_hint)
+        return _recognise(checkpoint, key, known, size_hint)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.source}: {error}") from error
 
 
-def _recognise(checkpoint: Checkpoint, known: Mapping[str, Any], size_hint: Any) -> Recognised:
-    family = family_of(checkpoint.config)
-    state, kept = _without_unused(checkpoint.state)
-    state = _unscanned(state)
-    layout, prefix = _layout_of(state)
+def _recognise(checkpoint: Checkpoint, key: str | None, known: Mapping[str, Any], size_hint: Any) -> Recognised:
+    config = checkpoint.config or {}
+    family = family_of(config)
+    everything = normalised(_unscanned(checkpoint.state))
+    model, notes = _model_of(everything, checkpoint.others, key)
+    state, kept = _without_unused(model.state)
+    layout, prefix = model.layout, model.prefix
     found = read_names(layout, prefix, state)
-    _refuse_heads(layout, prefix, found)
+    _set_aside(model, found)
+    matrices = {name: tensor.dtype for name, tensor in found.state.items() if tensor.dim() > 1}
+    whole = [name for name, dtype in matrices.items() if not dtype.is_floating_point]
+    if 2 * len(whole) > len(matrices):
+        raise CheckpointError(f"seems to be {QUANTISED} ({whole[0]} is {matrices[whole[0]]}): {DEQUANTISE}")
     if "patch_embed.proj.weight" not in found.state:  # its name is there, so that only its shape can be wrong
         raise CheckpointError("; ".join(found.misshapen))
     if layout.projection and "head.weight" in found.state:
         weight = found.state["head.weight"]
         found.state["head.bias"] = torch.zeros(weight.shape[:1], dtype=weight.dtype)
-    is_ours = "fastvit" in (checkpoint.config or {})
-    schema = "fastvit" if is_ours else layout.schema
-    family = family or str((checkpoint.config or {}).get("family", "")) or _family(layout, prefix, state, found)
-    library = _LIBRARIES.get(schema, schema)
-    given = {
-        **_FIXED.get(library, {}),
-        **_heads_of_flax(layout, prefix, state),
-        **known_from(checkpoint.config),
-        **known,
-    }
-    conventions = {**_CONVENTIONS[library], **_OF_FAMILY.get((library, family), {})}
-    sizes = sizes_from(checkpoint.config) + ([] if size_hint is None else [size_hint])
-    arguments, assumed = arguments_of(found.state, given, conventions, sizes)
+    family = family or str(config.get("family", "")) or _family(layout, prefix, state, found)
+    given = {**layout.fixed, **_heads_of_flax(layout, state), **known_from(config), **known}
+    assumptions = {**layout.assumed, **({"norm_eps": 1e-5} if family == "clip" else {})}
+    sizes = sizes_from(config) + ([] if size_hint is None else [size_hint])
+    arguments, assumed = arguments_of(found.state, given, assumptions, sizes)
     tensors, parts = fold_class_position(found.state, arguments)
     if tensors is not found.state:
         arguments["no_embed_class"] = True
     recognised = Recognised(
-        schema=schema,
+        schema="fastvit" if "fastvit" in config else layout.schema,
         family=family,
         arguments=arguments,
         state=tensors,
@@ -147,35 +138,57 @@ def _recognise(checkpoint: Checkpoint, known: Mapping[str, Any], size_hint: Any)
         beside=found.beside,
         config=checkpoint.config,
         source=checkpoint.source,
+        notes=notes,
     )
     _compare(recognised, layout, prefix)
     return recognised
 
 
-def _layout_of(state: State) -> tuple[Layout, str]:
-    """The layout and prefix that most names belong to.
+def _model_of(state: State, others: Sequence[str], key: str | None) -> tuple[Model, tuple[str, ...]]:
+    """The Vision Transformer in a checkpoint, and what is to be said of where it was.
+
+    Args:
+        others: what else is in the checkpoint.
 
     Raises:
         CheckpointError: there is none, or the model has more than names can say.
     """
-    strange = foreign_features(state)
+    models = find_models(state)
+    if not models:
+        raise CheckpointError(_nothing_found([*state, *others]))
+    model = choose(models, key)
+    root = model.root
+    outside = [name for name in (*state, *others) if not name.startswith(root)]
+    inside = [name[len(root) :] for name in (*state, *others) if name.startswith(root + model.prefix)]
+    strange = foreign_features(inside)
     if strange:
         raise CheckpointError(strange)
-    candidates = [(layout, prefix) for layout in LAYOUTS for prefix in layout.prefixes]
-    places = [[place for name in state if (place := layout.find(name, prefix))] for layout, prefix in candidates]
-    best = max(range(len(candidates)), key=lambda index: len(places[index]))
-    layout, prefix = candidates[best]
-    ours = {place.ours for place in places[best]}
-    has_blocks = any(name.startswith("blocks.") for name in ours)
-    if has_blocks and "patch_embed.proj.weight" in ours:
-        return layout, prefix
-    strange = foreign_model(state)
-    if not strange and has_blocks:  # which a text model may name as a ViT does
-        name = names_of(layout, prefix, "patch_embed.proj.weight")[0]
-        strange = f"has {layout.schema}'s names of a ViT, but no {name}"
-    if not strange:
-        strange = f"no names of a Vision Transformer's patches and blocks; it has {', '.join(list(state)[:3])}"
-    raise CheckpointError(strange)
+    if not root:
+        return model, ()
+    beside = list(dict.fromkeys(_first_apart(name, root) for name in outside))
+    more = f" and {len(beside) - LISTED} more" if len(beside) > LISTED else ""
+    return model, (f"weights under {root[:-1]!r}" + (f", beside {', '.join(beside[:LISTED])}{more}" if beside else ""),)
+
+
+def _first_apart(name: str, root: str) -> str:
+    """The shortest beginning of a path that `root` does not have."""
+    parts, of_root = name.split("."), root.split(".")
+    same = next((i for i, (part, its) in enumerate(zip(parts, of_root, strict=False)) if part != its), 0)
+    return ".".join(parts[: same + 1])
+
+
+def _nothing_found(names: Sequence[str]) -> str:
+    """What a checkpoint without a Vision Transformer seems to be."""
+    strange = foreign_model(names)
+    if strange:
+        return strange
+    counted = [(sum(layout.find(name, "") is not None for name in names), layout) for layout in LAYOUTS]
+    count, layout = max(counted, key=lambda pair: pair[0])
+    if count and any(place[0].startswith("blocks.") for name in names if (place := layout.find(name, ""))):
+        # which a text model may name as a ViT does
+        patches = names_of(layout, "", "patch_embed.proj.weight")[0]
+        return f"has {layout.schema}'s names of a ViT, but no {patches}"
+    return f"no names of a Vision Transformer's patches and blocks; it has {', '.join(names[:3])}"
 
 
 def _family(layout: Layout, prefix: str, state: State, found: Names) -> str:
@@ -200,21 +213,25 @@ def _is_odd_square(table: Tensor) -> bool:
     return patches > 0 and int(patches**0.5) ** 2 == patches
 
 
-def _heads_of_flax(layout: Layout, prefix: str, state: State) -> dict[str, Any]:
+def _heads_of_flax(layout: Layout, state: State) -> dict[str, Any]:
     """Flax stores the heads apart, so that a file says how many there are."""
-    if not layout.head_has_prefix:
-        return {}
-    name = names_of(layout, prefix, "blocks.0.attn.qkv.weight")[0]
-    kernel = state.get(name)
-    return {"num_heads": kernel.shape[1]} if kernel is not None and kernel.dim() == 3 else {}
+    kernel = state.get(names_of(layout, "", "blocks.0.attn.qkv.weight")[0])
+    has_heads = layout.head_has_prefix and kernel is not None and kernel.dim() == 3
+    return {"num_heads": kernel.shape[1]} if has_heads and kernel is not None else {}
 
 
-def _refuse_heads(layout: Layout, prefix: str, found: Names) -> None:
-    """A head behind a part that FastViT lacks is refused with it."""
+def _set_aside(model: Model, found: Names) -> None:
+    """Take out what goes with a part that FastViT lacks, and what only stands beside the model."""
     reason = next((reason for reason in found.refused.values() if takes_head(reason)), "")
     for ours in [name for name in found.state if reason and name.startswith("head.")]:
         del found.state[ours]
-        found.refused.update(dict.fromkeys(names_of(layout, prefix, ours), f"reads what was refused; {reason}"))
+        names = names_of(model.layout, model.prefix, ours)
+        found.refused.update(dict.fromkeys(names, f"reads what was refused; {reason}"))
+    projection = [name for name, why in found.refused.items() if why == MANY_LAYERS and model.is_self_supervised]
+    outside = [name for name in found.unknown if _BESIDE.match(name) or not name.startswith(model.prefix)]
+    found.refused = {name: why for name, why in found.refused.items() if name not in projection}
+    found.unknown = [name for name in found.unknown if name not in outside]
+    found.beside += projection + outside
 
 
 def _without_unused(state: Mapping[str, Tensor]) -> tuple[State, State]:

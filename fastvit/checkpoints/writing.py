@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastvit.files import sync, written_whole
-from fastvit.peers import import_peer
 
 from .errors import CheckpointError
 from .formats import CONFIG, CONFIG_KEY, WEIGHTS
@@ -138,7 +137,9 @@ def _save(path: Path, tensors: dict[str, Tensor], config: str) -> None:
             torch.save(tensors, path)
         else:
             metadata = {"format": "pt", CONFIG_KEY: config} if config else {"format": "pt"}
-            import_peer("safetensors.torch").save_file(tensors, path, metadata=metadata)
+            from safetensors.torch import save_file
+
+            save_file(tensors, path, metadata=metadata)
         path.chmod(mode)
         sync(path)
     except ImportError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .common import check_choices, console, fail, given
+from .common import check_choices, console, fail, given, split_commas
 
 TARGETS = ("timm", "torchvision", "huggingface", "fastvit")
 SCHEMAS = ("v4", "v5")
@@ -24,6 +24,12 @@ def convert(
         help="Names for huggingface: v4, as files on the hub have them, which transformers 4 and 5 load; or v5, as the "
         "models of transformers 5 have them in memory.",
         show_default="v4",
+    ),
+    key: str | None = typer.Option(
+        None, help="Which of several models in a training's checkpoint, such as teacher or state_dict.student."
+    ),
+    allow: list[str] | None = typer.Option(
+        None, help="A class, package.module.Class, whose objects may be beside the weights. They are left out, not run."
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is at OUT."),
     strict: bool = typer.Option(True, "--strict/--no-strict", help="Or leave out what has no place, and list it."),
@@ -49,6 +55,8 @@ def convert(
       fastvit convert B_16.npz vit_b_16.pth --to torchvision --act-layer gelu
 
       fastvit convert vit.pth larger.safetensors --to fastvit --img-size 384 --no-head
+
+      fastvit convert dino.pth teacher.pth --to timm --key teacher
     """
     check_choices("--to", [to], TARGETS)
     check_choices("--schema", [schema or "v4"], SCHEMAS)
@@ -70,7 +78,10 @@ def convert(
     name = "huggingface-v5" if schema == "v5" else to
     out = console()
     with console(to_stderr=True).status(f"Converting {source}"):
-        lines = checkpoints.convert(source, destination, name, strict=strict, overwrite=overwrite, **overrides)
+        lines = checkpoints.convert(
+            source, destination, name, key=key, allow=split_commas(allow), strict=strict, overwrite=overwrite,
+            **overrides,
+        )  # fmt: skip
     for line in lines:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.print(f"Wrote {destination}: {name}", highlight=False, markup=False, soft_wrap=True)

@@ -6,12 +6,18 @@ import json
 
 import typer
 
-from .common import console
+from .common import console, split_commas
 
 
 def inspect(
     checkpoint: str = typer.Argument(
         help="A .safetensors, .pth, .pt or .npz file, a folder with config.json, or owner/name on the hub."
+    ),
+    key: str | None = typer.Option(
+        None, help="Which of several models in a training's checkpoint, such as teacher or state_dict.student."
+    ),
+    allow: list[str] | None = typer.Option(
+        None, help="A class, package.module.Class, whose objects may be beside the weights. They are left out, not run."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of text."),
 ) -> None:
@@ -25,11 +31,13 @@ def inspect(
       fastvit inspect vit.pth
 
       fastvit inspect google/vit-base-patch16-224 --json
+
+      fastvit inspect dino.pth --key student --allow mylib.config.Options
     """
     from fastvit import checkpoints
 
     with console(to_stderr=True).status(f"Reading {checkpoint}"):
-        found = checkpoints.inspect(checkpoint)
+        found = checkpoints.inspect(checkpoint, key=key, allow=split_commas(allow))
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
     if not found.loads:
         raise typer.Exit(1)

@@ -17,6 +17,7 @@ import fastvit
 from fastvit import cli
 from fastvit.checkpoints import inspect, load_pretrained
 from fastvit.checkpoints.files import read_checkpoint, write_checkpoint
+from fastvit.checkpoints.recognition import recognise
 from fastvit.cli.convert import convert as convert_command
 from fastvit.cli.inspect import inspect as inspect_command
 from tests.checkpoints.test_jax import arrays as jax_arrays
@@ -185,7 +186,7 @@ def test_inspect_of_jax_files(run: Cli, tmp_path: Path) -> None:
 
 
 def test_there_and_back_is_the_same_bits(run: Cli, tmp_path: Path, path: Path) -> None:
-    state = read_checkpoint(path).state
+    state = recognise(read_checkpoint(path)).state
     steps = [("hf", "huggingface"), ("tv.pth", "torchvision"), ("fv", "fastvit"), ("back.safetensors", "timm")]
     source = path
     for name, to in steps:
@@ -249,11 +250,12 @@ def test_the_examples_run(
     page = (Path(fastvit.__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     texts = [page, str(convert_command.__doc__), str(inspect_command.__doc__)]
     found = [re.findall(r"^ *(fastvit (?:inspect|convert) [^#\n]*)", text, re.MULTILINE) for text in texts]
-    assert [len(commands) for commands in found] == [5, 4, 2]
+    assert [len(commands) for commands in found] == [7, 5, 3]
     monkeypatch.chdir(tmp_path)
     np.savez("B_16.npz", **jax_arrays(big_vision=False))
     hub = tmp_path / "google" / "vit-base-patch16-224"  # a folder of that name comes before the hub
     assert run("convert", path, hub, "--to", "huggingface")[0] == 0
+    torch.save({"student": vit(), "teacher": {"backbone": vit()}}, "dino.pth")
     for command in sum(found, []):
         code, _, err = run(*command.split()[1:], *(["--overwrite"] if "convert" in command else []))
         assert (code, err) == (0, ""), command
@@ -277,7 +279,7 @@ def test_the_examples_run(
         ("vit.pth out --to torchvision", "torchvision has files alone"),
         ("nowhere.pth out.pth --to timm", "nowhere.pth: no such file or folder"),
         ("cut.pth out.pth --to timm", "cut.pth: truncated or damaged"),
-        ("code.pth out.pth --to timm", "code.pth: it holds pickled code or objects (torch.nn.modules.linear.Linear)"),
+        ("code.pth out.pth --to timm", "code.pth: a whole pickled model (torch.nn.modules.linear.Linear), which"),
         ("other.pth out.pth --to timm", "other.pth: "),
         ("registers.pth out.pth --to torchvision", "reg_tokens=2"),
     ],

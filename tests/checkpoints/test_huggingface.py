@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastvit.checkpoints import CheckpointError, load_pretrained
 from fastvit.checkpoints.files import Checkpoint, read_checkpoint, write_checkpoint
-from fastvit.checkpoints.schemas import Recognised, recognise, to_schema
+from fastvit.checkpoints.recognition import Recognised, recognise
+from fastvit.checkpoints.targets import to_schema
 
 HEADS, WIDTH = 3, 48
 

@@ -11,7 +11,7 @@ import torch
 
 from fastvit.checkpoints import CheckpointError, convert, load_pretrained
 from fastvit.checkpoints.files import read_checkpoint
-from fastvit.checkpoints.schemas import recognise
+from fastvit.checkpoints.recognition import recognise
 
 WIDTH, HEADS, HIDDEN, PATCH, GRID, CLASSES, DEPTH = 48, 3, 96, 8, 4, 7, 2
 
@@ -146,9 +146,9 @@ def test_another_patch_size(case, size, written, timm_vit, agree):
 def test_map_head(written, timm_vit, images, agree):
     found = arrays(big_vision=True, class_token=False) | {"MAPHead_0/probe": np.ones((1, 1, WIDTH), np.float32)}
     path = written(found, "params/")
-    with pytest.raises(CheckpointError, match="params/MAPHead_0/probe: FastViT has no attention pooling"):
+    with pytest.raises(CheckpointError, match="MAPHead_0/probe: FastViT has no attention pooling"):
         load_pretrained(path)
-    with pytest.warns(UserWarning, match="params/head/kernel: reads what was refused"):
+    with pytest.warns(UserWarning, match="head/kernel: reads what was refused"):
         encoder = load_pretrained(path, strict=False)
     assert encoder.num_classes == 0
     del found["MAPHead_0/probe"]

@@ -13,7 +13,8 @@ from torch import nn
 from fastvit.checkpoints import CheckpointError, load_pretrained
 from fastvit.checkpoints.arguments import mlp_ratio_of
 from fastvit.checkpoints.files import Checkpoint, read_checkpoint
-from fastvit.checkpoints.schemas import SCHEMAS, Recognised, recognise, to_schema
+from fastvit.checkpoints.recognition import Recognised, recognise
+from fastvit.checkpoints.targets import SCHEMAS, to_schema
 
 CLASSES, HEADS, WIDTH = 7, 3, 48
 
