@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit import peers
-from fastvit.benchmarks.problem import Unavailable
+from fastvit.benchmarks.rivals import imported
 from fastvit.checkpoints.layouts import TORCHVISION, VIT, VIT_V5
 from fastvit.checkpoints.naming import write_names
 
@@ -37,14 +36,14 @@ def ours(model: str, residual: torch.dtype | None = None, **overrides: Any) -> n
 
 def timm(model: str, residual: torch.dtype | None = None, **overrides: Any) -> nn.Module:
     """timm's, with our weights."""
-    module = _imported("timm").create_model(NAMES[model], **overrides)
+    module = imported("timm").create_model(NAMES[model], **overrides)
     module.load_state_dict(ours(model, **overrides).state_dict())
     return _with_residual(module, residual, ["cls_token", "pos_embed"])
 
 
 def torchvision(model: str, residual: torch.dtype | None = None, **overrides: Any) -> nn.Module:
     """torchvision's, with our weights."""
-    vit = _imported("torchvision.models.vision_transformer")
+    vit = imported("torchvision.models.vision_transformer")
     source = ours(model, **overrides)
     blocks, width, heads, hidden = _sizes(source)
     classes = source.head.out_features  # type: ignore[union-attr]
@@ -55,7 +54,7 @@ def torchvision(model: str, residual: torch.dtype | None = None, **overrides: An
 
 def huggingface(model: str, residual: torch.dtype | None = None, **overrides: Any) -> nn.Module:
     """transformers' ViTForImageClassification, with our weights; returns logits."""
-    vit = _imported("transformers.models.vit.modeling_vit")
+    vit = imported("transformers.models.vit.modeling_vit")
     source = ours(model, **overrides)
     blocks, width, heads, hidden = _sizes(source)
     config = vit.ViTConfig(
@@ -89,13 +88,6 @@ class _Logits(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(pixel_values=images).logits
-
-
-def _imported(module: str) -> Any:
-    try:
-        return peers.import_peer(module)
-    except ImportError as error:
-        raise Unavailable(str(error)) from error
 
 
 def _sizes(model: Any) -> tuple[int, int, int, int]:

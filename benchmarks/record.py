@@ -51,7 +51,7 @@ def render(files: Sequence[tuple[str, str, Sequence[Row]]]) -> str:
         if not rows:
             parts.append(f"\n### {suite}\n\nNo rows.\n")
             continue
-        parts.append(f"\n### {suite}\n\n{_about(rows[0])}\n\n{_table(rows)}")
+        parts.append(f"\n### {suite}\n\n{rows[0].about}; `{rows[0].command}`\n\n{_table(rows)}")
         reasons = dict.fromkeys((row.provider, row.shape, row.mode, row.reason) for row in rows if row.reason)
         parts += [f"- {provider}, {shape}, {mode}: {reason}\n" for provider, shape, mode, reason in reasons]
     return "".join(parts)
@@ -62,11 +62,6 @@ def _capability(rows: Sequence[Row]) -> str:
     return f", {capability}" if capability else ""
 
 
-def _about(row: Row) -> str:
-    known = ", ".join(f"{name} {version}" for name, version in row.versions.items() if version)
-    return f"{row.device}; {known}; commit {row.commit or 'unknown'}; `{row.command}`"
-
-
 def _table(rows: Sequence[Row]) -> str:
     rivals = rivals_of(rows)
     headings = ["shape", "dtype", "layout", "mode", "provider", "vs best rival", *(f"vs {rival}" for rival in rivals)]
@@ -74,7 +69,7 @@ def _table(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     for row in rows:
         if row.is_ours and row.median_us is not None:
-            cells = [row.shape, row.dtype, row.layout, row.mode, row.provider]
+            cells = [*row.case[1:], row.provider]
             cells += [f"{_ratio(row.headline)} ({row.best_rival})" if row.best_rival else ""]
             cells += [_ratio(row.ratios.get(rival)) for rival in rivals]
             cells += [_time(row), "" if row.floor_share is None else f"{row.floor_share:.0%}"]

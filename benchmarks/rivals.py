@@ -67,24 +67,13 @@ def normaliser(inputs: Inputs) -> Embed:
 
 def ours(inputs: Inputs, backend: str) -> Solution:
     """The one call."""
-    images = tensor_of(inputs, "images")
-    weight, bias, pos_embed, prefix = parameters = parameters_of(inputs)
+    normalisation = {"mean": inputs.mean, "std": inputs.std}
 
     def tokens() -> Tensor:
         with autocast(inputs):
-            return functional.patch_embed(
-                images,
-                weight,
-                bias,
-                pos_embed=pos_embed,
-                prefix=prefix,
-                mean=inputs.mean,
-                std=inputs.std,
-                keep=inputs.keep,
-                backend=backend,
-            )
+            return functional.patch_embed(**inputs.tensors, **normalisation, keep=inputs.keep, backend=backend)  # type: ignore[arg-type]
 
-    return Solution(tokens, parameters)
+    return Solution(tokens, parameters_of(inputs))
 
 
 def _solution(inputs: Inputs, embed: Embed, parameters: list[Tensor], channels_last: bool = False) -> Solution:
@@ -155,7 +144,8 @@ def product_alone(inputs: Inputs) -> Solution:
     return Solution(tokens, [weight, bias])
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
+    """A rival's module; raises Unavailable where it can't be imported."""
     try:
         return peers.import_peer(module)
     except ImportError as error:
@@ -174,7 +164,7 @@ def _copy(inputs: Inputs, module: Any, targets: list[Tensor], channels_last: boo
 
 def timm(inputs: Inputs, channels_last: bool = False) -> Solution:
     """timm's PatchEmbed and _pos_embed."""
-    vit = _imported("timm.models.vision_transformer")
+    vit = imported("timm.models.vision_transformer")
     images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
     model = vit.VisionTransformer(
         img_size=(images.shape[2], images.shape[3]),
@@ -191,7 +181,7 @@ def timm(inputs: Inputs, channels_last: bool = False) -> Solution:
 
 def torchvision(inputs: Inputs) -> Solution:
     """torchvision's VisionTransformer, as far as its first block."""
-    vit = _imported("torchvision.models.vision_transformer")
+    vit = imported("torchvision.models.vision_transformer")
     images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
     model = vit.VisionTransformer(
         image_size=images.shape[2],
@@ -213,7 +203,7 @@ def torchvision(inputs: Inputs) -> Solution:
 
 def huggingface(inputs: Inputs) -> Solution:
     """ViTEmbeddings of transformers."""
-    vit = _imported("transformers.models.vit.modeling_vit")
+    vit = imported("transformers.models.vit.modeling_vit")
     images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
     config = vit.ViTConfig(
         hidden_size=weight.shape[0],

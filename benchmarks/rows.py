@@ -74,6 +74,12 @@ class Row:
         """What rows must share to be compared."""
         return self.op, self.shape, self.dtype, self.layout, self.mode
 
+    @property
+    def about(self) -> str:
+        """The device, the versions and the commit, in words."""
+        known = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
+        return f"{self.device}; {known}; commit {self.commit or 'unknown'}"
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -200,9 +206,7 @@ def format_table(rows: Sequence[Row]) -> RenderableType:
         parts += [Text(f"  {provider}, {mode}: {reason}") for provider, mode, reason in reasons]
     if not parts:
         return Text("no rows")
-    row = rows[0]
-    about = ", ".join(f"{name} {version}" for name, version in row.versions.items() if version)
-    parts.append(Text(f"{row.device}; {about}; commit {row.commit or 'unknown'}. Ratio: the rival's median over ours."))
+    parts.append(Text(f"{rows[0].about}. Ratio: the rival's median over ours."))
     return Group(*parts)
 
 
@@ -224,10 +228,7 @@ def _ratio_table(op: str, rows: Sequence[Row]) -> Any:
         if not row.is_ours:
             continue
         table.add_row(
-            row.shape,
-            row.dtype,
-            row.layout,
-            row.mode,
+            *row.case[1:],
             row.provider,
             _ratio_text(row.headline) + (f" {row.best_rival}" if row.best_rival else ""),
             *[_ratio_text(row.ratios.get(rival)) for rival in rivals],

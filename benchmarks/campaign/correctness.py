@@ -62,6 +62,8 @@ def tests(out: Path, paths: Sequence[str] = TESTS) -> str:
     rows = TestRows(out / "tests.jsonl")
     with (out / "tests.log").open("w", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
         code = pytest.main([*_pytest_arguments(), *present], plugins=[rows])
+    if code and not rows.counts[FAILED]:  # pytest itself went wrong
+        print((out / "tests.log").read_text(encoding="utf-8", errors="replace")[-2000:])
     return PASSED if code == 0 and rows.counts[PASSED] else FAILED
 
 
@@ -246,9 +248,7 @@ def at_the_ends(candidate: Candidate, case: Case, batch: int) -> Candidate:
 
 def _random_like(tensor: Tensor, batch: int) -> Tensor:
     """[batch, ...] random numbers, laid out as the tensor."""
-    is_last = tensor.dim() == 4 and not tensor.is_contiguous()
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    found = torch.empty(batch, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device, memory_format=layout)
+    found = torch.empty_strided((batch, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return found.normal_() if found.is_floating_point() else found.random_(256)
 
 

@@ -46,8 +46,8 @@ def sanitize(out: Path, device: str = "cuda", backends: Sequence[str] | None = N
             run = waiting[future]
             status, words = found[run] = judge(*future.result())
             _say(run, f"{status}: {words}")
-            report(run=run, status=status, words=words)
-            report(figure="; ".join(f"{run} {found[run][1]}" for run in runs if run in found))
+            figure = "; ".join(f"{run} {found[run][1]}" for run in runs if run in found)
+            report(run=run, status=status, words=words, figure=figure)
     statuses = {status for status, _ in found.values()}
     return next((status for status in (FAILED, PASSED) if status in statuses), SKIPPED)
 

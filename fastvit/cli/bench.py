@@ -20,7 +20,7 @@ SIZES = ("tiny", "small", "full")
 
 def bench(
     suites: list[str] | None = typer.Argument(
-        None, help="patch_embed, add_position, masked, model, input. Default: all."
+        None, help="patch_embed, add_position, masked, model, input, accelerated, accelerated_model. Default: all."
     ),
     size: str | None = typer.Option(
         None, help="small (the default): minutes; full: every shape; tiny: only shows that all runs."

@@ -118,6 +118,8 @@ def _print(table: Table, out: Console) -> None:
     """A line for each measurement: what was chosen, its time, PyTorch's, and how many times faster it is."""
     from rich.table import Table as Grid
 
+    from fastvit.benchmarks.rows import time_text
+
     grid = Grid(title=f"Fastest on {table.device}", title_justify="left")
     for heading in ("op", "mode", "images, compute, out", "shape", "rows", "choice"):
         grid.add_column(heading)
@@ -135,8 +137,8 @@ def _print(table: Table, out: Console) -> None:
                 shape,
                 str(rows),
                 choice.name,
-                _time(choice.time_us),
-                _time(choice.reference_us),
+                time_text(choice.time_us),
+                time_text(choice.reference_us),
                 f"{choice.reference_us / choice.time_us:.2f}x",
             )
             case = f"{problem.op} {problem.mode}, {shape}, {rows} rows"
@@ -144,7 +146,3 @@ def _print(table: Table, out: Console) -> None:
     out.print(grid)
     for reason in reasons:
         out.print(reason, highlight=False, markup=False)
-
-
-def _time(microseconds: float) -> str:
-    return f"{microseconds / 1000:.2f} ms" if microseconds >= 1000 else f"{microseconds:.1f} µs"

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 
 from fastvit.benchmarks.campaign import runner
 from fastvit.benchmarks.campaign.__main__ import main
-from fastvit.benchmarks.campaign.output import FILES, MARK, report, understood
-from fastvit.benchmarks.campaign.runner import Result, Stage, campaign, find_stages, format_results
+from fastvit.benchmarks.campaign.output import FILES, MARK
+from fastvit.benchmarks.campaign.runner import Result, Stage, campaign, find_stages
 from fastvit.benchmarks.campaign.stages import FEW, STAGES
 from fastvit.benchmarks.problem import NO_COMPILE
 from fastvit.validation.report import FAILED, PASSED, SKIPPED
@@ -58,13 +57,9 @@ def test_what_matters_most_comes_first_and_all_fits_into_nine_minutes() -> None:
     ):
         stages = find_stages(STAGES, [names])
         assert len(stages) == count and sum(stage.share for stage in stages) * 1.4 < seconds
-
-
-def test_only_suites_do_without_compiled_rivals_and_tests_take_few_threads() -> None:
     suites = {"patch_embed", "model", "add_position", "input", "accelerated", "accelerated_model", "masked"}
-    assert {stage.name for stage in STAGES if stage.environment == {NO_COMPILE: "1"}} == suites
-    assert [stage.name for stage in STAGES if stage.environment == FEW] == ["tests"]
-    assert sum(not stage.environment for stage in STAGES) == len(STAGES) - len(suites) - 1
+    environments = {stage.name: stage.environment for stage in STAGES if stage.environment}
+    assert environments == {"tests": FEW, **dict.fromkeys(suites, {NO_COMPILE: "1"})}, "no rival there is compiled"
 
 
 def test_stages_are_chosen_by_name_and_keep_their_order() -> None:
@@ -168,18 +163,14 @@ def test_stages_are_followed_cut_off_and_summed_up(
     assert {path.name for path in tmp_path.iterdir()} <= set(FILES)
 
 
-def test_a_skipped_stage_is_no_failure(fake: Fake) -> None:
-    assert fake({"good": "", "skip": "raise SystemExit(77)"}) == 0
-    assert fake({"bad": "raise SystemExit(2)"}) == 1
-
-
 def test_no_stage_starts_when_the_budget_is_spent(
     fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fake({"long": "import time; time.sleep(9)", "late": "print(1)", "later": "print(1)"}, budget=1.2) == 1
     assert [result.status for result in _results(tmp_path).values()] == ["cut off", "no time left", "no time left"]
     assert capsys.readouterr().out.splitlines()[-2] == "Not run, since 1 s were too few: late, later"
-    assert fake({"good": ""}) == 0 and "Not run" not in capsys.readouterr().out
+    assert fake({"good": "", "skip": "raise SystemExit(77)"}) == 0, "a skipped stage is no failure"
+    assert "Not run" not in capsys.readouterr().out
 
 
 def test_nobody_takes_the_share_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,17 +283,3 @@ def test_a_stage_is_a_process_of_this_package(tmp_path: Path) -> None:
     stage = Stage("speed", 1, "", lambda out: PASSED)
     result = runner.run_stage(stage, tmp_path, 100.0, log)
     assert result.status == "failed" and "--stage speed: known are build" in result.figure
-
-
-def test_messages_are_told_from_text(capsys: pytest.CaptureFixture[str]) -> None:
-    print("no end of line", end="")
-    threading.Thread(target=report, kwargs={"figure": "µ"}).run()
-    _, message = capsys.readouterr().out.splitlines()
-    assert understood(message) == {"figure": "µ"}
-    assert understood("figure") is None and understood(MARK + "{") is None and understood(MARK + "3") is None
-
-
-def test_the_table_is_short_and_aligned() -> None:
-    table = format_results([Result("a", "passed", 1.0, "x"), Result("longer", "no time left", 100.0)])
-    assert table == "a       passed           1.0 s  x\nlonger  no time left   100.0 s"
-    assert format_results([]) == ""

@@ -18,7 +18,6 @@ import torch
 from fastvit import backend as backends
 from fastvit import cuda
 from fastvit.benchmarks.campaign import compiling
-from fastvit.benchmarks.rows import versions
 from fastvit.kernels import launch, manifest
 from fastvit.validation.report import FAILED, PASSED, SKIPPED
 from tests.benchmarks.stage_results import last_figure, said
@@ -129,17 +128,6 @@ def test_installing_on_a_gpu_builds_nothing_and_asks_no_network(
     command, options = asked[-1]
     assert {"--no-index", "--no-deps", "--no-build-isolation", "--editable"} <= set(command)
     assert options["env"]["FASTVIT_BUILD_CUDA"] == "0" and options["env"]["PATH"]
-
-
-@pytest.mark.parametrize("is_built", [True, False])
-def test_a_row_says_which_compiler_built_the_extension(is_built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    built_with = ["g++ 13", "torch 2.11", "Build cuda_13.0"]
-    monkeypatch.setattr(cuda, "build_info", lambda: {"versions": built_with} if is_built else {"reason": "no nvcc"})
-    monkeypatch.setattr(cuda, "why_missing", lambda: "" if is_built else "not built")
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 9)
-    versions.cache_clear()
-    assert versions("cuda")["nvcc"] == ("Build cuda_13.0" if is_built else "")
-    versions.cache_clear()
 
 
 # warm

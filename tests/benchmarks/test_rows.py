@@ -12,6 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastvit import cuda
+from fastvit.benchmarks import timing
 from fastvit.benchmarks.rows import Row, commit, device_name, format_table, read_json_lines, versions, write_json_lines
 from fastvit.benchmarks.timing import Ceilings, Timing, interleave, peak_bytes
 
@@ -101,11 +103,43 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     assert limits.floor_us(100.0, 4.0) == 10.0 and limits.floor_us(10.0, 40.0) == 20.0
 
 
+def test_float32_ceilings_are_those_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch makes in TF32 unless it is told not to, and matrix products not."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, seen = convolution.fp32_precision, []
+
+    def timed(calls: list[object], *_: object) -> list[timing.Timing]:
+        seen.append(matmul.fp32_precision)
+        return [timing.Timing(1.0, 1.0, 1.0, 1)] * len(calls)
+
+    monkeypatch.setattr(timing, "interleave", timed)
+    try:
+        for precision in ("tf32", "ieee"):
+            convolution.fp32_precision = precision
+            timing.ceilings.__wrapped__(torch.device("cpu"), torch.float32)
+            assert seen.pop() == precision and matmul.fp32_precision == "none"
+    finally:
+        convolution.fp32_precision = before
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_row_says_which_compiler_built_the_extension(is_built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    built_with = ["g++ 13", "torch 2.11", "Build cuda_13.0"]
+    monkeypatch.setattr(cuda, "build_info", lambda: {"versions": built_with} if is_built else {"reason": "no nvcc"})
+    monkeypatch.setattr(cuda, "why_missing", lambda: "" if is_built else "not built")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 9)
+    versions.cache_clear()
+    assert versions("cuda")["nvcc"] == ("Build cuda_13.0" if is_built else "")
+    versions.cache_clear()
+
+
 KEPT = """
 import resource, torch
-from fastvit.benchmarks.timing import keep_freed_memory
+from fastvit.benchmarks import problem, runner, tune
+from fastvit.interop import measuring
 if {keep}:
-    keep_freed_memory()
+    with problem.steady(torch.device("cpu")):
+        pass
 def fault_count():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(32):  # until the heap has settled, as by warm-up: seen to take up to ten
@@ -118,7 +152,8 @@ print(fault_count() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
 def test_freed_memory_is_kept() -> None:
-    """A large block freed and asked for again: from the kernel, page by page, unless it is kept."""
+    """A large block freed and asked for again: from the kernel, page by page, unless it is kept, as it is by what
+    measures alone, and not by an import."""
     faults = {}
     for keep in (True, False):
         command = [sys.executable, "-c", KEPT.format(keep=keep)]
