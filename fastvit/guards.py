@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-__all__ = ["full_name", "why_no_projection", "why_not_plain", "why_not_plain_tensor", "why_observed", "warn_once"]
+__all__ = [
+    "full_name",
+    "warn_once",
+    "why_no_projection",
+    "why_not_plain",
+    "why_not_plain_tensor",
+    "why_observed",
+    "why_other_geometry",
+]
 
 TRACED_TENSORS = (FakeTensor, FunctionalTensor)  # stand in for plain ones while a program is traced
 
@@ -47,14 +55,17 @@ def why_not_plain_tensor(tensor: Tensor | None) -> str:
 
 
 def why_no_projection(module: Any) -> str:
-    """Why this is no plain convolution of patches that neither overlap nor lie apart."""
+    """Why this is no plain convolution of patches that neither overlap nor lie apart, with plain parameters."""
     reason = why_not_plain(module, nn.Conv2d)
     if reason:
         return reason
+    reason = why_not_plain_tensor(module.weight) or why_not_plain_tensor(module.bias)
+    return f"has a parameter that {reason}" if reason else why_other_geometry(module)
+
+
+def why_other_geometry(module: nn.Conv2d) -> str:
+    """Why the patches of this convolution overlap, lie apart or are not taken as they are."""
     weight, stride = module.weight, module.stride
-    reason = why_not_plain_tensor(weight) or why_not_plain_tensor(module.bias)
-    if reason:
-        return f"has a parameter that {reason}"
     _, _, *kernel = weight.shape  # not module.kernel_size, which the call does not read
     if stride != (*kernel,):
         steps = (stride, stride) if isinstance(stride, int) else stride
@@ -72,14 +83,16 @@ def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def warn_once(message: str) -> None:
-    """Warn of something that is told once in a process, also while a graph is traced."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+def warn_once(subject: str, reason: str) -> None:
+    """Warn that `subject` runs other code than it might, once in a process for every reason; also while a graph is
+    traced. Where a module and one inside it have the same reason, the outer one tells."""
+    if any(told == (subject, reason) or told[1].endswith(f".{reason}") for told in _warned):
+        return
+    _warned.add((subject, reason))
+    warnings.warn(f"fastvit: {subject}: {reason}", RuntimeWarning, stacklevel=2)
 
 
 # As torch.compiler.assume_constant_result, which would import the compiler: a warning is no part of a graph.

@@ -7,31 +7,41 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import functional
-from fastvit.interop.surgery import Mixin
+from fastvit.guards import full_name, warn_once, why_no_projection, why_not_plain, why_not_plain_tensor, why_observed
+from fastvit.interop.raw_pixels import RawPixels, upright
+from fastvit.interop.surgery import Mixin, mixin_of
 from fastvit.model.layers import autocast_dtype
 from fastvit.ops.decompositions import normalised
 
 __all__ = [
+    "LIBRARIES",
     "Fused",
-    "Pixels",
+    "Part",
     "Settings",
     "cat_rows",
-    "full_name",
+    "fused",
     "holds_a_patch",
-    "is_observed",
+    "is_library_s",
     "listed",
-    "normalised",
     "present",
-    "projection_refusal",
-    "upright",
+    "why_not_part",
+    "why_not_table",
 ]
 
+# Library of a class → where its mixins are.
+LIBRARIES = {
+    "timm": "fastvit.interop.timm",
+    "torchvision": "fastvit.interop.torchvision",
+    "transformers": "fastvit.interop.huggingface",
+}
 
-PLAIN = (nn.Conv2d, nn.Linear, nn.Embedding, nn.Identity)
+# Normalised pixels end at (0 - mean) / std and (1 - mean) / std; floats this many times beyond are raw ones.
+FAR_OUTSIDE = 16
 
 # What the libraries call the tensors that are added to patches, or put before them.
 IN_WORDS = {
@@ -54,51 +64,47 @@ class Settings(NamedTuple):
     std: tuple[float, ...] | None = None
     residual_dtype: torch.dtype | None = None
     backend: str | None = None
+    copy_images: bool = False
 
 
-class Pixels:
-    """Images on their way through code of the host that looks at no value: to where the whole sequence is made.
+class Part(NamedTuple):
+    """A submodule whose parameters a fused call reads, or that it passes over, without running it."""
 
-    It answers what such code asks of a tensor of images: shape, dtype, device and a cast, which is not made.
-    """
-
-    def __init__(self, images: Tensor, dtype: torch.dtype) -> None:
-        self.images = images
-        self.dtype = dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.images.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.images.device
-
-    def to(self, *_: Any, **__: Any) -> Pixels:
-        return self
+    name: str
+    module: Any
+    # What running it must amount to: one of torch's classes, one of our mixins, or None for the library's own code.
+    kind: type[Any] | None = None
 
 
 class Fused(Mixin):
     """A module whose tokens come from :func:`fastvit.functional.patch_embed`.
 
-    A subclass names the classes it stands in for, says where it can't, and overrides their methods. A call it can't
-    fuse (somebody listens inside, a size the host refuses, a tracer) runs the host's own code, which knows what to do.
+    A subclass names the classes it stands in for, says where it can't, and overrides their methods. Before every call
+    it looks whether its parts still are what it stands in for; a call it can't fuse (somebody listens inside, a part
+    was replaced, a size the host refuses, a tracer) runs the host's own code, which knows what to do.
     """
 
     hosts: ClassVar[tuple[str, ...]]  # classes by their full names
-    overrides: ClassVar[tuple[str, ...]] = ("forward",)  # methods that must be the host's own for this mixin to fit
+    overrides: ClassVar[tuple[str, ...]] = ("forward",)
+    tables: ClassVar[tuple[str, ...]] = ()  # attributes whose rows are added to tokens, or put before them
 
     fastvit_settings: Settings
+    fastvit_looked: int  # RawPixels.floats_left when floats were last looked at
 
     @classmethod
     def refusal(cls, module: Any) -> str:
-        """Why this module can't be accelerated, "" if it can."""
-        raise NotImplementedError
+        """Why this module can't be accelerated, apart from its parts; "" if it can."""
+        return ""
 
     @classmethod
     def refusal_behind(cls, module: Any) -> str:
         """Why this module can't be accelerated where it is not the first convolution of its model, "" if it can."""
         return ""
+
+    @classmethod
+    def inside(cls, module: Any) -> Sequence[Part]:
+        """Its submodules that a fused call does not run, or not on what the host would give them; projection first."""
+        raise NotImplementedError
 
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
@@ -108,23 +114,15 @@ class Fused(Mixin):
     @classmethod
     def companions(cls, module: Any) -> Mapping[str, type[Fused]]:
         """Submodules that change along with it, by name."""
-        return {}
-
-    @classmethod
-    def leaves(cls, module: Any) -> Sequence[nn.Module]:
-        """Submodules whose parameters are read without running them."""
-        return []
-
-    @classmethod
-    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
-        """Other submodules that a fused call does not run, or not on what the host would give them."""
-        return []
+        return {part.name: part.kind for part in cls.inside(module) if part.kind and issubclass(part.kind, Fused)}
 
     @classmethod
     def channels(cls, module: Any) -> int | None:
         """Channels of its images; None: it sees none."""
-        leaves = cls.leaves(module)
-        return leaves[0].in_channels if leaves and isinstance(leaves[0], nn.Conv2d) else None
+        for part in cls.inside(module):
+            if part.kind is nn.Conv2d:
+                return part.module.weight.shape[1]
+        return None
 
     @classmethod
     def example_size(cls, module: Any) -> tuple[int, int] | None:
@@ -136,36 +134,94 @@ class Fused(Mixin):
         """Why this module can't take raw uint8 images, "" if it can."""
         return ""
 
-    @staticmethod
-    def is_plain(leaf: nn.Module) -> bool:
-        """Whether reading this module's parameters is all there is to running it.
-
-        Adapters, parametrisations and FSDP change the class of what they wrap; a hook would miss the call.
-        """
-        return type(leaf) in PLAIN and not is_observed([leaf])
+    @classmethod
+    def why_not(cls, module: Any) -> str:
+        """Why calls of this module can't be ours at present, whatever the images; "" if they can."""
+        reason = _why_not_its_methods(module)
+        if reason:
+            return reason
+        for name, part, kind in cls.inside(module):
+            reason = why_not_part(part, kind)
+            if reason:
+                return f"{name} {reason}"
+        for name in cls.tables:
+            reason = why_not_plain_tensor(getattr(module, name, None))
+            if reason:
+                return f"{name} {reason}"
+        return ""
 
     def is_raw(self, images: Any) -> bool:
         """Whether these are raw pixels, to be normalised here."""
+        if isinstance(images, RawPixels):
+            return True
         return isinstance(images, Tensor) and images.dtype == torch.uint8 and self.fastvit_settings.mean is not None
 
     def upright(self, images: Any) -> Any:
-        """Raw images as [B, C, H, W], a view of [B, H, W, C] where that is how they came."""
-        return upright(images, len(self.fastvit_settings.mean or ())) if self.is_raw(images) else images
+        """Raw images as a tensor [B, C, H, W], everything else as it is.
+
+        Raises:
+            ValueError: they have other channels than mean and std; or they are floats, and raw pixels still.
+        """
+        mean = self.fastvit_settings.mean
+        if mean is None:
+            return images
+        if not self.is_raw(images):
+            self._look_at(images)
+            return images
+        images = upright(images, len(mean))
+        if images.dim() == 4 and images.shape[1] != len(mean):
+            raise ValueError(f"images: {images.shape[1]} channels, but mean and std have {len(mean)}")
+        return images
+
+    def _look_at(self, images: Any) -> None:
+        """Refuse raw pixels that were cast to floats on their way: at the first batch of floats, and where a part of
+        the model has taken raw pixels as numbers since. Looking waits for the device."""
+        if self.__dict__.get("fastvit_looked") == RawPixels.floats_left or torch.compiler.is_compiling():
+            return
+        if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
+            return
+        if images.is_meta or isinstance(images, FakeTensor) or not _may_wait(images) or _is_transformed():
+            return
+        self.fastvit_looked = RawPixels.floats_left
+        settings = self.fastvit_settings
+        assert settings.mean is not None and settings.std is not None
+        usual = max(max(mean, 1 - mean) / std for mean, std in zip(settings.mean, settings.std, strict=True))
+        largest = float(images.detach().amax())
+        if largest > FAR_OUTSIDE * usual:
+            raise ValueError(
+                f"images: floats up to {largest:.0f}, where normalised ones end at {usual:.1f}: raw pixels that were "
+                "cast before they came here would be taken as normalised. Give fastvit.accelerate the outermost "
+                "module, which sees them as uint8, or normalise them"
+            )
 
     def may_fuse(self, images: Any) -> bool:
-        """Whether this call can be one call of ours."""
-        return (
+        """Whether this call can be one call of ours; where a part of the module is the reason, it is told once."""
+        if not (
             isinstance(images, Tensor)
             and images.dim() == 4
             and (images.is_floating_point() or self.is_raw(images))
-            and images.shape[1] == (self.channels(self) or images.shape[1])
-            and all(self.is_plain(leaf) for leaf in self.leaves(self))
-            and not is_observed(self.passed_over(self))
             and not _has_any_global_hook()
-            and forward_ad._current_level < 0
-            and not torch.jit.is_tracing()
-            and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
-        )
+            and not _is_transformed()
+        ):
+            return False
+        reason = self.why_not(self)
+        if not reason:
+            if images.shape[1] != (self.channels(self) or images.shape[1]) or not self.takes(images):
+                return False
+            reason = self.why_not_of(images)
+        if reason:
+            library = next(name for name, file in LIBRARIES.items() if file == self._mixin.__module__)
+            warn_once(f"{self._own_class.__name__} runs {library}'s own code", reason)
+            return False
+        return True
+
+    def takes(self, images: Tensor) -> bool:
+        """Whether the host takes images of this size; where it does not, its own code says so."""
+        return True
+
+    def why_not_of(self, images: Tensor) -> str:
+        """Why a call can't be ours for a reason that is not the images', but needs their size; "" if it can."""
+        return ""
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
@@ -177,8 +233,8 @@ class Fused(Mixin):
         """Raw images as normalised floats, of the parameters' dtype, everything else as it is: for the host's code."""
         if not self.is_raw(images):
             return images
-        dtype = next(self.parameters()).dtype if dtype is None else dtype
-        return normalised(images, self.fastvit_settings.mean, self.fastvit_settings.std, dtype)
+        dtype = _parameter_dtype(self) if dtype is None else dtype
+        return normalised(self.upright(images), self.fastvit_settings.mean, self.fastvit_settings.std, dtype)
 
     def embed(
         self,
@@ -207,6 +263,8 @@ class Fused(Mixin):
             for table in (pos_embed, prefix):
                 dtype = dtype if table is None else torch.promote_types(dtype, table.dtype)
         is_raw = self.is_raw(images)
+        if is_raw and settings.copy_images and torch.is_grad_enabled():
+            images = images.clone()
         return functional.patch_embed(
             images,
             weight,
@@ -221,38 +279,76 @@ class Fused(Mixin):
         )
 
 
-def is_observed(modules: Sequence[nn.Module]) -> bool:
-    """Whether somebody would miss a call that does not run these modules: a hook, a `forward` put on the module."""
-    for module in modules:
-        if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
-            return True
-        if "forward" in module.__dict__:
-            return True
-    return False
+def fused(module: nn.Module) -> type[Fused] | None:
+    """The mixin of a module that is accelerated, None where it is not, though one around it may be."""
+    mixin: Any = mixin_of(module)
+    return mixin if mixin is not None and issubclass(mixin, Fused) else None
 
 
-def projection_refusal(name: str, projection: object) -> str:
-    """Why this is no projection of patches that do not overlap, "" if it is one."""
-    if isinstance(projection, nn.Conv2d) and projection.kernel_size != projection.stride:
-        kernel, stride = projection.kernel_size, projection.stride
-        do_overlap = any(one > other for one, other in zip(kernel, stride, strict=True))
-        return f"{name} has kernel {kernel} and stride {stride}: its patches {'overlap' if do_overlap else 'lie apart'}"
-    if type(projection) is not nn.Conv2d:
-        return f"{name} is a {type(projection).__name__}, not a plain Conv2d"
-    if projection.padding not in ((0, 0), "valid") or projection.dilation != (1, 1) or projection.groups != 1:
-        return f"{name} is a convolution with padding, dilation or groups"
+def why_not_table(name: str, table: Tensor | None, rows: int | None = None) -> str:
+    """Why this is no table of one row a token, [1, rows, D], the same for every sample; "" if it is."""
+    if table is None or (table.dim() == 3 and table.shape[0] == 1 and (rows is None or table.shape[1] == rows)):
+        return ""
+    wanted = "rows" if rows is None else rows
+    return f"{name} has shape {tuple(table.shape)}, not (1, {wanted}, D)"
+
+
+def is_library_s(method: Any) -> bool:
+    """Whether a method is defined in one of the libraries."""
+    return method.__module__.partition(".")[0] in LIBRARIES
+
+
+def why_not_part(part: Any, kind: type[Any] | None) -> str:
+    """Why running this part is not, or more than, what its kind says; "" if it is just that."""
+    if kind is nn.Conv2d:
+        return why_no_projection(part)
+    if kind is None:
+        return why_observed(part) or ("" if is_library_s(type(part).forward) else "has a forward of its own")
+    if issubclass(kind, Fused):
+        if vars(type(part)).get("_mixin") is not kind:
+            return f"is a {full_name(type(part))}, and was put in later"
+        return why_observed(part) or _why_not_its_methods(part)
+    reason = why_not_plain(part, kind)
+    if reason:
+        return reason
+    return next((reason for reason in map(why_not_plain_tensor, part._parameters.values()) if reason), "")
+
+
+def _why_not_its_methods(module: Any) -> str:
+    """Why an accelerated module's methods are not those that were taken over, "" if they are."""
+    for name, method in module._found.items():
+        if name in module.__dict__ and name != "forward":  # one that replaced forward has called ours
+            return f"has a {name} that was replaced on the module itself"
+        if getattr(module._own_class, name) is not method:
+            return f"has a {name} that was replaced in its class"
     return ""
+
+
+def _is_transformed() -> bool:
+    """Whether this call is watched by what can't see into our op: forward mode, torch.func, torch.jit.trace."""
+    return (
+        forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+    )
+
+
+def _may_wait(images: Tensor) -> bool:
+    return not (images.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _parameter_dtype(module: nn.Module) -> torch.dtype:
+    """Of the first parameter; replicas have theirs as plain attributes."""
+    for inner in module.modules():
+        for value in (*inner._parameters.values(), *inner.__dict__.values()):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.dtype
+    return torch.get_default_dtype()
 
 
 def holds_a_patch(images: Tensor, patch_size: Sequence[int]) -> bool:
     """Whether images, [B, C, H, W], are no smaller than a patch."""
     return images.shape[2] >= patch_size[0] and images.shape[3] >= patch_size[1]
-
-
-def upright(images: Tensor, channels: int) -> Tensor:
-    """Images as [B, C, H, W], a view of [B, H, W, C] where that is how they came."""
-    is_nhwc = images.dim() == 4 and images.shape[3] == channels and images.shape[1] != channels
-    return images.permute(0, 3, 1, 2) if is_nhwc else images
 
 
 def cat_rows(*rows: Tensor | None) -> Tensor | None:
@@ -273,8 +369,3 @@ def present(module: nn.Module) -> list[str]:
 def listed(words: Sequence[str]) -> str:
     """As in a sentence: "a, b and c"."""
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
-
-
-def full_name(cls: type) -> str:
-    """The name a class is imported by."""
-    return f"{cls.__module__}.{cls.__qualname__}"

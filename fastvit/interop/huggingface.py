@@ -1,47 +1,60 @@
 """Hugging Face transformers: the embeddings of its vision models, under the classes of versions 4 and 5.
 
-Everything that becomes one call lies in one module of the host, which changes its class; the model around it changes
-too where raw pixels are taken, since some cast their images before they hand them on.
+Everything that becomes one call lies in one module of the host, which changes its class.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from fastvit.interop.host import Fused, Pixels, cat_rows, holds_a_patch, present, projection_refusal
+from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_table
 
-__all__ = ["MIXINS", "NEED_NORMALISED", "RawPixels", "RawPixelsInLoss"]
+__all__ = ["MIXINS", "RawPixelsInLoss"]
 
 
 class Embeddings(Fused):
     """What the embeddings of all models share: where the projection is, and when a call can be ours."""
+
+    tables: ClassVar[tuple[str, ...]] = ("position_embeddings", "cls_token", "distillation_token", "register_tokens")
 
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
         return ["projection", *present(module)]
 
     @classmethod
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [
+            Part("patch_embeddings", module.patch_embeddings),
+            Part("patch_embeddings.projection", cls.projection(module), nn.Conv2d),
+        ]
+
+    @classmethod
     def projection(cls, module: Any) -> Any:
-        return module.patch_embeddings.projection
+        return getattr(module.patch_embeddings, "projection", None)
 
-    @classmethod
-    def refusal(cls, module: Any) -> str:
-        return projection_refusal("patch_embeddings.projection", cls.projection(module))
+    def takes(self, images: Tensor) -> bool:
+        return holds_a_patch(images, self.projection(self).stride)
 
-    @classmethod
-    def leaves(cls, module: Any) -> Sequence[nn.Module]:
-        return [cls.projection(module)]
-
-    @classmethod
-    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
-        return [module.patch_embeddings]
+    def why_not_of(self, images: Tensor) -> str:
+        projection = self.projection(self)
+        channels = getattr(self.patch_embeddings, "num_channels", projection.in_channels)
+        if channels != projection.weight.shape[1]:
+            return f"num_channels is {channels}, and patch_embeddings.projection takes {projection.weight.shape[1]}"
+        height, width = self.example_size(self)
+        rows = (height // projection.stride[0]) * (width // projection.stride[1])
+        for name in ("cls_token", "distillation_token", "register_tokens"):
+            table = getattr(self, name, None)
+            reason = why_not_table(name, table)
+            if reason:
+                return reason
+            if table is not None and name != "register_tokens":  # which have no positions
+                rows += table.shape[1]
+        return why_not_table("position_embeddings", getattr(self, "position_embeddings", None), rows)
 
     @classmethod
     def example_size(cls, module: Any) -> tuple[int, int]:
@@ -53,14 +66,13 @@ class Embeddings(Fused):
         raise AttributeError(f"{type(module).__name__} knows no image size")
 
     def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
-        images = self.upright(pixel_values.images if isinstance(pixel_values, Pixels) else pixel_values)
+        images = self.upright(pixel_values)
         options = self._options(*args, **kwargs)
-        if options is not None and self.may_fuse(images) and holds_a_patch(images, self.projection(self).kernel_size):
+        if options is not None and self.may_fuse(images):
             result = self.sequence(images, **options)
             if result is not None:
                 return result
-        images = self.as_the_host_takes_them(images)
-        return super().forward(images, *args, **kwargs)
+        return super().forward(self.as_the_host_takes_them(images), *args, **kwargs)
 
     def _options(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """The arguments behind the images, by name; None where one of them is not for us (a mask of patches)."""
@@ -80,10 +92,12 @@ class Embeddings(Fused):
 
     def interpolated(self, table: Tensor, images: Tensor, prefix_rows: int) -> Tensor:
         """The table for images of this size, by the host's own function, which looks at the number of tokens only."""
-        height, width = images.shape[2:]
-        patch_height, patch_width = self.projection(self).kernel_size
-        rows = prefix_rows + (height // patch_height) * (width // patch_width)
-        return self.interpolate_pos_encoding(table[:, :1].expand(-1, rows, -1), height, width)
+        rows = prefix_rows + self._patches(images)
+        return self.interpolate_pos_encoding(table[:, :1].expand(-1, rows, -1), images.shape[2], images.shape[3])
+
+    def _patches(self, images: Tensor) -> int:
+        height, width = self.projection(self).stride
+        return (images.shape[2] // height) * (images.shape[3] // width)
 
     def has_own_size(self, images: Tensor) -> bool:
         """Whether images are of the size that the model was made for."""
@@ -126,7 +140,7 @@ class BeitEmbeddings(Embeddings):
         if not hasattr(self.patch_embeddings, "patch_shape"):
             return tokens
         # The variant of this class that knows its grid returns it.
-        patch_height, patch_width = self.projection(self).kernel_size
+        patch_height, patch_width = self.projection(self).stride
         return tokens, (images.shape[2] // patch_height, images.shape[3] // patch_width)
 
 
@@ -157,8 +171,8 @@ class DINOv3Embeddings(Embeddings):
         return module.patch_embeddings
 
     @classmethod
-    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
-        return []
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [Part("patch_embeddings", module.patch_embeddings, nn.Conv2d)]
 
     def sequence(self, images: Tensor) -> Tensor:
         return self.tokens(images, None, torch.cat([self.cls_token, self.register_tokens], dim=1))
@@ -196,44 +210,41 @@ class CLIPEmbeddings(Embeddings):
 
     hosts = ("transformers.models.clip.modeling_clip.CLIPVisionEmbeddings",)
 
+    tables = ("class_embedding",)
+
     @classmethod
     def projection(cls, module: Any) -> Any:
         return module.patch_embedding
 
     @classmethod
-    def refusal(cls, module: Any) -> str:
-        reason = projection_refusal("patch_embedding", module.patch_embedding)
-        return reason or _table_refusal(module.position_embedding, module.position_ids)
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [Part("patch_embedding", module.patch_embedding, nn.Conv2d)]
 
-    @classmethod
-    def leaves(cls, module: Any) -> Sequence[nn.Module]:
-        return [module.patch_embedding, module.position_embedding]
-
-    @classmethod
-    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
-        return []
+    def why_not_of(self, images: Tensor) -> str:
+        shape = tuple(self.position_ids.shape)
+        if len(shape) != 2 or shape[0] != 1:
+            return f"position_ids has shape {shape}, not (1, N)"
+        token = getattr(self, "class_embedding", None)
+        return "" if token is None or token.dim() == 1 else f"class_embedding has shape {tuple(token.shape)}, not (D,)"
 
     def sequence(self, images: Tensor, interpolate_pos_encoding: bool | None = False) -> Tensor | None:
-        table = self.position_embedding.weight[None]
+        token = getattr(self, "class_embedding", None)
+        prefix = None if token is None else token[None, None]
+        rows = 0 if prefix is None else 1
         if interpolate_pos_encoding:
-            table = self.interpolated(table, images, 1)
-        elif not self.has_own_size(images):
+            table = self.interpolated(self.position_embedding.weight[None], images, rows)
+        elif self.has_own_size(images) and self.position_ids.shape[1] == rows + self._patches(images):
+            # By the host's module, which a hook, an adapter or other ids may have made more than a table.
+            table = self.position_embedding(self.position_ids)
+        else:
             return None
-        return self.tokens(images, table, self.class_embedding[None, None])
+        return self.tokens(images, table, prefix)
 
 
 class SiglipEmbeddings(CLIPEmbeddings):
     """SigLIP's vision tower, which has no class token."""
 
     hosts = ("transformers.models.siglip.modeling_siglip.SiglipVisionEmbeddings",)
-
-    def sequence(self, images: Tensor, interpolate_pos_encoding: bool | None = False) -> Tensor | None:
-        table = self.position_embedding.weight[None]
-        if interpolate_pos_encoding:
-            table = self.interpolated(table, images, 0)
-        elif not self.has_own_size(images):
-            return None
-        return self.tokens(images, table, None)
 
 
 class Siglip2Embeddings(Fused):
@@ -249,13 +260,8 @@ class Siglip2Embeddings(Fused):
         return ["projection", *present(module)]
 
     @classmethod
-    def refusal(cls, module: Any) -> str:
-        kind = type(module.patch_embedding)
-        return "" if kind is nn.Linear else f"patch_embedding is a {kind.__name__}, not a plain Linear"
-
-    @classmethod
-    def leaves(cls, module: Any) -> Sequence[nn.Module]:
-        return [module.patch_embedding]
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [Part("patch_embedding", module.patch_embedding, nn.Linear)]
 
     @classmethod
     def refuses_uint8(cls, module: Any) -> str:
@@ -274,39 +280,11 @@ class Siglip2Embeddings(Fused):
         return tokens.unflatten(1, (batch, patches))[0]
 
 
-class RawPixels(Fused):
-    """A model around embeddings that take raw pixels: what it does to its images beforehand must not touch them."""
-
-    hosts = ()
-
-    def __init_subclass__(cls) -> None:
-        if "_own_class" in vars(cls):
-            cls.forward = _forward_with_pixels(cls._own_class)
-
-    def pixels(self, images: Any) -> Any:
-        """Raw images in a wrapper that no cast unpacks, everything else as it is."""
-        if not self.is_raw(images):
-            return images
-        return Pixels(self.upright(images), next(self.embeddings.parameters()).dtype)
-
-
-def _forward_with_pixels(own: Any) -> Any:
-    # With the signature of the host's own forward, by which libraries choose what to call it with.
-    @functools.wraps(own.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            args = (self.pixels(args[0]), *args[1:])
-        elif "pixel_values" in kwargs:
-            kwargs = {**kwargs, "pixel_values": self.pixels(kwargs["pixel_values"])}
-        return own.forward(self, *args, **kwargs)
-
-    return forward
-
-
 class RawPixelsInLoss(Fused):
     """A masked autoencoder with its decoder, whose loss is taken on the normalised pixels."""
 
     hosts = ("transformers.models.vit_mae.modeling_vit_mae.ViTMAEForPreTraining",)
+    overrides = ("patchify",)
 
     def patchify(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The target of the loss."""
@@ -314,29 +292,9 @@ class RawPixelsInLoss(Fused):
         return super().patchify(images, *args, **kwargs)
 
 
-# Models that compare their output with the pixels they were given, in a loss that is no method of its own.
-NEED_NORMALISED = (
-    "transformers.models.vit.modeling_vit.ViTForMaskedImageModeling",
-    "transformers.models.deit.modeling_deit.DeiTForMaskedImageModeling",
-)
-
-
 def _argument_names(own: Any) -> tuple[str, ...]:
     """The arguments of the host's forward behind the images."""
     return tuple(inspect.signature(own.forward).parameters)[2:]
-
-
-def _table_refusal(table: Any, ids: Any) -> str:
-    """Why this embedding is not simply a table of positions, "" if it is."""
-    if type(table) is not nn.Embedding:
-        return f"position_embedding is a {type(table).__name__}, not a plain Embedding"
-    if table.padding_idx is not None or table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
-        return "position_embedding does more than look up"
-    # On the meta device and in fake tensors there are no values to look at; the host makes its ids in order.
-    has_values = not (ids.is_meta or isinstance(ids, FakeTensor))
-    rows = table.num_embeddings
-    is_in_order = ids.tolist() == [list(range(rows))] if has_values else ids.shape == (1, rows)
-    return "" if is_in_order else "position_ids are not in order"
 
 
 MIXINS: tuple[type[Fused], ...] = (

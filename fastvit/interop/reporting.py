@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
-from fastvit.interop.host import Fused, full_name, is_observed, listed
+from fastvit.guards import full_name
+from fastvit.interop.host import Fused, listed
 
 __all__ = ["Change", "Refusal", "Report"]
 
@@ -23,7 +22,7 @@ class Change:
     std: tuple[float, ...] | None
     residual_dtype: str | None
     backend: str | None
-    unfused: tuple[str, ...]  # submodules, by path, for whose sake calls run the library's own code at present
+    unfused: str  # why calls run the library's own code at present, "" where they don't
 
     @classmethod
     def of(cls, path: str, module: Any, mixin: type[Fused]) -> Change:
@@ -36,7 +35,7 @@ class Change:
             settings.std,
             None if settings.residual_dtype is None else str(settings.residual_dtype),
             settings.backend,
-            tuple(_observed(path, module, mixin)),
+            mixin.why_not(module),
         )
 
     def __str__(self) -> str:
@@ -47,8 +46,8 @@ class Change:
             lines.append(f"  tokens are {self.residual_dtype} under autocast")
         if self.backend is not None:
             lines.append(f"  on backend {self.backend}")
-        for name in self.unfused:
-            lines.append(f"  not while {name} has hooks or is wrapped: calls run the library's own code")
+        if self.unfused:
+            lines.append(f"  not at present: {self.unfused}, so that calls run the library's own code")
         return "\n".join(lines)
 
 
@@ -83,10 +82,3 @@ class Report:
         if self.refusals:
             lines += ["left as they are:", *(f"  {refusal}" for refusal in self.refusals)]
         return "\n".join(lines)
-
-
-def _observed(path: str, module: nn.Module, mixin: type[Fused]) -> list[str]:
-    names = {id(child): f"{path}.{name}" if path else name for name, child in module.named_modules()}
-    leaves = [leaf for leaf in mixin.leaves(module) if not mixin.is_plain(leaf)]
-    watched = [inner for inner in mixin.passed_over(module) if is_observed([inner])]
-    return [names[id(inner)] for inner in (*leaves, *watched)]

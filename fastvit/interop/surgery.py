@@ -7,11 +7,13 @@ mixin out again restores it exactly. Copies and pickles go by the parts, since a
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import nn
 
-__all__ = ["Mixin", "mix_in", "mixin_of", "take_out"]
+__all__ = ["Mixin", "mix_in", "mixin_of", "own_class", "take_out"]
 
 # What stands behind a mixin is known at run time only; so a type checker asks nothing of `self` and `super()`.
 _AnyModule: Any = object
@@ -23,13 +25,21 @@ _made: dict[tuple[type[Mixin], type[nn.Module]], Any] = {}
 class Mixin(_AnyModule):
     """What a mixin is: methods in front of those of the module's own class."""
 
+    overrides: ClassVar[tuple[str, ...]] = ()  # methods of the host's that a mixin stands in for, or relies on
+
     _mixin: type[Mixin]
     _own_class: type[nn.Module]
+    _found: dict[str, Any]  # the own class's methods of these names when the mixin was put in
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Called for a new module only, by `type(module)(...)`, and that one was never given a mixin.
         super().__init__(*args, **kwargs)
         take_out(self)
+
+    @classmethod
+    def methods(cls, own: Any) -> dict[str, Callable]:
+        """What is put in front of the methods of `own`, by name."""
+        return {name: getattr(cls, name) for name in cls.overrides if hasattr(cls, name)}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         rebuild, arguments, *state = super().__reduce_ex__(protocol)
@@ -53,18 +63,41 @@ def mixin_of(module: nn.Module) -> type[Mixin] | None:
     return getattr(type(module), "_mixin", None)
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without a mixin's."""
+    return getattr(type(module), "_own_class", type(module))
+
+
 def _mixed(mixin: type[Mixin], own: type[nn.Module]) -> Any:
     if (mixin, own) not in _made:
         # The name and address of the module's own class: libraries write them into configurations.
-        namespace = {
+        namespace: dict[str, Any] = {
             "__module__": own.__module__,
             "__qualname__": own.__qualname__,
             "__doc__": own.__doc__,
             "_mixin": mixin,
             "_own_class": own,
+            "_found": {name: getattr(own, name) for name in mixin.overrides if hasattr(own, name)},
         }
+        for name, method in mixin.methods(own).items():
+            namespace[name] = _in_front(method, name, own)
         _made[mixin, own] = type(own.__name__, (mixin, own), namespace)
     return _made[mixin, own]
+
+
+def _in_front(method: Callable, name: str, own: Any) -> Callable:
+    """A method of a mixin with the signature of the host's, by which libraries choose what to call it with.
+
+    Tools that wrap a bound method keep it in the module, where it outlives the mixin: then the host's own is called.
+    """
+
+    @functools.wraps(getattr(own, name))
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Mixin):
+            return getattr(type(self), name)(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 def _is_mixed(cls: type) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,24 +12,31 @@ from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from fastvit.interop.host import Fused, Pixels, cat_rows, full_name, holds_a_patch, present, projection_refusal
+from fastvit.guards import full_name
+from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_part, why_not_table
+from fastvit.interop.surgery import own_class
 from fastvit.model.layers import autocast_dtype
 from fastvit.model.patch_embed import pad_to_patches
 
 __all__ = ["MIXINS"]
 
 
+class Deferred:
+    """Images on their way to `_pos_embed`, where the whole sequence is made: through a `patch_embed` that hands them on
+    and code of the host that reads their shape."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.shape = images.shape
+
+
 class PatchEmbed(Fused):
-    """Projection alone; or, handed `Pixels` by a model that makes the whole sequence itself, nothing."""
+    """Projection alone; or, handed `Deferred` by a model that makes the whole sequence itself, nothing."""
 
     hosts = ("timm.layers.patch_embed.PatchEmbed",)
 
     proj: nn.Conv2d
     norm: nn.Module
-
-    @classmethod
-    def refusal(cls, module: Any) -> str:
-        return projection_refusal("proj", module.proj)
 
     @classmethod
     def refusal_behind(cls, module: Any) -> str:
@@ -45,8 +52,8 @@ class PatchEmbed(Fused):
         return ["the projection of patches"]
 
     @classmethod
-    def leaves(cls, module: Any) -> Sequence[nn.Module]:
-        return [module.proj]
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [Part("proj", module.proj, nn.Conv2d)]
 
     @classmethod
     def example_size(cls, module: Any) -> tuple[int, int]:
@@ -54,31 +61,38 @@ class PatchEmbed(Fused):
         return height, width
 
     def forward(self, x: Any) -> Any:
-        if isinstance(x, Pixels):
+        if isinstance(x, Deferred):
             return x
         x = self.upright(x)
-        if not (self.may_fuse(x) and self.takes(x)):
+        if not self.may_fuse(x):
             return super().forward(self.as_the_host_takes_them(x))
         images = self.padded(x)
         tokens = self.embed(images, self.proj.weight, self.proj.bias)
         return self.finished(tokens, self.grid_of(images))
 
+    def why_not_of(self, images: Tensor) -> str:
+        # The host pads and checks by the one, and projects by the other.
+        patch, stride = self.patch_size, self.proj.stride
+        return "" if patch == stride else f"patch_size is {patch}, and the stride of proj {stride}"
+
     def takes(self, images: Tensor) -> bool:
-        """Whether the host takes images of this size; where it does not, its own code says so."""
         if self.img_size is None or (self.dynamic_img_pad and not self.strict_img_size):
             return True
         height, width = images.shape[2:]
         if self.strict_img_size:
             return height == self.img_size[0] and width == self.img_size[1]
-        patch_height, patch_width = self.proj.kernel_size
-        return height % patch_height == 0 and width % patch_width == 0
+        return height % self.patch_size[0] == 0 and width % self.patch_size[1] == 0
 
     def padded(self, images: Tensor) -> Tensor:
-        return _padded(self, images, self.proj.kernel_size) if self.dynamic_img_pad else images
+        return _padded(self, images, self.patch_size) if self.dynamic_img_pad else images
 
     def grid_of(self, images: Tensor) -> list[int]:
-        """Rows and columns of patches."""
-        return [images.shape[2] // self.proj.kernel_size[0], images.shape[3] // self.proj.kernel_size[1]]
+        """Rows and columns of patches, of padded images where the host pads."""
+        height, width = images.shape[2:]
+        patch_height, patch_width = self.patch_size
+        if self.dynamic_img_pad:
+            return [-(-height // patch_height), -(-width // patch_width)]
+        return [height // patch_height, width // patch_width]
 
     def finished(self, tokens: Tensor, grid: list[int]) -> Any:
         """What the host returns, of projected patches, [B, N, D]."""
@@ -99,10 +113,13 @@ class TwinsPatchEmbed(PatchEmbed):
     hosts = ("timm.models.twins.PatchEmbed",)
 
     def takes(self, images: Tensor) -> bool:
-        return holds_a_patch(images, self.proj.kernel_size)
+        return holds_a_patch(images, self.patch_size)
 
     def padded(self, images: Tensor) -> Tensor:
         return images
+
+    def grid_of(self, images: Tensor) -> list[int]:
+        return [images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]]
 
     def finished(self, tokens: Tensor, grid: list[int]) -> tuple[Tensor, tuple[int, ...]]:
         return self.norm(tokens), tuple(grid)
@@ -111,49 +128,74 @@ class TwinsPatchEmbed(PatchEmbed):
 class _Whole(Fused):
     """A model of timm's whose whole sequence is made in one call, before its blocks."""
 
+    tables = ("pos_embed", "cls_token", "reg_token", "dist_token")
+
     patch_embed: Any
     pos_embed: nn.Parameter | None
 
     @classmethod
     def refusal(cls, module: Any) -> str:
-        if "timm.layers.patch_embed.PatchEmbed" not in {full_name(base) for base in type(module.patch_embed).__mro__}:
-            return f"patch_embed is a {type(module.patch_embed).__name__}: its tokens come from a network of its own"
+        own = own_class(module.patch_embed)
+        if PatchEmbed.hosts[0] not in {full_name(base) for base in own.__mro__}:
+            return f"patch_embed is a {own.__name__}: its tokens come from a network of its own"
         if not isinstance(module.patch_embed.norm, nn.Identity):
             return "patch_embed has a norm between projection and positions"
-        return projection_refusal("patch_embed.proj", module.patch_embed.proj)
+        return ""
 
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
         return ["projection", *present(module)]
 
     @classmethod
-    def companions(cls, module: Any) -> Mapping[str, type[Fused]]:
-        return {"patch_embed": PatchEmbed}
-
-    @classmethod
-    def leaves(cls, module: Any) -> Sequence[nn.Module]:
-        return [module.patch_embed.proj, module.patch_embed.norm]
-
-    @classmethod
-    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
-        return [module.patch_embed]
+    def inside(cls, module: Any) -> Sequence[Part]:
+        embed = module.patch_embed
+        return [
+            Part("patch_embed", embed, PatchEmbed),
+            Part("patch_embed.proj", getattr(embed, "proj", None), nn.Conv2d),
+            Part("patch_embed.norm", getattr(embed, "norm", None), nn.Identity),
+        ]
 
     @classmethod
     def example_size(cls, module: Any) -> tuple[int, int]:
         return PatchEmbed.example_size(module.patch_embed)
 
-    def _pixels(self, images: Any) -> Any:
-        """Images to be embedded in `_pos_embed`, where that can be; else as they are, for `patch_embed`."""
-        images = self.upright(images)
-        fits = self.may_fuse(images) and self.patch_embed.takes(images)
-        return Pixels(images, self.patch_embed.proj.weight.dtype) if fits else images
+    def takes(self, images: Tensor) -> bool:
+        return self.patch_embed.takes(images)
 
-    def _tokens(self, images: Tensor, prefix: Tensor | None) -> tuple[Tensor, list[int]]:
+    def why_not_of(self, images: Tensor) -> str:
+        embed, prefix = self.patch_embed, self._prefix()
+        is_dynamic = getattr(self, "dynamic_img_size", False)
+        is_map = embed.output_fmt == Format.NHWC and not embed.flatten
+        if is_map != is_dynamic or embed.output_fmt in (Format.NCHW, Format.NCL) and not embed.flatten:
+            return f"patch_embed gives {embed.output_fmt.value}"
+        for name, table in prefix.items():
+            if why_not_table(name, table):
+                return why_not_table(name, table)
+        rows, columns = embed.grid_of(images)
+        positioned = 0 if getattr(self, "no_embed_class", False) else sum(table.shape[1] for table in prefix.values())
+        return why_not_table("pos_embed", self.pos_embed, None if is_dynamic else positioned + rows * columns)
+
+    def _deferred(self, images: Any) -> Any:
+        """Images to be embedded in `_pos_embed`, where that can be; else as `patch_embed` takes them."""
+        images = self.upright(images)
+        return Deferred(images) if self.may_fuse(images) else self._for_patch_embed(images)
+
+    def _for_patch_embed(self, images: Any) -> Any:
+        # Neither what was put in the place of ours nor who listens to it may know raw pixels.
+        return self.as_the_host_takes_them(images) if why_not_part(self.patch_embed, PatchEmbed) else images
+
+    def _tokens(self, images: Tensor) -> tuple[Tensor, list[int]]:
         """The sequence and its grid."""
-        images = self.patch_embed.padded(images)
         grid = self.patch_embed.grid_of(images)
-        proj = self.patch_embed.proj
+        images, proj = self.patch_embed.padded(images), self.patch_embed.proj
+        prefix = cat_rows(*self._prefix().values())
         return self.embed(images, proj.weight, proj.bias, pos_embed=self._positions(grid), prefix=prefix), grid
+
+    def _prefix(self) -> dict[str, Tensor]:
+        """Class token and register or distillation tokens, by name."""
+        last = "reg_token" if getattr(self, "dist_token", None) is None else "dist_token"
+        found = {name: getattr(self, name, None) for name in ("cls_token", last)}
+        return {name: table for name, table in found.items() if table is not None}
 
     def _positions(self, grid: list[int]) -> Tensor | None:
         if self.pos_embed is None or not getattr(self, "dynamic_img_size", False):
@@ -172,10 +214,10 @@ class _InPosEmbed(_Whole):
     overrides = ("forward", "forward_features", "forward_intermediates", "_pos_embed")
 
     def forward_features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().forward_features(self._pixels(x), *args, **kwargs)
+        return super().forward_features(self._deferred(x), *args, **kwargs)
 
     def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().forward_intermediates(self._pixels(x), *args, **kwargs)
+        return super().forward_intermediates(self._deferred(x), *args, **kwargs)
 
 
 class VisionTransformer(_InPosEmbed):
@@ -187,11 +229,9 @@ class VisionTransformer(_InPosEmbed):
     )
 
     def _pos_embed(self, x: Any) -> Tensor:
-        if not isinstance(x, Pixels):
+        if not isinstance(x, Deferred):
             return super()._pos_embed(x)
-        last = getattr(self, "dist_token", None)
-        prefix = cat_rows(self.cls_token, self.reg_token if last is None else last)
-        tokens, _ = self._tokens(x.images, prefix)
+        tokens, _ = self._tokens(x.images)
         return tokens if self.pos_embed is None else self.pos_drop(tokens)
 
 
@@ -201,9 +241,9 @@ class Eva(_InPosEmbed):
     hosts = ("timm.models.eva.Eva",)
 
     def _pos_embed(self, x: Any) -> Any:
-        if not isinstance(x, Pixels):
+        if not isinstance(x, Deferred):
             return super()._pos_embed(x)
-        tokens, grid = self._tokens(x.images, cat_rows(self.cls_token, self.reg_token))
+        tokens, grid = self._tokens(x.images)
         rotary = self._rotary(grid)
         tokens = self.pos_drop(tokens)
         if self.patch_drop is None:
@@ -229,13 +269,16 @@ class Beit(_Whole):
     """BEiT and BEiT v2, whose positions are relative, in attention, unless it has a table too."""
 
     hosts = ("timm.models.beit.Beit",)
-    overrides = ("forward", "forward_features")
+    overrides = ("forward", "forward_features", "forward_intermediates")
+
+    def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().forward_intermediates(self._for_patch_embed(self.upright(x)), *args, **kwargs)
 
     def forward_features(self, x: Any) -> Tensor:
-        pixels = self._pixels(x)
-        if not isinstance(pixels, Pixels):
-            return super().forward_features(pixels)
-        x = self.pos_drop(self._tokens(pixels.images, self.cls_token)[0])
+        deferred = self._deferred(x)
+        if not isinstance(deferred, Deferred):
+            return super().forward_features(deferred)
+        x = self.pos_drop(self._tokens(deferred.images)[0])
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         for block in self.blocks:
             if self.grad_checkpointing:
@@ -249,6 +292,8 @@ class NaFlexEmbeds(Fused):
     """NaFlexViT's embedding of whole images; batches of patches of many sizes stay with timm."""
 
     hosts = ("timm.models.naflexvit.NaFlexEmbeds",)
+    overrides = ("forward", "_apply_learned_pos_embed", "_apply_factorized_pos_embed")
+    tables = ("cls_token", "reg_token")
 
     proj: Any
     norm: nn.Module
@@ -262,13 +307,20 @@ class NaFlexEmbeds(Fused):
     def refusal(cls, module: Any) -> str:
         if not isinstance(module.norm, nn.Identity) or module.norm_input is not None:
             return "it has a norm before or behind the projection"
-        if module.is_linear:
-            return "" if type(module.proj) is nn.Linear else f"proj is a {type(module.proj).__name__}, no plain Linear"
-        return projection_refusal("proj", module.proj)
+        return ""
 
     @classmethod
-    def leaves(cls, module: Any) -> Sequence[nn.Module]:
-        return [module.proj, module.norm]
+    def inside(cls, module: Any) -> Sequence[Part]:
+        kind = nn.Linear if module.is_linear else nn.Conv2d
+        return [Part("proj", module.proj, kind), Part("norm", module.norm, nn.Identity)]
+
+    def why_not_of(self, images: Tensor) -> str:
+        shape = self._weight().shape[1:]
+        if shape != (self.in_chans, *self.patch_size):
+            return f"proj takes patches of shape {tuple(shape)}, not {(self.in_chans, *self.patch_size)}"
+        if self.norm_input is not None:
+            return "it has a norm before the projection"
+        return why_not_table("cls_token", self.cls_token) or why_not_table("reg_token", self.reg_token)
 
     @classmethod
     def channels(cls, module: Any) -> int | None:
@@ -283,7 +335,7 @@ class NaFlexEmbeds(Fused):
         if patch_coord is not None:
             return super().forward(x, patch_coord, patch_valid)
         x = self.upright(x)
-        if not (self.may_fuse(x) and self.takes(x)):
+        if not self.may_fuse(x):
             return super().forward(self.as_the_host_takes_them(x))
         images = _padded(self, x, self.patch_size) if self.dynamic_img_pad else x
         grid = torch.Size(size // patch for size, patch in zip(images.shape[2:], self.patch_size, strict=True))
@@ -293,7 +345,6 @@ class NaFlexEmbeds(Fused):
         return self.pos_drop(tokens), grid
 
     def takes(self, images: Tensor) -> bool:
-        """Whether the host takes images of this size; where it does not, its own code says so."""
         if self.dynamic_img_pad:
             return True
         if self.is_linear:

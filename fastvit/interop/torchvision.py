@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit.interop.host import Fused, projection_refusal
+from fastvit.guards import why_not_plain_tensor
+from fastvit.interop.host import Fused, Part, why_not_table
 
 __all__ = ["MIXINS"]
 
@@ -16,6 +17,10 @@ class Encoder(Fused):
     """The encoder, told where the positions are in its input already."""
 
     hosts = ()
+
+    @classmethod
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return ()
 
     def forward(self, input: Tensor, positioned: bool = False) -> Tensor:
         if not positioned:
@@ -28,6 +33,7 @@ class VisionTransformer(Fused):
 
     hosts = ("torchvision.models.vision_transformer.VisionTransformer",)
     overrides = ("forward", "_process_input")
+    tables = ("class_token",)
 
     conv_proj: nn.Conv2d
     encoder: Any
@@ -36,24 +42,31 @@ class VisionTransformer(Fused):
     def refusal(cls, module: Any) -> str:
         if isinstance(module.conv_proj, nn.Sequential):
             return "conv_proj is a convolutional stem: its tokens come from a network of its own"
-        return projection_refusal("conv_proj", module.conv_proj)
+        return ""
 
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
         return ["projection", "positions", "class token"]
 
     @classmethod
-    def companions(cls, module: Any) -> Mapping[str, type[Fused]]:
-        return {"encoder": Encoder}
-
-    @classmethod
-    def leaves(cls, module: Any) -> Sequence[nn.Module]:
-        return [module.conv_proj]
-
-    @classmethod
-    def passed_over(cls, module: Any) -> Sequence[nn.Module]:
+    def inside(cls, module: Any) -> Sequence[Part]:
         # The encoder runs, but what a hook on it would see as its input has positions added.
-        return [module.encoder]
+        return [Part("conv_proj", module.conv_proj, nn.Conv2d), Part("encoder", module.encoder, Encoder)]
+
+    def takes(self, images: Tensor) -> bool:
+        return images.shape[2] == self.image_size and images.shape[3] == self.image_size
+
+    def why_not_of(self, images: Tensor) -> str:
+        tokens, patch, stride = self.class_token, self.patch_size, self.conv_proj.stride
+        if stride != (patch, patch):
+            return f"patch_size is {patch}, and the stride of conv_proj {stride}"
+        rows = (self.image_size // patch) ** 2 + (tokens.shape[1] if tokens.dim() == 3 else 0)
+        positions = self.encoder.pos_embedding
+        return (
+            why_not_table("class_token", tokens)
+            or why_not_plain_tensor(positions)
+            or why_not_table("encoder.pos_embedding", positions, rows)
+        )
 
     @classmethod
     def example_size(cls, module: Any) -> tuple[int, int]:
@@ -61,8 +74,7 @@ class VisionTransformer(Fused):
 
     def forward(self, x: Any) -> Any:
         x = self.upright(x)
-        size = self.image_size
-        if not (self.may_fuse(x) and x.shape[2] == size and x.shape[3] == size):
+        if not self.may_fuse(x):
             return super().forward(self.as_the_host_takes_them(x))
         tokens = self.embed(
             x,

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit.interop.host import Settings, normalised, upright
-from fastvit.interop.surgery import mixin_of
+from fastvit.interop.host import Settings, fused
+from fastvit.interop.raw_pixels import upright
+from fastvit.ops.decompositions import normalised
 from fastvit.validation.tolerance import FACTOR, FLOOR_EPS
 
 __all__ = [
@@ -111,6 +112,7 @@ def verify_acceleration(
         std=settings.std,
         residual_dtype=settings.residual_dtype,
         backend=settings.backend,
+        copy_images=settings.copy_images,
     )
     truth = copy.deepcopy(original).double()
     given = example_images(accelerated) if batch is None else batch
@@ -135,7 +137,7 @@ def example_images(model: nn.Module, batch: int = BATCH) -> Tensor:
         ValueError: it takes no images alone.
     """
     for module in model.modules():
-        mixin: Any = mixin_of(module)
+        mixin: Any = fused(module)
         size = None if mixin is None or not mixin.parts(module) else mixin.example_size(module)
         if size is not None:
             break

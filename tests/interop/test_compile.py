@@ -47,13 +47,14 @@ OTHERS = (
 
 
 class Graphs:
-    """A backend that runs graphs as they are and counts how many it was given."""
+    """A backend that runs graphs as they are and counts those it was given with an op in them: what runs at the door of
+    a compiled model is a graph of its own, without one."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        self.count += 1
+        self.count += any(node.op.startswith("call") for node in graph.graph.nodes)
         return graph.forward
 
 

@@ -15,7 +15,7 @@ from fastvit.interop import Unsupported
 from fastvit.interop.host import normalised
 from fastvit.peers import import_peer
 from tests.interop.subjects import LIBRARIES, MEAN, STD, build, entry, expect_close, launched, pair, raw_images
-from tests.interop.zoo import SIZE
+from tests.interop.zoo import SIZE, tensors
 
 TINY: dict[str, Any] = {
     "img_size": SIZE,
@@ -157,15 +157,15 @@ def test_raw_images_where_the_loss_compares_with_them():
         image_size=SIZE, patch_size=8, hidden_size=48, num_hidden_layers=1, num_attention_heads=3, encoder_stride=8
     )
     model = vit.ViTForMaskedImageModeling(config).eval()
-    expect_refused(model, Unsupported, "the model takes no raw uint8 images: its loss compares", mean=MEAN, std=STD)
-    # Floats are no trouble: without a mask in one call, with one by the library's code.
     untouched = copy.deepcopy(model)
-    fastvit.accelerate(model)
+    fastvit.accelerate(model, mean=MEAN, std=STD)
     images = entry("timm-vit").images()
     mask = torch.arange(16)[None].expand(2, -1) % 3 == 0
     want = untouched(pixel_values=images, bool_masked_pos=mask)
     got = model(pixel_values=images, bool_masked_pos=mask)
     expect_close([got.loss, got.reconstruction], [want.loss, want.reconstruction])
+    with pytest.raises(RuntimeError, match="raw pixels, 0..255, reached l1_loss behind the projection"):
+        model(pixel_values=raw_images(), bool_masked_pos=mask)
     assert launched() == 0
 
 
@@ -176,10 +176,11 @@ def wrapped_forward(model: nn.Module) -> None:
 
 
 def test_raw_images_where_the_forward_before_the_embeddings_was_replaced():
-    """The library's forward inside casts pixels to floats, which nothing would notice."""
-    model = build("transformers-dinov2").base_model
+    """The library's forward inside casts pixels to floats."""
+    model, untouched = build("transformers-dinov2").base_model, build("transformers-dinov2").base_model
     wrapped_forward(model)
-    expect_refused(model, Unsupported, "its forward was replaced on the module", mean=MEAN, std=STD)
+    fastvit.accelerate(model, mean=MEAN, std=STD)
+    expect_close(tensors(model(raw_images())), tensors(untouched(normalised(raw_images(), MEAN, STD))))
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "transformers-vit"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 import fastvit
-from fastvit.interop import Unsupported
 from tests.interop.comparing import built
 from tests.interop.subjects import LIBRARIES, build, entry, everything_agrees, pair
 from tests.interop.zoo import ENTRIES, Entry
@@ -70,21 +68,3 @@ def test_fake_tensors_elsewhere_are_no_trouble():
     with FakeTensorMode():
         fastvit.accelerate(model)
     everything_agrees("transformers-clip", model, untouched)
-
-
-def embeddings(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if hasattr(module, "position_ids"))
-
-
-@pytest.mark.parametrize("name", ["transformers-clip", "transformers-siglip"])
-def test_positions_that_are_not_in_order(name: str):
-    """Where there are values they are looked at; where there are none, their number is."""
-    model = build(name)
-    embeddings(model).position_ids = embeddings(model).position_ids.flip(1)
-    with pytest.raises(Unsupported, match="position_ids are not in order"):
-        fastvit.accelerate(model)
-    with torch.device("meta"):
-        model = entry(name).build()
-    embeddings(model).position_ids = embeddings(model).position_ids[:, 1:]
-    with pytest.raises(Unsupported, match="position_ids are not in order"):
-        fastvit.accelerate(model)
