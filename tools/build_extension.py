@@ -1,7 +1,7 @@
 """Build the C++/CUDA extension: fastvit/cuda/_fastvit_cuda.so, from csrc/ by nvcc and a C++ compiler.
 
-    python tools/build_extension.py                in place, as `make extension` does
-    python tools/build_extension.py --host FILE    over emulated kernels: for tests of the binding
+    python tools/build_extension.py                              in place, as `make extension` does
+    python tools/build_extension.py --host FILE [--no-launch]    over emulated kernels: for tests of the binding
 
 setup.py uses it too, so nothing but the standard library is imported; torch's headers are found without torch.
 
@@ -180,13 +180,14 @@ def cuda_library(toolchain: Toolchain, names: Sequence[str], sources: Path = SOU
     return library
 
 
-def host_library(toolchain: Toolchain, sources: Path = SOURCES) -> Library:
-    """The same binding over emulated kernels, for tensors on the CPU."""
-    library = Library("host", toolchain, sources)
-    define = "-DFASTVIT_HAS_SM90A"
+def host_library(toolchain: Toolchain, *, no_launch: bool = False, sources: Path = SOURCES) -> Library:
+    """The same binding over emulated kernels, for tensors on the CPU; with `no_launch` over none, to be timed."""
+    library = Library("host-no-launch" if no_launch else "host", toolchain, sources)
+    defines = ["-DFASTVIT_HAS_SM90A", *(["-DSIMT_NO_LAUNCH"] if no_launch else [])]
+    flags = [flag if flag != "-O1" or not no_launch else "-O2" for flag in HOST_FLAGS]
     library.rules = {
-        "emulated": [toolchain.cxx, *HOST_FLAGS, define, "-x", "c++"],
-        "cxx": [toolchain.cxx, *CXX_FLAGS, define, "-DFASTVIT_EMULATED", f"-isystem{_headers(toolchain)}"],
+        "emulated": [toolchain.cxx, *flags, *defines, "-x", "c++"],
+        "cxx": [toolchain.cxx, *CXX_FLAGS, *defines, "-DFASTVIT_EMULATED", f"-isystem{_headers(toolchain)}"],
     }
     library.objects = [("emulated", unit, []) for unit in _kernels(sources, with_sm90a=True)]
     library.objects += [("cxx", unit, []) for unit in _binding(sources)]
@@ -401,13 +402,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code: 1 if nothing was built."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--host", type=Path, metavar="FILE", help="the library over emulated kernels, for the CPU")
+    parser.add_argument("--no-launch", action="store_true", help="with --host: launch nothing, to time the binding")
     options = parser.parse_args(arguments)
     try:
         if options.host:
             toolchain, missing = find_toolchain(cuda=False)
             if toolchain is None:
                 raise BuildError(f"there is no {'; no '.join(missing)}")
-            build(host_library(toolchain), options.host.resolve())
+            build(host_library(toolchain, no_launch=options.no_launch), options.host.resolve())
             return 0
         reason = build_extension(ROOT / PACKAGE)
     except BuildError as error:

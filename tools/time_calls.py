@@ -1,0 +1,88 @@
+"""How long a call of the C++/CUDA extension keeps the host: everything but the kernels, which are not launched.
+
+    python tools/time_calls.py
+
+Needs no GPU: the binding is built for the CPU over launches that do nothing. On a GPU the stream, the device guard and
+the launches themselves, some microseconds each, come on top. `torch.add` of as many values is there to compare with.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import timeit
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from build_extension import WORK, build, find_toolchain, host_library
+
+from fastvit import functional
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+ROUNDS, CALLS = 15, 2000
+
+
+def main() -> int:
+    toolchain, missing = find_toolchain(cuda=False)
+    if toolchain is None:
+        print(f"there is no {'; no '.join(missing)}")
+        return 1
+    library = WORK / "time_calls.so"
+    build(host_library(toolchain, no_launch=True), library)
+    torch.ops.load_library(str(library))
+    torch.set_num_threads(1)
+    pretend_to_be_cuda()
+    found = {name: microseconds(call) for name, call in calls().items()}
+    for name, (median, least) in found.items():
+        print(f"{name:34} {median:7.2f} us median, {least:7.2f} us least")
+    return 0
+
+
+def pretend_to_be_cuda() -> None:
+    """Let the backend "cuda" run on the CPU, over the library without launches."""
+    from fastvit import backend
+
+    backend._REASONS["cuda"] = lambda device_type: ""
+    for name in ("patch_embed", "patch_embed_backward", "add_position", "add_position_backward"):
+        setattr(torch.ops.fastvit, f"{name}_cuda", getattr(torch.ops.fastvit_host, f"{name}_cuda"))
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """Calls of small tensors, by name."""
+    ops, bf16 = torch.ops.fastvit_host, torch.bfloat16
+    tokens, positions, prefix = torch.randn(1, 4, 8), torch.randn(4, 8), torch.randn(1, 8)
+    images, weight, bias = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.randn(8, 3, 16, 16), torch.randn(8)
+    constants = torch.ones(4, 3)
+    grad = torch.randn(1, 5, 8).to(bf16)
+    needs = [False, True, True, True]
+    return {
+        "torch.add": lambda: torch.add(tokens, positions),
+        "torch.add, bfloat16 result": lambda: torch.add(tokens, positions).to(bf16),
+        "add_position_cuda": lambda: ops.add_position_cuda(tokens, positions, prefix, bf16),
+        "add_position_cuda, no prefix": lambda: ops.add_position_cuda(tokens, positions, None, bf16),
+        "add_position_backward_cuda": lambda: ops.add_position_backward_cuda(grad),
+        "patch_embed_cuda": lambda: ops.patch_embed_cuda(
+            images, weight, bias, positions, prefix, None, constants, bf16, bf16, False
+        ),
+        "fastvit.functional.add_position": lambda: functional.add_position(
+            tokens, positions, prefix=prefix, backend="cuda"
+        ),
+        "fastvit.functional.patch_embed": lambda: functional.patch_embed(
+            images, weight, bias, pos_embed=positions, prefix=prefix, mean=MEAN, std=STD, dtype=bf16, backend="cuda"
+        ),
+        "patch_embed_backward_cuda": lambda: ops.patch_embed_backward_cuda(
+            grad, grad, images, weight, None, constants, constants, bf16, 1, False, True, needs
+        ),
+    }
+
+
+def microseconds(call: Callable[[], Any]) -> tuple[float, float]:
+    """Median and least of the rounds."""
+    timeit.timeit(call, number=CALLS)
+    rounds = [1e6 * timeit.timeit(call, number=CALLS) / CALLS for _ in range(ROUNDS)]
+    return statistics.median(rounds), min(rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
