@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 __all__ = [
+    "attribute",
     "full_name",
     "warn_once",
     "why_no_projection",
@@ -59,13 +60,14 @@ def why_no_projection(module: Any) -> str:
     reason = why_not_plain(module, nn.Conv2d)
     if reason:
         return reason
-    reason = why_not_plain_tensor(module.weight) or why_not_plain_tensor(module.bias)
+    parameters = attribute(module, "weight"), attribute(module, "bias")
+    reason = why_not_plain_tensor(parameters[0]) or why_not_plain_tensor(parameters[1])
     return f"has a parameter that {reason}" if reason else why_other_geometry(module)
 
 
 def why_other_geometry(module: nn.Conv2d) -> str:
     """Why the patches of this convolution overlap, lie apart or are not taken as they are."""
-    weight, stride = module.weight, module.stride
+    weight, stride = attribute(module, "weight"), module.stride
     _, _, *kernel = weight.shape  # not module.kernel_size, which the call does not read
     if stride != (*kernel,):
         steps = (stride, stride) if isinstance(stride, int) else stride
@@ -76,6 +78,25 @@ def why_other_geometry(module: nn.Conv2d) -> str:
     if module.dilation not in ((1, 1), 1) or module.groups != 1:
         return f"has dilation {module.dilation} and {module.groups} groups"
     return ""
+
+
+def attribute(module: nn.Module | None, name: str) -> Any:
+    """A parameter, submodule or other attribute of a module, None where it has none.
+
+    What `getattr` gives, but for modules with a `__getattr__` of their own, without its detour of a microsecond.
+    """
+    if module is None:
+        return None
+    value: Any = module._parameters.get(name)
+    if value is None:
+        value = module._modules.get(name)
+    if value is None:
+        value = module.__dict__.get(name)
+    if value is None:
+        value = module._buffers.get(name)
+    if value is None and hasattr(type(module), name):
+        return getattr(module, name)
+    return value
 
 
 def full_name(cls: type) -> str:

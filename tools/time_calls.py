@@ -1,4 +1,5 @@
-"""How long a call of the C++/CUDA extension keeps the host: everything but the kernels, which are not launched.
+"""How long a call keeps the host: of the C++/CUDA extension, everything but the kernels, which are not launched; and of
+an accelerated model, the look before each call at whether it still is what it was.
 
     python tools/time_calls.py
 
@@ -18,6 +19,10 @@ import torch
 from build_extension import WORK, build, find_toolchain, host_library
 
 from fastvit import functional
+from fastvit.guards import why_no_projection
+from fastvit.interop import accelerate
+from fastvit.interop.host import fused
+from fastvit.peers import import_peer, peer_missing
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 ROUNDS, CALLS = 15, 2000
@@ -33,10 +38,37 @@ def main() -> int:
     torch.ops.load_library(str(library))
     torch.set_num_threads(1)
     pretend_to_be_cuda()
-    found = {name: microseconds(call) for name, call in calls().items()}
-    for name, (median, least) in found.items():
-        print(f"{name:34} {median:7.2f} us median, {least:7.2f} us least")
+    for name, call in {**calls(), **guards()}.items():
+        median, least = microseconds(call)
+        print(f"{name:38} {median:7.2f} us median, {least:7.2f} us least")
     return 0
+
+
+def guards() -> dict[str, Callable[[], Any]]:
+    """What is looked at before a call, of a model of each library that is here."""
+    found: dict[str, Callable[[], Any]] = {}
+    for library, model in accelerated_models().items():
+        part: Any = next(module for module in model.modules() if fused(module))
+        images = torch.zeros(1, 3, 32, 32)
+        if part.why_not(part) or part.why_not_of(images):
+            raise RuntimeError(f"{library}: {part.why_not(part) or part.why_not_of(images)}")
+        found[f"guard, {library}"] = lambda part=part, images=images: (part.why_not(part), part.why_not_of(images))
+    projection = torch.nn.Conv2d(3, 8, 16, 16)
+    found["guard, of a projection alone"] = lambda: why_no_projection(projection)
+    found["for comparison, projection.weight"] = lambda: projection.weight
+    return found
+
+
+def accelerated_models() -> dict[str, torch.nn.Module]:
+    """Small ones."""
+    size = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    config = {"image_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    builds: dict[str, Callable[[Any], torch.nn.Module]] = {
+        "timm": lambda timm: timm.create_model("vit_tiny_patch16_224", **size),
+        "torchvision": lambda vision: vision.models.VisionTransformer(32, 16, 1, 1, 8, 8),
+        "transformers": lambda hf: hf.ViTModel(hf.ViTConfig(**config)),
+    }
+    return {name: accelerate(build(import_peer(name))) for name, build in builds.items() if not peer_missing(name)}
 
 
 def pretend_to_be_cuda() -> None:

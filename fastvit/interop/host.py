@@ -12,7 +12,15 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import functional
-from fastvit.guards import full_name, warn_once, why_no_projection, why_not_plain, why_not_plain_tensor, why_observed
+from fastvit.guards import (
+    attribute,
+    full_name,
+    warn_once,
+    why_no_projection,
+    why_not_plain,
+    why_not_plain_tensor,
+    why_observed,
+)
 from fastvit.interop.raw_pixels import RawPixels, upright
 from fastvit.interop.surgery import Mixin, mixin_of
 from fastvit.model.layers import autocast_dtype
@@ -121,7 +129,7 @@ class Fused(Mixin):
         """Channels of its images; None: it sees none."""
         for part in cls.inside(module):
             if part.kind is nn.Conv2d:
-                return part.module.weight.shape[1]
+                return attribute(part.module, "weight").shape[1]
         return None
 
     @classmethod
@@ -145,7 +153,7 @@ class Fused(Mixin):
             if reason:
                 return f"{name} {reason}"
         for name in cls.tables:
-            reason = why_not_plain_tensor(getattr(module, name, None))
+            reason = why_not_plain_tensor(attribute(module, name))
             if reason:
                 return f"{name} {reason}"
         return ""

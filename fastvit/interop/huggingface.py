@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastvit.guards import attribute
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_table
 
 __all__ = ["MIXINS", "RawPixelsInLoss"]
@@ -29,41 +30,39 @@ class Embeddings(Fused):
     @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
         return [
-            Part("patch_embeddings", module.patch_embeddings),
+            Part("patch_embeddings", attribute(module, "patch_embeddings")),
             Part("patch_embeddings.projection", cls.projection(module), nn.Conv2d),
         ]
 
     @classmethod
     def projection(cls, module: Any) -> Any:
-        return getattr(module.patch_embeddings, "projection", None)
+        return attribute(attribute(module, "patch_embeddings"), "projection")
 
     def takes(self, images: Tensor) -> bool:
         return holds_a_patch(images, self.projection(self).stride)
 
     def why_not_of(self, images: Tensor) -> str:
         projection = self.projection(self)
-        channels = getattr(self.patch_embeddings, "num_channels", projection.in_channels)
-        if channels != projection.weight.shape[1]:
-            return f"num_channels is {channels}, and patch_embeddings.projection takes {projection.weight.shape[1]}"
+        channels, taken = attribute(attribute(self, "patch_embeddings"), "num_channels"), self.channels(self)
+        if channels not in (None, taken):
+            return f"num_channels is {channels}, and patch_embeddings.projection takes {taken}"
         height, width = self.example_size(self)
         rows = (height // projection.stride[0]) * (width // projection.stride[1])
         for name in ("cls_token", "distillation_token", "register_tokens"):
-            table = getattr(self, name, None)
+            table = attribute(self, name)
             reason = why_not_table(name, table)
             if reason:
                 return reason
             if table is not None and name != "register_tokens":  # which have no positions
                 rows += table.shape[1]
-        return why_not_table("position_embeddings", getattr(self, "position_embeddings", None), rows)
+        return why_not_table("position_embeddings", attribute(self, "position_embeddings"), rows)
 
     @classmethod
     def example_size(cls, module: Any) -> tuple[int, int]:
         # By version and class it is known to the embeddings, to the patch embedding in them, or to the configuration.
-        for owner in (module, getattr(module, "patch_embeddings", None), getattr(module, "config", None)):
-            size = getattr(owner, "image_size", None)
-            if size is not None:
-                return (size, size) if isinstance(size, int) else (size[0], size[1])
-        raise AttributeError(f"{type(module).__name__} knows no image size")
+        size = attribute(module, "image_size") or attribute(attribute(module, "patch_embeddings"), "image_size")
+        size = size or attribute(module, "config").image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
         images = self.upright(pixel_values)
@@ -168,11 +167,11 @@ class DINOv3Embeddings(Embeddings):
 
     @classmethod
     def projection(cls, module: Any) -> Any:
-        return module.patch_embeddings
+        return attribute(module, "patch_embeddings")
 
     @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
-        return [Part("patch_embeddings", module.patch_embeddings, nn.Conv2d)]
+        return [Part("patch_embeddings", cls.projection(module), nn.Conv2d)]
 
     def sequence(self, images: Tensor) -> Tensor:
         return self.tokens(images, None, torch.cat([self.cls_token, self.register_tokens], dim=1))
@@ -214,21 +213,21 @@ class CLIPEmbeddings(Embeddings):
 
     @classmethod
     def projection(cls, module: Any) -> Any:
-        return module.patch_embedding
+        return attribute(module, "patch_embedding")
 
     @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
-        return [Part("patch_embedding", module.patch_embedding, nn.Conv2d)]
+        return [Part("patch_embedding", cls.projection(module), nn.Conv2d)]
 
     def why_not_of(self, images: Tensor) -> str:
-        shape = tuple(self.position_ids.shape)
+        shape = tuple(attribute(self, "position_ids").shape)
         if len(shape) != 2 or shape[0] != 1:
             return f"position_ids has shape {shape}, not (1, N)"
-        token = getattr(self, "class_embedding", None)
+        token = attribute(self, "class_embedding")
         return "" if token is None or token.dim() == 1 else f"class_embedding has shape {tuple(token.shape)}, not (D,)"
 
     def sequence(self, images: Tensor, interpolate_pos_encoding: bool | None = False) -> Tensor | None:
-        token = getattr(self, "class_embedding", None)
+        token = attribute(self, "class_embedding")
         prefix = None if token is None else token[None, None]
         rows = 0 if prefix is None else 1
         if interpolate_pos_encoding:

@@ -12,7 +12,7 @@ from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from fastvit.guards import full_name
+from fastvit.guards import attribute, full_name
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_part, why_not_table
 from fastvit.interop.surgery import own_class
 from fastvit.model.layers import autocast_dtype
@@ -53,7 +53,7 @@ class PatchEmbed(Fused):
 
     @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
-        return [Part("proj", module.proj, nn.Conv2d)]
+        return [Part("proj", attribute(module, "proj"), nn.Conv2d)]
 
     @classmethod
     def example_size(cls, module: Any) -> tuple[int, int]:
@@ -72,7 +72,7 @@ class PatchEmbed(Fused):
 
     def why_not_of(self, images: Tensor) -> str:
         # The host pads and checks by the one, and projects by the other.
-        patch, stride = self.patch_size, self.proj.stride
+        patch, stride = self.patch_size, attribute(self, "proj").stride
         return "" if patch == stride else f"patch_size is {patch}, and the stride of proj {stride}"
 
     def takes(self, images: Tensor) -> bool:
@@ -148,11 +148,11 @@ class _Whole(Fused):
 
     @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
-        embed = module.patch_embed
+        embed = attribute(module, "patch_embed")
         return [
             Part("patch_embed", embed, PatchEmbed),
-            Part("patch_embed.proj", getattr(embed, "proj", None), nn.Conv2d),
-            Part("patch_embed.norm", getattr(embed, "norm", None), nn.Identity),
+            Part("patch_embed.proj", attribute(embed, "proj"), nn.Conv2d),
+            Part("patch_embed.norm", attribute(embed, "norm"), nn.Identity),
         ]
 
     @classmethod
@@ -160,11 +160,11 @@ class _Whole(Fused):
         return PatchEmbed.example_size(module.patch_embed)
 
     def takes(self, images: Tensor) -> bool:
-        return self.patch_embed.takes(images)
+        return attribute(self, "patch_embed").takes(images)
 
     def why_not_of(self, images: Tensor) -> str:
-        embed, prefix = self.patch_embed, self._prefix()
-        is_dynamic = getattr(self, "dynamic_img_size", False)
+        embed, prefix = attribute(self, "patch_embed"), self._prefix()
+        is_dynamic = bool(attribute(self, "dynamic_img_size"))
         is_map = embed.output_fmt == Format.NHWC and not embed.flatten
         if is_map != is_dynamic or embed.output_fmt in (Format.NCHW, Format.NCL) and not embed.flatten:
             return f"patch_embed gives {embed.output_fmt.value}"
@@ -172,8 +172,10 @@ class _Whole(Fused):
             if why_not_table(name, table):
                 return why_not_table(name, table)
         rows, columns = embed.grid_of(images)
-        positioned = 0 if getattr(self, "no_embed_class", False) else sum(table.shape[1] for table in prefix.values())
-        return why_not_table("pos_embed", self.pos_embed, None if is_dynamic else positioned + rows * columns)
+        positioned = 0 if attribute(self, "no_embed_class") else sum([table.shape[1] for table in prefix.values()])
+        return why_not_table(
+            "pos_embed", attribute(self, "pos_embed"), None if is_dynamic else positioned + rows * columns
+        )
 
     def _deferred(self, images: Any) -> Any:
         """Images to be embedded in `_pos_embed`, where that can be; else as `patch_embed` takes them."""
@@ -193,8 +195,8 @@ class _Whole(Fused):
 
     def _prefix(self) -> dict[str, Tensor]:
         """Class token and register or distillation tokens, by name."""
-        last = "reg_token" if getattr(self, "dist_token", None) is None else "dist_token"
-        found = {name: getattr(self, name, None) for name in ("cls_token", last)}
+        last = "reg_token" if attribute(self, "dist_token") is None else "dist_token"
+        found = {name: attribute(self, name) for name in ("cls_token", last)}
         return {name: table for name, table in found.items() if table is not None}
 
     def _positions(self, grid: list[int]) -> Tensor | None:
@@ -312,7 +314,8 @@ class NaFlexEmbeds(Fused):
     @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
         kind = nn.Linear if module.is_linear else nn.Conv2d
-        return [Part("proj", module.proj, kind), Part("norm", module.norm, nn.Identity)]
+        proj, norm = attribute(module, "proj"), attribute(module, "norm")
+        return [Part("proj", proj, kind), Part("norm", norm, nn.Identity)]
 
     def why_not_of(self, images: Tensor) -> str:
         shape = self._weight().shape[1:]

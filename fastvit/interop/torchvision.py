@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit.guards import why_not_plain_tensor
+from fastvit.guards import attribute, why_not_plain_tensor
 from fastvit.interop.host import Fused, Part, why_not_table
 
 __all__ = ["MIXINS"]
@@ -51,17 +51,18 @@ class VisionTransformer(Fused):
     @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
         # The encoder runs, but what a hook on it would see as its input has positions added.
-        return [Part("conv_proj", module.conv_proj, nn.Conv2d), Part("encoder", module.encoder, Encoder)]
+        projection, encoder = attribute(module, "conv_proj"), attribute(module, "encoder")
+        return [Part("conv_proj", projection, nn.Conv2d), Part("encoder", encoder, Encoder)]
 
     def takes(self, images: Tensor) -> bool:
         return images.shape[2] == self.image_size and images.shape[3] == self.image_size
 
     def why_not_of(self, images: Tensor) -> str:
-        tokens, patch, stride = self.class_token, self.patch_size, self.conv_proj.stride
+        tokens, patch, stride = attribute(self, "class_token"), self.patch_size, attribute(self, "conv_proj").stride
         if stride != (patch, patch):
             return f"patch_size is {patch}, and the stride of conv_proj {stride}"
         rows = (self.image_size // patch) ** 2 + (tokens.shape[1] if tokens.dim() == 3 else 0)
-        positions = self.encoder.pos_embedding
+        positions = attribute(attribute(self, "encoder"), "pos_embedding")
         return (
             why_not_table("class_token", tokens)
             or why_not_plain_tensor(positions)

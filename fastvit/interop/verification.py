@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.interop.host import Settings, fused
+from fastvit.interop.planning import plan, put_in, restore
 from fastvit.interop.raw_pixels import upright
 from fastvit.ops.decompositions import normalised
 from fastvit.validation.tolerance import FACTOR, FLOOR_EPS
@@ -103,17 +104,9 @@ def verify_acceleration(
         VerificationError: something differs; the message names the worst.
         ValueError: the model takes more than images, and no batch was given.
     """
-    from fastvit.interop.acceleration import accelerate, restore
-
     original = restore(copy.deepcopy(_unwrapped(model))).eval()
-    accelerated = accelerate(
-        copy.deepcopy(original),
-        mean=settings.mean,
-        std=settings.std,
-        residual_dtype=settings.residual_dtype,
-        backend=settings.backend,
-        copy_images=settings.copy_images,
-    )
+    accelerated = copy.deepcopy(original)
+    put_in(accelerated, plan(accelerated)[0], settings)
     truth = copy.deepcopy(original).double()
     given = example_images(accelerated) if batch is None else batch
     plain = _mapped(given, lambda tensor: _as_loaded(tensor, settings))

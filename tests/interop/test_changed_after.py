@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import guards
-from fastvit.interop import acceleration
+from fastvit.interop import acceleration, planning
 from fastvit.interop.host import normalised
 from tests.interop.subjects import (
     LIBRARIES,
@@ -390,7 +390,7 @@ def test_all_or_nothing(name: str, accelerated: bool, monkeypatch: pytest.Monkey
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(acceleration, "open_doors", interrupted)
+    monkeypatch.setattr(planning, "open_doors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fastvit.accelerate(model, mean=STD, std=MEAN)
     after = [(type(module), dict(module.__dict__), dict(module._forward_pre_hooks)) for module in model.modules()]
