@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastvit import functional
-from fastvit.benchmarks.patch_embed import WIDTHS, check_backend
-from fastvit.benchmarks.problem import BOTH, COMPILED, FORWARD, Contender, Plan, Problem, compiled, our_backends
-from fastvit.benchmarks.rows import OURS
-from fastvit.benchmarks.timing import Call
-from fastvit.validation.cases import AddPositionCase, Inputs, make_inputs
+from fastvit import tuning
+from fastvit.benchmarks import tune
+from fastvit.benchmarks.contenders import Task
+from fastvit.benchmarks.problem import BOTH, COMPILED, WIDTHS, Contender, Plan, Problem
+from fastvit.benchmarks.rivals import Solution
+from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
+from fastvit.validation import AddPositionCase, Inputs, make_inputs
 
 # label → (dtype of the tokens, dtype of positions and prefix)
 PRECISIONS = {"float32": (torch.float32, "same"), "bfloat16": (torch.bfloat16, "same"),
@@ -47,59 +49,41 @@ def _problems_of(
     dtype, parameters = PRECISIONS[precision]
     name = f"ViT-{model}, {patches} patches, batch {batch}"
     case = AddPositionCase(name, batch=batch, patches=patches, width=WIDTHS[model], parameters=parameters)
-    inputs = make_inputs(case, dtype, device)
-    for tensor in inputs.tensors.values():
-        assert tensor is not None
-        tensor.requires_grad_()
-    check = functools.lru_cache(lambda backend: check_backend(backend, "add_position", inputs, device))
-    tokens = inputs.tensors["tokens"]
-    assert tokens is not None
-    moved = float(tokens.numel() * tokens.element_size() + inputs.grad.numel() * inputs.grad.element_size())
-    for mode in (FORWARD, BOTH):
-        yield Problem(
-            op="add_position",
-            shape=name,
-            dtype=precision,
-            layout="contiguous",
-            mode=mode,
-            contenders=list(_contenders(inputs, mode, device, with_compiled)),
-            check=check,
-            compute=inputs.compute,
-            batch=batch,
-            flops=float(inputs.grad.numel()),
-            # Backward reads the gradient once; the tokens' own gradient is a view of it.
-            moved=moved + (inputs.grad.numel() * inputs.grad.element_size() if mode == BOTH else 0.0),
-        )
+    task = Task("add_position", make_inputs(case, dtype, device), device)
+    contenders = functools.partial(_contenders, hows=(COMPILED,) if with_compiled else ())
+    return task.problems("add_position", name, precision, "contiguous", contenders, _work)
 
 
-def _contenders(inputs: Inputs, mode: str, device: torch.device, with_compiled: bool) -> Iterator[Contender]:
-    tokens, pos_embed, prefix = leaves = [inputs.tensors[name] for name in ("tokens", "pos_embed", "prefix")]
-    assert tokens is not None and pos_embed is not None and prefix is not None
-    known: list[Tensor] = [leaf for leaf in leaves if leaf is not None]
+def _contenders(task: Task, mode: str, hows: tuple[str, ...]) -> Iterator[Contender]:
+    yield from task.ours(mode)
+    yield from task.rival(mode, "cat + add", "", _eager, hows)
 
-    def ours(backend: str) -> Tensor:
-        return functional.add_position(tokens, pos_embed, prefix=prefix, backend=backend)
 
-    def eager() -> Tensor:
+def _eager(inputs: Inputs) -> Solution:
+    tokens, pos_embed, prefix = leaves = [inputs[name] for name in ("tokens", "pos_embed", "prefix")]
+
+    def run() -> Tensor:
         return (torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1) + pos_embed).to(tokens.dtype)
 
-    def build(function: Callable[[], Tensor], compile_it: bool) -> Call:
-        with torch.set_grad_enabled(mode == BOTH):
-            run = compiled(function, device) if compile_it else function
+    return Solution(run, leaves)
 
-        def forward() -> object:
-            with torch.no_grad():
-                return run()
 
-        def forward_and_backward() -> object:
-            out = run()
-            assert isinstance(out, Tensor)
-            return torch.autograd.grad(out, known, inputs.grad)
+def _work(inputs: Inputs, mode: str) -> tuple[float, float]:
+    """Backward reads the gradient once more; the tokens' own gradient is a view of it."""
+    tokens, grad = (tensor.numel() * tensor.element_size() for tensor in (inputs["tokens"], inputs.grad))
+    return float(inputs.grad.numel()), float(tokens + grad * (2 if mode == BOTH else 1))
 
-        return forward if mode == FORWARD else forward_and_backward
 
-    for backend in our_backends(device):
-        yield Contender(f"{OURS}{backend}", functools.partial(build, functools.partial(ours, backend), False))
-    yield Contender("cat + add", functools.partial(build, eager, False))
-    if with_compiled:
-        yield Contender("cat + add", functools.partial(build, eager, True), COMPILED)
+def _measurements(size: Size, scope: Scope) -> Iterator[Measurement]:
+    for compute in dict.fromkeys(tune.PRECISIONS[precision][0] for precision in scope.precisions):
+        served = AddPositionCase(str(size), batch=size.batch, patches=size.patches, width=size.width)
+        cases = {tuning.FORWARD: served, tuning.TRAINING: replace(served, parameters="mixed")}
+        yield Measurement(f"add_position {size}, {str(compute).removeprefix('torch.')}", cases, compute)
+
+
+def _problem(mode: str, inputs: Inputs) -> tuning.Problem:
+    tokens, positions = inputs["tokens"], inputs["pos_embed"]
+    return tuning.Problem("add_position", mode, tokens.dtype, positions.dtype, inputs.out, (tokens.shape[2],), False)
+
+
+TUNED = Tuned(_measurements, _problem)

@@ -15,20 +15,11 @@ import torch
 from torch import Tensor
 
 from fastvit.benchmarks import rivals
-from fastvit.benchmarks.patch_embed import (
-    Make,
-    Shape,
-    TrueError,
-    check_backend,
-    contender,
-    inputs_of,
-    usual_shapes,
-    yardstick,
-)
-from fastvit.benchmarks.problem import COMPILED, FORWARD, Contender, Plan, Problem, our_backends
-from fastvit.benchmarks.rivals import Solution, tensor_of
-from fastvit.benchmarks.rows import OURS
-from fastvit.validation.cases import Inputs
+from fastvit.benchmarks.contenders import Make, Task, ours
+from fastvit.benchmarks.patch_embed import Shape, task_of, usual_shapes
+from fastvit.benchmarks.problem import COMPILED, FORWARD, Contender, Plan, Problem
+from fastvit.benchmarks.rivals import Solution
+from fastvit.validation import PatchEmbedInputs as Inputs
 
 HOST, ON_DEVICE = "normalise on host", "normalise on device"
 
@@ -45,41 +36,26 @@ def plan(size: str, device: torch.device) -> Plan:
 
 
 def _problems_of(shape: Shape, precision: str, device: torch.device, compile_it: bool) -> Iterator[Problem]:
-    inputs = inputs_of(shape, precision, device)
-    check = functools.lru_cache(lambda backend: check_backend(backend, "patch_embed", inputs, device))
-    true_error = functools.lru_cache(lambda: yardstick(inputs))
-    yield Problem(
-        op="input",
-        shape=str(shape),
-        dtype=precision,
-        layout="NCHW",
-        mode=FORWARD,
-        contenders=list(_contenders(inputs, device, true_error, compile_it)),
-        check=check,
-        compute=inputs.compute,
-        batch=shape.batch,
+    task = task_of(shape, precision, device)
+    contenders = functools.partial(_contenders, how=(COMPILED,) if compile_it else ())
+    return task.problems("input", str(shape), precision, "NCHW", contenders, modes=(FORWARD,))
+
+
+def _contenders(task: Task, mode: str, how: tuple[str, ...]) -> Iterator[Contender]:
+    host = task.inputs["images"].cpu()
+    host = host.pin_memory() if task.device.type == "cuda" else host
+    yield from task.ours(
+        mode, lambda backend: functools.partial(_after_copy, functools.partial(ours, task.op, backend=backend), host)
     )
-
-
-def _contenders(inputs: Inputs, device: torch.device, true_error: TrueError, compile_it: bool) -> Iterator[Contender]:
-    host = tensor_of(inputs, "images").cpu()
-    host = host.pin_memory() if device.type == "cuda" else host
-    how = (COMPILED,) if compile_it else ()
-    for backend in our_backends(device):
-        ours = functools.partial(_after_copy, functools.partial(rivals.ours, backend=backend), host)
-        yield from contender(f"{OURS}{backend}", "", ours, inputs, FORWARD, device)
     embeddings: tuple[tuple[str, Make], ...] = (("conv2d", rivals.conv2d), ("linear", rivals.linear))
-    for setting, make in embeddings:
-        on_device = functools.partial(_after_copy, make, host)
-        yield from contender(ON_DEVICE, setting, on_device, inputs, FORWARD, device, true_error, how)
-    for setting, make in embeddings:
-        on_host = functools.partial(_normalised_on_host, make, host)
-        yield from contender(HOST, setting, on_host, inputs, FORWARD, device, true_error, how)
+    for name, way in ((ON_DEVICE, _after_copy), (HOST, _normalised_on_host)):
+        for setting, make in embeddings:
+            yield from task.rival(mode, name, setting, functools.partial(way, make, host), how)
 
 
 def _after_copy(make: Make, host: Tensor, inputs: Inputs) -> Solution:
     """Copy the raw images, then all that `make` does with them."""
-    images = torch.empty_like(tensor_of(inputs, "images"))  # [B, C, H, W] on the device
+    images = torch.empty_like(inputs["images"])  # [B, C, H, W] on the device
     solution = make(replace(inputs, tensors={**inputs.tensors, "images": images}))
     copy = _copier(host, images)
     return _in_turn(copy, solution)
@@ -88,7 +64,7 @@ def _after_copy(make: Make, host: Tensor, inputs: Inputs) -> Solution:
 def _normalised_on_host(make: Make, host: Tensor, inputs: Inputs) -> Solution:
     """To float, subtract and divide on the host, into pinned memory where there is a bus to cross; then embed."""
     assert inputs.mean is not None and inputs.std is not None
-    images = torch.empty_like(tensor_of(inputs, "images"), dtype=torch.float32)
+    images = torch.empty_like(inputs["images"], dtype=torch.float32)
     raw = replace(inputs, tensors={**inputs.tensors, "images": images}, mean=None, std=None)
     buffer = torch.empty_like(host, dtype=torch.float32, pin_memory=host.is_pinned()) if images.is_cuda else images
     mean, std = (torch.tensor(values).mul_(255).view(-1, 1, 1) for values in (inputs.mean, inputs.std))

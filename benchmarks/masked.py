@@ -8,20 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from fastvit.benchmarks import rivals
-from fastvit.benchmarks.patch_embed import (
-    ON_CPU,
-    ON_GPU,
-    Make,
-    Shape,
-    TrueError,
-    contender,
-    embedding_problems,
-    inputs_of,
-    our_contenders,
-    usual_shapes,
-)
+from fastvit.benchmarks.contenders import Make, Task
+from fastvit.benchmarks.patch_embed import ON_CPU, ON_GPU, Shape, task_of, usual_shapes, work
 from fastvit.benchmarks.problem import CHANNELS_LAST, COMPILED, Contender, Plan, Problem
-from fastvit.validation.cases import Inputs
 
 MASKED = 0.75
 RIVAL = "embed all, gather"
@@ -50,16 +39,12 @@ def plan(size: str, device: torch.device) -> Plan:
 def _problems_of(
     shape: Shape, precision: str, device: torch.device, compile_what: tuple[str, ...]
 ) -> Iterator[Problem]:
-    inputs = inputs_of(shape, precision, device, kept=1 - MASKED)
+    task = task_of(shape, precision, device, kept=1 - MASKED)
     contenders = functools.partial(_contenders, compile_what=compile_what)
-    name = f"{shape}, {MASKED:.0%} masked"
-    return embedding_problems("masked", name, precision, "NCHW", inputs, device, contenders)
+    return task.problems("masked", f"{shape}, {MASKED:.0%} masked", precision, "NCHW", contenders, work)
 
 
-def _contenders(
-    inputs: Inputs, mode: str, device: torch.device, true_error: TrueError, compile_what: tuple[str, ...]
-) -> Iterator[Contender]:
-    yield from our_contenders(inputs, mode, device)
+def _contenders(task: Task, mode: str, compile_what: tuple[str, ...]) -> Iterator[Contender]:
+    yield from task.ours(mode)
     for setting, make in SETTINGS:
-        hows = (COMPILED,) if setting in compile_what else ()
-        yield from contender(RIVAL, setting, make, inputs, mode, device, true_error, hows)
+        yield from task.rival(mode, RIVAL, setting, make, (COMPILED,) if setting in compile_what else ())

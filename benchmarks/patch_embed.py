@@ -7,37 +7,30 @@ rivals.py. The linear layer alone, on patches unfolded beforehand, is a yardstic
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastvit.benchmarks import rivals
+from fastvit import tuning
+from fastvit.benchmarks import rivals, tune
+from fastvit.benchmarks.contenders import Make, Task, timed_call
 from fastvit.benchmarks.problem import (
-    BOTH,
     CHANNELS_LAST,
     COMPILED,
     FORWARD,
     MAX_AUTOTUNE,
+    WIDTHS,
     Contender,
     Plan,
     Problem,
-    Unavailable,
-    compiled,
-    our_backends,
 )
-from fastvit.benchmarks.rivals import Solution, parameters_of, tensor_of
-from fastvit.benchmarks.rows import OURS
 from fastvit.benchmarks.timing import Call
-from fastvit.validation import plain
-from fastvit.validation.cases import Inputs, PatchEmbedCase, make_inputs
-from fastvit.validation.report import FAILED
-from fastvit.validation.runner import backend_candidate, check_inputs
-from fastvit.validation.tolerance import relative_error
+from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
+from fastvit.tuning import Configuration
+from fastvit.validation import Inputs, PatchEmbedCase, make_inputs
 
-WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
 # label → (compute dtype, images, parameters)
 PRECISIONS = {
     "float32": (torch.float32, "same", "same"),
@@ -56,8 +49,6 @@ ON_GPU = (
     "float32",
 )
 LAYOUTS = {"NCHW": "nchw", "channels_last": "channels_last"}  # the name in a row → in a case
-Make = Callable[[Inputs], Solution]
-TrueError = Callable[[], tuple[Tensor, float]]
 # rival, setting, how it is made
 EAGER: tuple[tuple[str, str, Make], ...] = (
     ("timm", "", rivals.timm),
@@ -150,44 +141,13 @@ def problems_of(
     compile_what: str = "none",
 ) -> Iterator[Problem]:
     """The problems of one case of the suite; `compile_what` is of COMPILED_RIVALS."""
-    inputs = inputs_of(shape, precision, device, layout)
+    task = task_of(shape, precision, device, layout)
     contenders = functools.partial(_contenders, compile_what=compile_what)
-    return embedding_problems("patch_embed", str(shape), precision, layout, inputs, device, contenders)
+    return task.problems("patch_embed", str(shape), precision, layout, contenders, work)
 
 
-class Contend(Protocol):
-    """Makes the contenders of a problem, in one mode."""
-
-    def __call__(
-        self, inputs: Inputs, mode: str, device: torch.device, true_error: TrueError
-    ) -> Iterator[Contender]: ...
-
-
-def embedding_problems(
-    op: str, name: str, precision: str, layout: str, inputs: Inputs, device: torch.device, contenders: Contend
-) -> Iterator[Problem]:
-    """Forward, and forward + backward of all parameters, from images to tokens."""
-    check = functools.lru_cache(lambda backend: check_backend(backend, "patch_embed", inputs, device))
-    true_error = functools.lru_cache(lambda: yardstick(inputs))
-    for mode in (FORWARD, BOTH):
-        flops, moved = _work(inputs, mode)
-        yield Problem(
-            op=op,
-            shape=name,
-            dtype=precision,
-            layout=layout,
-            mode=mode,
-            contenders=list(contenders(inputs, mode, device, true_error)),
-            check=check,
-            compute=inputs.compute,
-            batch=inputs.grad.shape[0],
-            flops=flops,
-            moved=moved,
-        )
-
-
-def inputs_of(shape: Shape, precision: str, device: torch.device, layout: str = "NCHW", kept: float = 1.0) -> Inputs:
-    """Random tensors of a case; the parameters require gradients, the images do not."""
+def task_of(shape: Shape, precision: str, device: torch.device, layout: str = "NCHW", kept: float = 1.0) -> Task:
+    """Random tensors of a case."""
     compute, images, parameters = PRECISIONS[precision]
     grid = shape.image // shape.patch
     case = PatchEmbedCase(
@@ -202,114 +162,68 @@ def inputs_of(shape: Shape, precision: str, device: torch.device, layout: str = 
         layout=LAYOUTS[layout],
         keep=None if kept == 1.0 else round(kept * grid * grid),
     )
-    inputs = make_inputs(case, compute, device)
-    for parameter in parameters_of(inputs):
-        parameter.requires_grad_()
-    return inputs
+    return Task("patch_embed", make_inputs(case, compute, device), device)
 
 
-def check_backend(backend: str, op: str, inputs: Inputs, device: torch.device) -> str:
-    """Why a backend must not be timed on these inputs: what of its own output and gradients is out of tolerance."""
-    rows = check_inputs(backend_candidate(backend, device), op, inputs)
-    wrong = [row for row in rows if row.status == FAILED]
-    if not wrong:
-        return ""
-    found = [f"{r.quantity}: {r.reason or f'error {r.error:.3g} > {r.bound:.3g} ({r.where})'}" for r in wrong]
-    return "not timed, out of tolerance: " + "; ".join(found)
-
-
-def yardstick(inputs: Inputs) -> tuple[Tensor, float]:
-    """The float64 truth and plain PyTorch's error, to see that a rival computes the same thing."""
-    with torch.no_grad():
-        wide = {name: None if t is None else t if t.dtype is torch.uint8 else t.double()
-                for name, t in inputs.tensors.items()}  # fmt: skip
-        truth = plain.true_patch_embed(inputs, wide)
-        return truth, relative_error(plain.plain_patch_embed(inputs, inputs.tensors), truth)
-
-
-def _contenders(
-    inputs: Inputs, mode: str, device: torch.device, true_error: TrueError, compile_what: str
-) -> Iterator[Contender]:
+def _contenders(task: Task, mode: str, compile_what: str) -> Iterator[Contender]:
     """Ours, every rival in every setting, and the yardstick."""
-    yield from our_contenders(inputs, mode, device)
+    yield from task.ours(mode)
     for name, setting, make in EAGER:
         hows = {"none": (), "some": () if setting else (COMPILED,), "all": (COMPILED, MAX_AUTOTUNE)}[compile_what]
-        yield from contender(
-            name, setting, make, inputs, mode, device, true_error, hows if name in COMPILED_RIVALS[compile_what] else ()
-        )
-    yield Contender(YARDSTICK, functools.partial(_build_yardstick, inputs, mode), whole=False)
+        yield from task.rival(mode, name, setting, make, hows if name in COMPILED_RIVALS[compile_what] else ())
+    yield Contender(YARDSTICK, functools.partial(_build_yardstick, task.inputs, mode), whole=False)
 
 
-def our_contenders(inputs: Inputs, mode: str, device: torch.device) -> Iterator[Contender]:
-    """Ours, by every backend that runs at full speed."""
-    for backend in our_backends(device):
-        make = functools.partial(rivals.ours, backend=backend)
-        yield from contender(f"{OURS}{backend}", "", make, inputs, mode, device)
+def _build_yardstick(inputs: Any, mode: str) -> Call:
+    return timed_call(rivals.product_alone(inputs), [inputs.grad[:, inputs.copied :].contiguous()], mode)
 
 
-def contender(
-    name: str,
-    setting: str,
-    make: Make,
-    inputs: Inputs,
-    mode: str,
-    device: torch.device,
-    true_error: TrueError | None = None,
-    compile_settings: Sequence[str] = (),
-) -> Iterator[Contender]:
-    """A contender in one setting, eager and compiled as asked for; without `true_error` it is not checked here."""
-    for how in ("", *compile_settings):
-        build = functools.partial(_build, make, inputs, mode, device, true_error, how)
-        yield Contender(name, build, f"{setting} {how}".strip())
-
-
-def _build(
-    make: Make, inputs: Inputs, mode: str, device: torch.device, true_error: TrueError | None, how: str = ""
-) -> Call:
-    """The timed call of one contender. A rival must compute the same; ours is checked more strictly elsewhere."""
-    solution = make(inputs)
-    if true_error is not None:
-        _require_same(solution.tokens, true_error)
-    tokens = solution.tokens
-    if how:
-        with torch.set_grad_enabled(mode == BOTH):
-            tokens = compiled(tokens, device, how)
-    return timed_call(Solution(tokens, solution.parameters), inputs.grad, mode)
-
-
-def _build_yardstick(inputs: Inputs, mode: str) -> Call:
-    solution = rivals.product_alone(inputs)
-    rows = inputs.grad.shape[1] - tensor_of(inputs, "prefix").shape[0]
-    return timed_call(solution, inputs.grad[:, :rows].contiguous(), mode)
-
-
-def timed_call(solution: Solution, grad: Tensor, mode: str) -> Call:
-    """What is timed: the tokens alone, or the tokens and the gradients of all parameters."""
-
-    def forward() -> object:
-        with torch.no_grad():
-            return solution.tokens()
-
-    def forward_and_backward() -> object:
-        out = solution.tokens()
-        return torch.autograd.grad(out, solution.parameters, grad.to(out.dtype))
-
-    return forward if mode == FORWARD else forward_and_backward
-
-
-def _require_same(tokens: Callable[[], Tensor], true_error: TrueError) -> None:
-    truth, plain_error = true_error()
-    with torch.no_grad():
-        error = relative_error(tokens(), truth)
-    if error > 3 * plain_error + 4 * torch.finfo(torch.float32).eps:
-        raise Unavailable(f"does not compute the same: error {error:.3g}, plain PyTorch's {plain_error:.3g}")
-
-
-def _work(inputs: Inputs, mode: str) -> tuple[float, float]:
-    """Arithmetic and unavoidable memory traffic: pixels in and tokens out; backward reads pixels and gradient again."""
-    images, weight, grad = tensor_of(inputs, "images"), tensor_of(inputs, "weight"), inputs.grad
-    patches = images.shape[0] * (grad.shape[1] - tensor_of(inputs, "prefix").shape[0])
+def work(inputs: Inputs, mode: str) -> tuple[float, float]:
+    """Pixels in and tokens out; backward reads pixels and gradient again."""
+    images, weight, grad = inputs["images"], inputs["weight"], inputs.grad
+    patches = grad.shape[0] * (grad.shape[1] - inputs.copied)
     pixels = patches * weight[0].numel() * images.element_size()
     flops = 2.0 * patches * weight.numel()
     moved = float(pixels + sum(tensor.numel() * tensor.element_size() for tensor in (weight, grad)))
     return (flops, moved) if mode == FORWARD else (2 * flops, 2 * moved)
+
+
+def _measurements(size: Size, scope: Scope) -> Iterator[Measurement]:
+    for precision in scope.precisions:
+        compute, images = tune.PRECISIONS[precision]
+        for keep in (None, max(1, size.patches // 4)) if scope.with_keep else (None,):
+            served = PatchEmbedCase(
+                str(size),
+                batch=size.batch,
+                grid=(size.grid, size.grid),
+                patch=(size.patch, size.patch),
+                width=size.width,
+                images=images,
+                normalise=images == "uint8",
+                keep=keep,
+            )
+            trained = replace(served, parameters="masters")
+            title = f"patch_embed {size}, {precision}" + (f", keep {keep}" if keep else "")
+            yield Measurement(title, {tuning.FORWARD: served, tuning.TRAINING: trained}, compute)
+
+
+def _problem(mode: str, inputs: Any) -> tuning.Problem:
+    images, weight, is_masked = inputs["images"], inputs["weight"], inputs.keep is not None
+    shape = tuple(weight.shape)
+    return tuning.Problem("patch_embed", mode, images.dtype, inputs.compute, inputs.out, shape, is_masked)
+
+
+def _configurations(mode: str, inputs: Inputs, tile: str | None) -> Iterator[Configuration]:
+    """Tiles in forward mode; in training splits of the weight gradient, with the best tile."""
+    from fastvit.kernels.patch_embed import forward_tiles
+    from fastvit.kernels.row_sums import TARGET_PROGRAMS
+
+    if mode == tuning.FORWARD:
+        for name in forward_tiles(inputs["images"], inputs["weight"], inputs.compute, inputs.out):
+            yield Configuration(tile=name)
+    else:
+        for programs in (TARGET_PROGRAMS // 2, TARGET_PROGRAMS, 2 * TARGET_PROGRAMS):
+            yield Configuration(tile, programs)
+
+
+TUNED = Tuned(_measurements, _problem, _configurations)

@@ -28,6 +28,7 @@ from fastvit.benchmarks.timing import (
 from fastvit.validation.runner import is_interpreted
 
 SIZES = ("tiny", "small", "full")
+WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}  # of the models
 FORWARD, BOTH, STEP = "forward", "forward+backward", "training step"
 COMPILED, MAX_AUTOTUNE, CHANNELS_LAST = "compiled", "compiled max-autotune", "channels_last"  # settings of rivals
 GRAPH = ", cuda graph"

@@ -9,6 +9,7 @@ channels_last images and weights are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit import functional, peers
+from fastvit import peers
 from fastvit.benchmarks.problem import Unavailable
-from fastvit.validation.cases import Inputs
+from fastvit.validation import Inputs as AnyInputs
+from fastvit.validation import PatchEmbedInputs as Inputs
 
 Embed = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] → tokens
 
@@ -31,21 +33,14 @@ class Solution:
     parameters: list[Tensor]
 
 
-def tensor_of(inputs: Inputs, name: str) -> Tensor:
-    """A tensor that the case is known to have."""
-    tensor = inputs.tensors[name]
-    assert tensor is not None
-    return tensor
-
-
 def parameters_of(inputs: Inputs) -> list[Tensor]:
     """weight [D, C, P_h, P_w], bias [D], pos_embed [R+N, D], prefix [R, D]."""
-    return [tensor_of(inputs, name) for name in ("weight", "bias", "pos_embed", "prefix")]
+    return [inputs[name] for name in ("weight", "bias", "pos_embed", "prefix")]
 
 
-def autocast(inputs: Inputs) -> torch.autocast:
+def autocast(inputs: AnyInputs) -> AbstractContextManager[None]:
     """Autocast where the case is about fp32 weights under it."""
-    return torch.autocast(inputs.grad.device.type, inputs.compute, enabled=inputs.autocast)
+    return torch.autocast(inputs.grad.device.type, inputs.compute) if inputs.autocast else nullcontext()
 
 
 def loader(mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device) -> Embed:
@@ -65,19 +60,8 @@ def normaliser(inputs: Inputs) -> Embed:
     return lambda images: load(images).to(compute)
 
 
-def ours(inputs: Inputs, backend: str) -> Solution:
-    """The one call."""
-    normalisation = {"mean": inputs.mean, "std": inputs.std}
-
-    def tokens() -> Tensor:
-        with autocast(inputs):
-            return functional.patch_embed(**inputs.tensors, **normalisation, keep=inputs.keep, backend=backend)  # type: ignore[arg-type]
-
-    return Solution(tokens, parameters_of(inputs))
-
-
 def _solution(inputs: Inputs, embed: Embed, parameters: list[Tensor], channels_last: bool = False) -> Solution:
-    images, normalise = tensor_of(inputs, "images"), normaliser(inputs)
+    images, normalise = inputs["images"], normaliser(inputs)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
 
@@ -133,7 +117,7 @@ def linear(inputs: Inputs) -> Solution:
 
 def product_alone(inputs: Inputs) -> Solution:
     """Only the linear layer, on patches that were normalised and unfolded before: what an implicit GEMM aims at."""
-    images, weight, bias = (tensor_of(inputs, name) for name in ("images", "weight", "bias"))
+    images, weight, bias = (inputs[name] for name in ("images", "weight", "bias"))
     with torch.no_grad():
         patches = patches_of(normaliser(inputs)(images), *weight.shape[2:]).to(inputs.compute)
 
@@ -165,7 +149,7 @@ def _copy(inputs: Inputs, module: Any, targets: list[Tensor], channels_last: boo
 def timm(inputs: Inputs, channels_last: bool = False) -> Solution:
     """timm's PatchEmbed and _pos_embed."""
     vit = imported("timm.models.vision_transformer")
-    images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
+    images, weight = inputs["images"], inputs["weight"]
     model = vit.VisionTransformer(
         img_size=(images.shape[2], images.shape[3]),
         patch_size=weight.shape[2],
@@ -182,7 +166,7 @@ def timm(inputs: Inputs, channels_last: bool = False) -> Solution:
 def torchvision(inputs: Inputs) -> Solution:
     """torchvision's VisionTransformer, as far as its first block."""
     vit = imported("torchvision.models.vision_transformer")
-    images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
+    images, weight = inputs["images"], inputs["weight"]
     model = vit.VisionTransformer(
         image_size=images.shape[2],
         patch_size=weight.shape[2],
@@ -204,7 +188,7 @@ def torchvision(inputs: Inputs) -> Solution:
 def huggingface(inputs: Inputs) -> Solution:
     """ViTEmbeddings of transformers."""
     vit = imported("transformers.models.vit.modeling_vit")
-    images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
+    images, weight = inputs["images"], inputs["weight"]
     config = vit.ViTConfig(
         hidden_size=weight.shape[0],
         image_size=(images.shape[2], images.shape[3]),

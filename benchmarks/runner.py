@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import gc
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fastvit.benchmarks import accelerated, add_position, input, masked, model, patch_embed
+from fastvit.benchmarks import accelerated, input, masked, model
 from fastvit.benchmarks.problem import Plan, Problem, check_size, measure, steady
 from fastvit.benchmarks.rows import Row, command_line, commit, device_name, format_table, versions, write_json_lines
+from fastvit.discovery import Declared
+from fastvit.validation.ops import OPS
 
 __all__ = ["SUITES", "format_table", "run_plan", "run_suites", "write_json_lines"]
 
-SUITES: dict[str, Callable[[str, torch.device], Plan]] = {
-    "patch_embed": patch_embed.plan,
-    "add_position": add_position.plan,
+_WIDER: dict[str, Callable[[str, torch.device], Plan]] = {
     "masked": masked.plan,
     "model": model.plan,
     "input": input.plan,
     "accelerated": accelerated.plan_tokens,
     "accelerated_model": accelerated.plan_model,
 }
+# Those of the ops, each the `plan` in the file of its name, and what is wider than an op.
+SUITES = ChainMap(_WIDER, Declared("fastvit.benchmarks", "plan", among=OPS))  # type: ignore[arg-type]
 SECONDS = {"tiny": 0.02, "small": 2.0, "full": 6.0}  # timing of one problem, all contenders together
 Progress = Callable[[int, int, str], None]
 

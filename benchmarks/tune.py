@@ -11,21 +11,22 @@ chosen by forward and backward together, with float32 parameters under autocast,
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastvit import functional, tuning
+from fastvit import tuning
 from fastvit.backend import check_known
-from fastvit.benchmarks.patch_embed import WIDTHS, check_backend
-from fastvit.benchmarks.problem import our_backends, steady
-from fastvit.benchmarks.rivals import tensor_of
+from fastvit.benchmarks.contenders import check_backend, ours, timed_call, trained
+from fastvit.benchmarks.problem import WIDTHS, our_backends, steady
 from fastvit.benchmarks.timing import Call, interleave
-from fastvit.tuning import FORWARD, REFERENCE, TRAINING, Choice, Configuration, Problem, Table
-from fastvit.validation.cases import AddPositionCase, Case, Inputs, PatchEmbedCase, make_inputs
+from fastvit.discovery import Declared
+from fastvit.tuning import REFERENCE, Choice, Configuration, Problem, Table
+from fastvit.validation import Case, Inputs, make_inputs
+from fastvit.validation.ops import OPS
 
 # label → (compute dtype, dtype of the images)
 PRECISIONS = {
@@ -57,6 +58,53 @@ def scope_of(device: torch.device, quick: bool) -> Scope:
     if device.type == "cuda":
         return Scope((8, 256), precisions[:2], 0.3) if quick else Scope((1, 8, 64, 256), precisions, 1.0, True)
     return Scope((8,), precisions[2:4], 0.3) if quick else Scope((1, 16), precisions[:4], 1.0, True)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and a batch, the grid and the patch being squares."""
+
+    model: str
+    batch: int
+    grid: int
+    patch: int
+
+    @property
+    def width(self) -> int:
+        return WIDTHS[self.model]
+
+    @property
+    def patches(self) -> int:
+        return self.grid**2
+
+    def __str__(self) -> str:
+        return f"ViT-{self.model}/{self.patch}, {self.patches} patches, batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One call, as it is made in each mode."""
+
+    title: str
+    cases: Mapping[str, Case]
+    compute: torch.dtype
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the benchmark of an op declares of it, as `TUNED`.
+
+    `measurements(size, scope)` are the calls to measure, `problem(mode, inputs)` is what `fastvit.functional` looks up
+    for one, and `configurations(mode, inputs, tile)` are those of Triton to choose from, in training with the tile that
+    was best in forward.
+    """
+
+    measurements: Callable[[Size, Scope], Iterator[Measurement]]
+    problem: Callable[[str, Any], Problem]
+    configurations: Callable[[str, Any, str | None], Iterable[Configuration]] = lambda *_: (tuning.DEFAULT,)
+
+
+TUNED: Mapping[str, Tuned] = Declared("fastvit.benchmarks", "TUNED", among=OPS)
 
 
 @dataclass(frozen=True)
@@ -112,11 +160,11 @@ def tune(
     names = [name for name in (our_backends(where) if backends is None else backends) if name != REFERENCE]
     with steady(where, threads):
         table = Table(tuning.device_name(where), tuning.current_versions())
-        plan = list(_plan(models, scope, image // patch, patch))
-        for done, (title, cases, compute) in enumerate(plan):
+        plan = _plan(models, scope, image // patch, patch)
+        for done, (op, measurement) in enumerate(plan):
             if progress:
-                progress(done, len(plan), title)
-            found = _tune_case(cases, compute, names, where, scope.seconds)
+                progress(done, len(plan), measurement.title)
+            found = _tune_case(op, measurement, names, where, scope.seconds)
             table = table.merged(replace(table, choices=found))
             gc.collect()
     if progress:
@@ -124,67 +172,28 @@ def tune(
     return table
 
 
-Cases = dict[str, Case]
-"""One call as it is made in each mode."""
-
-
-def _plan(models: Sequence[str], scope: Scope, grid: int, patch: int) -> Iterator[tuple[str, Cases, torch.dtype]]:
-    """Title, cases and compute dtype of every measurement."""
-    for model in models:
-        for batch in scope.batches:
-            size = f"ViT-{model}/{patch}, {grid * grid} patches, batch {batch}"
-            for precision in scope.precisions:
-                compute, images = PRECISIONS[precision]
-                for keep in (None, max(1, grid * grid // 4)) if scope.with_keep else (None,):
-                    served = PatchEmbedCase(
-                        size,
-                        batch=batch,
-                        grid=(grid, grid),
-                        patch=(patch, patch),
-                        width=WIDTHS[model],
-                        images=images,
-                        normalise=images == "uint8",
-                        keep=keep,
-                    )
-                    trained = replace(served, parameters="masters")
-                    title = f"patch_embed {size}, {precision}" + (f", keep {keep}" if keep else "")
-                    yield title, {FORWARD: served, TRAINING: trained}, compute
-            for compute in dict.fromkeys(PRECISIONS[precision][0] for precision in scope.precisions):
-                name = str(compute).removeprefix("torch.")
-                tokens = AddPositionCase(size, batch=batch, patches=grid * grid, width=WIDTHS[model])
-                cases: Cases = {FORWARD: tokens, TRAINING: replace(tokens, parameters="mixed")}
-                yield f"add_position {size}, {name}", cases, compute
+def _plan(models: Sequence[str], scope: Scope, grid: int, patch: int) -> list[tuple[str, Measurement]]:
+    """The op and the calls of every measurement."""
+    sizes = [Size(model, batch, grid, patch) for model in models for batch in scope.batches]
+    return [(op, found) for size in sizes for op, tuned in TUNED.items() for found in tuned.measurements(size, scope)]
 
 
 def _tune_case(
-    cases: Cases, compute: torch.dtype, backends: Sequence[str], device: torch.device, seconds: float
+    op: str, measurement: Measurement, backends: Sequence[str], device: torch.device, seconds: float
 ) -> Choices:
     found: Choices = {}
     tile = None
-    for mode, case in cases.items():
-        inputs = make_inputs(case, compute, device)
-        candidates = [c for name in backends for c in _candidates(name, case.op, mode, inputs, tile)]
-        choice = _measure(case.op, mode, inputs, candidates, device, seconds)
+    for mode, case in measurement.cases.items():
+        inputs = make_inputs(case, measurement.compute, device)
+        candidates = []
+        for backend in backends:
+            own = TUNED[op].configurations(mode, inputs, tile) if backend == "triton" else (tuning.DEFAULT,)
+            candidates += [Candidate(backend, configuration) for configuration in own]
+        choice = _measure(op, mode, inputs, candidates, device, seconds)
         tile = choice.configuration.tile
-        found.setdefault(_problem(case.op, mode, inputs), {})[tuning.bucket(_rows(inputs))] = choice
+        rows = inputs.grad[:, inputs.copied :].shape[:-1].numel()  # B·N
+        found.setdefault(TUNED[op].problem(mode, inputs), {})[tuning.bucket(rows)] = choice
     return found
-
-
-def _candidates(backend: str, op: str, mode: str, inputs: Inputs, tile: str | None) -> Iterator[Candidate]:
-    """A backend's configurations: tiles in forward mode, splits of the weight gradient, with that tile, in training."""
-    if backend != "triton" or op != "patch_embed":
-        yield Candidate(backend)
-        return
-    from fastvit.kernels.patch_embed import forward_tiles
-    from fastvit.kernels.row_sums import TARGET_PROGRAMS
-
-    if mode == FORWARD:
-        images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
-        for name in forward_tiles(images, weight, inputs.compute, inputs.out):
-            yield Candidate(backend, Configuration(tile=name))
-    else:
-        for programs in (TARGET_PROGRAMS // 2, TARGET_PROGRAMS, 2 * TARGET_PROGRAMS):
-            yield Candidate(backend, Configuration(tile, programs))
 
 
 def _measure(
@@ -218,48 +227,11 @@ def fastest(times: Mapping[Candidate, float], excluded: Mapping[str, str]) -> Ch
 
 
 def _call(candidate: Candidate, op: str, mode: str, inputs: Inputs) -> Call:
-    """What is timed: forward without gradients, or forward and the gradients of everything but the images."""
-    tensors = {name: None if tensor is None else tensor.detach() for name, tensor in inputs.tensors.items()}
-    leaves = [tensor for name, tensor in tensors.items() if tensor is not None and name != "images"]
-    device_type = inputs.grad.device.type
+    """What is timed: forward without gradients, or forward and the gradients of all parameters."""
+    call = timed_call(ours(op, trained(inputs), candidate.backend), inputs.grads.values(), mode)
 
-    def tokens() -> Tensor:
-        with torch.autocast(device_type, inputs.compute, enabled=inputs.autocast):
-            return _run(op, inputs, tensors, candidate.backend)
-
-    def forward() -> object:
-        with torch.no_grad(), candidate.forced():
-            return tokens()
-
-    def forward_and_backward() -> object:
+    def forced() -> object:
         with candidate.forced():
-            return torch.autograd.grad(tokens(), leaves, inputs.grad)
+            return call()
 
-    if mode == FORWARD:
-        return forward
-    for leaf in leaves:
-        leaf.requires_grad_()
-    return forward_and_backward
-
-
-def _run(op: str, inputs: Inputs, tensors: Mapping[str, Tensor | None], backend: str) -> Tensor:
-    if op == "patch_embed":
-        normalisation = {"mean": inputs.mean, "std": inputs.std}
-        return functional.patch_embed(**tensors, **normalisation, keep=inputs.keep, backend=backend)  # type: ignore[arg-type]
-    return functional.add_position(**tensors, backend=backend)  # type: ignore[arg-type]
-
-
-def _problem(op: str, mode: str, inputs: Inputs) -> Problem:
-    """What `functional` looks up for the call."""
-    if op == "patch_embed":
-        images, weight = tensor_of(inputs, "images"), tensor_of(inputs, "weight")
-        return Problem(op, mode, images.dtype, inputs.compute, inputs.out, tuple(weight.shape), inputs.keep is not None)
-    tokens, positions = tensor_of(inputs, "tokens"), tensor_of(inputs, "pos_embed")
-    return Problem(op, mode, tokens.dtype, positions.dtype, inputs.out, (tokens.shape[2],), False)
-
-
-def _rows(inputs: Inputs) -> int:
-    """B·N."""
-    prefix = inputs.tensors["prefix"]
-    batch, length, _ = inputs.grad.shape
-    return batch * (length - (0 if prefix is None else prefix.shape[0]))
+    return forced

@@ -49,12 +49,12 @@ _SHIPPED = Path(__file__).with_name("tables")
 class Problem(NamedTuple):
     """What a call is, its batch apart. Calls build it as a plain tuple, which is equal and quicker."""
 
-    op: str  # patch_embed, add_position
+    op: str
     mode: str  # FORWARD, or TRAINING: gradients will be wanted
-    image: torch.dtype  # of the images; of the tokens in add_position
-    compute: torch.dtype  # of the product; of the positions in add_position
+    image: torch.dtype  # of the first tensor
+    compute: torch.dtype  # of the product, or of the parameters where there is none
     out: torch.dtype
-    shape: tuple[int, ...]  # [D, C, P_h, P_w] as the weight's; [D] in add_position
+    shape: tuple[int, ...]  # of the weight, such as [D, C, P_h, P_w]; [D] where there is none
     keep: bool
 
 
@@ -66,7 +66,7 @@ class Configuration:
         ValueError: a number of programs that is no such number.
     """
 
-    tile: str | None = None  # of the forward GEMM: a name in fastvit.kernels.manifest.FORWARD_TILES
+    tile: str | None = None  # of the forward GEMM: a name that its kernel's file knows
     programs: int | None = None  # that share the weight gradient
 
     def __post_init__(self) -> None:

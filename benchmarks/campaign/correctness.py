@@ -25,10 +25,17 @@ import torch
 from torch import Tensor
 
 from fastvit.benchmarks.campaign.output import append, backends_of, keep_verdicts, progress, report, skipped, why_not
-from fastvit.benchmarks.rivals import tensor_of
-from fastvit.validation import check_primitives
+from fastvit.validation import (
+    AddPositionCase,
+    Case,
+    Inputs,
+    PatchEmbedCase,
+    PatchEmbedInputs,
+    check_primitives,
+    make_inputs,
+)
 from fastvit.validation import validate as validate_backends
-from fastvit.validation.cases import DTYPES, OPS, AddPositionCase, Case, Inputs, PatchEmbedCase, make_inputs
+from fastvit.validation.cases import DTYPES, OPS
 from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report, Row
 from fastvit.validation.runner import Candidate, Tensors, backend_candidate, check_case, check_inputs
 
@@ -201,13 +208,13 @@ def beyond_cases(seed: int) -> list[tuple[Case, str]]:
 
 def batch_beyond(case: Case, inputs: Inputs, what: str, threshold: int) -> int:
     """The batch whose last EDGE samples lie wholly beyond the threshold."""
-    sample = (tensor_of(inputs, GIVEN[case.op]) if what == "given" else inputs.grad)[0]
+    sample = (inputs[GIVEN[case.op]] if what == "given" else inputs.grad)[0]
     return max(2 * EDGE, -(-threshold // sample.numel()) + EDGE)
 
 
 def bytes_needed(case: Case, inputs: Inputs, batch: int) -> int:
     """An estimate of the memory: the batch and what it is put together from, tokens, and the gradients of both."""
-    given, result = tensor_of(inputs, GIVEN[case.op])[0], inputs.grad[0]
+    given, result = inputs[GIVEN[case.op]][0], inputs.grad[0]
     copies = 4 if given.is_floating_point() else 2
     return round(MARGIN * batch * (copies * given.nbytes + 5 * result.nbytes))
 
@@ -227,18 +234,18 @@ def _check_beyond(candidates: Sequence[Candidate], threshold: int, seed: int) ->
             yield check_inputs(large, case.op, inputs, f"{case.name}, batch {batch}", "bfloat16")
 
 
-def at_the_ends(candidate: Candidate, case: Case, batch: int) -> Candidate:
+def at_the_ends(candidate: Candidate, case: Any, batch: int) -> Candidate:
     """The candidate, given a case's samples as the first and last of a batch of `batch`; the others are random."""
 
     def forward(op: str, inputs: Inputs, tensors: Tensors) -> Tensor:
-        ends, keep = tensors[GIVEN[op]], inputs.keep
+        ends = tensors[GIVEN[op]]
         assert ends is not None
-        if keep is not None:
+        if isinstance(inputs, PatchEmbedInputs) and (keep := inputs.keep) is not None:
             others = torch.randint(case.patches, (batch - 2 * EDGE, keep.shape[1]), device=keep.device)
-            keep = torch.cat([keep[:EDGE], others, keep[EDGE:]])
+            inputs = replace(inputs, keep=torch.cat([keep[:EDGE], others, keep[EDGE:]]))
         large = torch.cat([ends[:EDGE], _random_like(ends, batch - 2 * EDGE), ends[EDGE:]])
         assert large.stride()[1:] == ends.stride()[1:]
-        result = candidate.forward(op, replace(inputs, keep=keep), {**tensors, GIVEN[op]: large})
+        result = candidate.forward(op, inputs, {**tensors, GIVEN[op]: large})
         if not bool(result.isfinite().all()):
             raise RuntimeError("values between the ends of the batch were never written, or are wrong")
         return torch.cat([result[:EDGE], result[-EDGE:]])

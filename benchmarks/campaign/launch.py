@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from fastvit import functional
 from fastvit.benchmarks.campaign.output import COMMAND, append, backends_of, print_table, report, why_not
-from fastvit.benchmarks.patch_embed import check_backend
+from fastvit.benchmarks.contenders import check_backend
 from fastvit.benchmarks.problem import BOTH, FORWARD, filled
 from fastvit.benchmarks.rows import OURS, Row, circumstances, grouped, time_table, time_text
 from fastvit.benchmarks.timing import WARM_UP, Call, in_turns
-from fastvit.validation.cases import OPS, AddPositionCase, Case, Inputs, PatchEmbedCase, make_inputs
+from fastvit.validation import AddPositionCase, Case, Inputs, PatchEmbedCase, make_inputs
+from fastvit.validation.ops import OPS, Tensors, arguments
 from fastvit.validation.report import FAILED, PASSED
 
 OP, SCALE, CUDA, ALONE = "launch", "torch.add", f"{OURS}cuda", f"{OURS}cuda (op alone)"
@@ -94,7 +95,7 @@ def _host_us(device: torch.device, call: Call) -> float:
     return (time.perf_counter_ns() - started) / 1000 / CALLS
 
 
-def _in_mode(mode: str, inputs: Inputs, make: Callable[[Mapping[str, Any]], Callable[[], Tensor]]) -> Call:
+def _in_mode(mode: str, inputs: Inputs, make: Callable[[Tensors], Callable[[], Tensor]]) -> Call:
     """The call on tensors that want no gradients, or the call and the gradients of all parameters."""
     leaves = {name: None if tensor is None else tensor.detach() for name, tensor in inputs.tensors.items()}
     parameters = [tensor for name, tensor in leaves.items() if tensor is not None and name not in ("images", "tokens")]
@@ -107,9 +108,9 @@ def _in_mode(mode: str, inputs: Inputs, make: Callable[[Mapping[str, Any]], Call
     return lambda: torch.autograd.grad(call(), parameters, grad, allow_unused=True)
 
 
-def _public(op: str, inputs: Inputs, backend: str, tensors: Mapping[str, Any]) -> Callable[[], Tensor]:
-    normalisation = {"mean": inputs.mean, "std": inputs.std} if op == "patch_embed" else {}
-    return functools.partial(getattr(functional, op), **tensors, **normalisation, backend=backend)
+def _public(op: str, inputs: Inputs, backend: str, tensors: Tensors) -> Callable[[], Tensor]:
+    positional, named = arguments(op, inputs, tensors)
+    return functools.partial(getattr(functional, op), *positional, **named, backend=backend)
 
 
 def _ops_alone(call: Call) -> Call:

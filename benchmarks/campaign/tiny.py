@@ -13,7 +13,8 @@ import sys
 
 import torch
 
-from fastvit.validation.cases import DTYPES, AddPositionCase, Case, PatchEmbedCase, make_inputs
+from fastvit.validation import AddPositionCase, Case, PatchEmbedCase, make_inputs
+from fastvit.validation.cases import DTYPES
 from fastvit.validation.runner import backend_candidate, poisoned
 
 STARTED, FINISHED = "the device answers", "all kernels ran"

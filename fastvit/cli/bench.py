@@ -19,9 +19,7 @@ SIZES = ("tiny", "small", "full")
 
 
 def bench(
-    suites: list[str] | None = typer.Argument(
-        None, help="patch_embed, add_position, masked, model, input, accelerated, accelerated_model. Default: all."
-    ),
+    suites: list[str] | None = typer.Argument(None, help="Suites, such as patch_embed, masked or model. Default: all."),
     size: str | None = typer.Option(
         None, help="small (the default): minutes; full: every shape; tiny: only shows that all runs."
     ),

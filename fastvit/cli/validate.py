@@ -11,7 +11,7 @@ def validate(
     backend: list[str] | None = typer.Option(
         None, help="A backend: cpu, triton, cuda, emulated. Repeat or separate by commas. Default: all but emulated."
     ),
-    op: list[str] | None = typer.Option(None, help="An op: patch_embed, add_position. Default: both."),
+    op: list[str] | None = typer.Option(None, help="An op, such as patch_embed. Default: all."),
     dtype: list[str] | None = typer.Option(None, help="A compute dtype: fp32, bf16, fp16. Default: all."),
     quick: bool = typer.Option(False, "--quick", help="A few cases of each op, in fp32 and bf16."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N. Default: a GPU where a backend runs on one."),

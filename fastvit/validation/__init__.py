@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from fastvit.validation.cases import (
-    AddPositionCase,
-    Inputs,
-    PatchEmbedCase,
-    cases_for,
-    make_inputs,
-    photographs,
-)
+from fastvit.validation.cases import Case, Inputs, cases_for, make_inputs, photographs
+from fastvit.validation.ops.add_position import AddPositionCase
+from fastvit.validation.ops.patch_embed import PatchEmbedCase, PatchEmbedInputs
 from fastvit.validation.primitives import check_primitives
 from fastvit.validation.report import Report, Row
 from fastvit.validation.runner import Progress, poisoned, validate, validate_function
@@ -17,9 +12,11 @@ from fastvit.validation.tolerance import Comparison, assert_close, compare, rela
 
 __all__ = [
     "AddPositionCase",
+    "Case",
     "Comparison",
     "Inputs",
     "PatchEmbedCase",
+    "PatchEmbedInputs",
     "Progress",
     "Report",
     "Row",

@@ -6,6 +6,7 @@ same for a kernel of one's own.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,32 +24,18 @@ from fastvit.backend import (
     multiplies_at_tf32,
     triton_is_interpreted,
 )
-from fastvit.validation import plain
-from fastvit.validation.cases import (
-    DTYPES,
-    OPS,
-    SHORT_NAMES,
-    Case,
-    Inputs,
-    InputUnavailable,
-    cases_for,
-    make_inputs,
-)
+from fastvit.validation.cases import DTYPES, SHORT_NAMES, Case, Inputs, InputUnavailable, cases_for, make_inputs
+from fastvit.validation.ops import OPS, Outputs, Tensors, call, results_of, truth
 from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report, Row
 from fastvit.validation.tolerance import FEW_VALUES, compare
 
 Progress = Callable[[int, int, str], None]
 """Called before each case with (done, total, description), and once more when all is done."""
 
+Work = tuple["Candidate", Case, str, str]  # who, what, in which compute dtype, and why not
 DRAWS = 16  # of a case whose verdict hangs on fewer than FEW_VALUES values
 
-Tensors = dict[str, Tensor | None]
 Results = dict[str, Tensor]
-_PLAIN: dict[str, Callable[..., Tensor]] = {
-    "patch_embed": plain.plain_patch_embed,
-    "add_position": plain.plain_add_position,
-}
-_TRUTH = {"patch_embed": plain.true_patch_embed, "add_position": plain.true_add_position}
 
 
 class _Unsupported(Exception):
@@ -65,10 +52,14 @@ class Candidate:
 
     name: str
     device: torch.device
-    forward: Callable[[str, Inputs, Tensors], Tensor]
+    forward: Callable[[str, Inputs, Tensors], Outputs]
     backward: Callable[[Tensor, Inputs], dict[str, Tensor]] | None = None
     counts_launches: bool = False
     may_decline: bool = False  # NotImplementedError means "skipped" rather than "failed"
+
+    def row(self, op: str, case: str, dtype: str, status: str = FAILED, reason: str = "") -> Row:
+        """A row about a case as a whole."""
+        return Row(self.name, op, dtype, case, "all", status, reason=reason, device=str(self.device))
 
 
 def validate(
@@ -87,7 +78,7 @@ def validate(
     Args:
         backends: names; default: every backend but the reference, which is the truth and is never held to itself, and
             the emulated one, which is slow and compiles its kernels first.
-        ops: of "patch_embed" and "add_position"; default: both.
+        ops: of `fastvit.validation.cases.OPS`; default: all.
         dtypes: compute dtypes, as torch dtypes or as "float32" / "fp32" and so on; default: float32, bfloat16 and
             float16, with `quick` the first two. Image dtypes, uint8 among them, are part of the cases.
         quick: a few cases of each op instead of all.
@@ -103,23 +94,16 @@ def validate(
     names = list(backends) if backends else [name for name in BACKENDS if name != "reference"]
     for name in names:
         check_known(name, "backends")
-    chosen_dtypes = dtypes or (list(DTYPES)[:2] if quick else list(DTYPES))
-    rows: list[Row] = []
-    work: list[tuple[Candidate, Case, str]] = []
+    work: list[Work] = []
     for name in names:
         where, reason = _device_for(name, device)
         if not backends and name == "emulated":
             reason = reason or "slow: it runs where it is named (--backend emulated)"
-        large = where.type == "cuda" or name == "cpu"
-        plan = _plan(ops, chosen_dtypes, large, quick)
-        if reason:
-            rows += [Row(name, c.op, d, c.name, "all", SKIPPED, reason=reason, device=str(where)) for c, d in plan]
-        else:
-            candidate = Candidate(name, where, _backend_forward(name), counts_launches=True)
-            work += [(candidate, case, dtype) for case, dtype in plan]
-    if any(candidate.name == "emulated" for candidate, _, _ in work):
+        plan = _plan(ops, dtypes, large=where.type == "cuda" or name == "cpu", quick=quick)
+        work += [(backend_candidate(name, where), case, dtype, reason) for case, dtype in plan]
+    if any(candidate.name == "emulated" and not reason for candidate, _, _, reason in work):
         _compile_emulated(len(work), progress)
-    return Report((*_run(work, progress), *rows))
+    return _run(work, progress)
 
 
 def validate_function(
@@ -146,12 +130,12 @@ def validate_function(
     >>> print(report.summary()); report.failures
 
     Args:
-        forward: called like `fastvit.functional.patch_embed` (or `add_position`), without `backend`. In the cases
-            whose `parameters` are "masters" it is called under autocast. NotImplementedError skips the case.
+        forward: called like the op in `fastvit.functional`, without `backend`. In the cases whose `parameters` are
+            "masters" it is called under autocast. NotImplementedError skips the case.
         backward: called as backward(grad, inputs) with the upstream gradient and the case's `Inputs`; returns
             {argument: gradient} for any of `inputs.differentiable()`; arguments that are left out are skipped.
             Default: autograd through `forward`; where its result does not require gradients, they are skipped.
-        op: "patch_embed" or "add_position".
+        op: of `fastvit.validation.cases.OPS`.
         name: for the report; default: the function's.
         dtypes, quick, progress: as in `validate`.
         cases: default: all cases of the op, real sizes too.
@@ -161,34 +145,39 @@ def validate_function(
     Raises:
         ValueError: an unknown op or dtype.
     """
-    label = name or getattr(forward, "__name__", "function")
-    where = torch.device(device)
-    plan = _plan([op], dtypes or (list(DTYPES)[:2] if quick else list(DTYPES)), True, quick, cases)
-
-    def call(op: str, inputs: Inputs, tensors: Tensors) -> Tensor:
-        return forward(*_arguments(op, tensors), **_keywords(op, inputs, tensors))
-
-    candidate = Candidate(label, where, call, backward, may_decline=True)
-    rows: list[Row] = []
-    work: list[tuple[Candidate, Case, str]] = []
-    for case, dtype in plan:
-        reason = supports(case) if supports else ""
-        if reason:
-            rows.append(Row(label, op, dtype, case.name, "all", SKIPPED, reason=reason, device=str(where)))
-        else:
-            work.append((candidate, case, dtype))
-    return Report((*_run(work, progress), *rows))
+    candidate = Candidate(
+        name or getattr(forward, "__name__", "function"),
+        torch.device(device),
+        functools.partial(call, forward),
+        backward,
+        may_decline=True,
+    )
+    plan = _plan([op], dtypes, large=True, quick=quick, cases=cases)
+    work = [(candidate, case, dtype, supports(case) if supports else "") for case, dtype in plan]
+    return _run(work, progress)
 
 
 def check_inputs(candidate: Candidate, op: str, inputs: Inputs, case: str = "", dtype: str = "") -> list[Row]:
     """One set of inputs, forward and every gradient; open to tests and benchmarks."""
+    blank = candidate.row(op, case, dtype)
     try:
-        ours, theirs, truth = _three(candidate, op, inputs)
+        ours, theirs, exact = _three(candidate, op, inputs)
     except _Unsupported as error:
-        return [Row(candidate.name, op, dtype, case, "all", SKIPPED, reason=str(error), device=str(candidate.device))]
+        return [replace(blank, status=SKIPPED, reason=str(error))]
     except Exception as error:  # whatever a kernel raises is a finding, and the other cases still count
-        return [_broken(candidate, op, case, dtype, "all", error)]
-    return [_judge(candidate, op, inputs, case, dtype, quantity, ours, theirs, truth) for quantity in truth]
+        return [_broken(blank, error)]
+    rows = []
+    for quantity in exact:
+        row = replace(blank, quantity=quantity)
+        if quantity not in ours:
+            reason = "no gradient: forward's result does not require gradients, or backward left this one out"
+            row = replace(row, status=SKIPPED if candidate.may_decline else FAILED, reason=reason)
+        elif ours[quantity].dtype is not (wanted := _judged(inputs, quantity).dtype):
+            row = replace(row, reason=f"dtype is {ours[quantity].dtype}, expected {wanted}")
+        else:
+            row = _compared(row, ours[quantity], theirs[quantity], exact[quantity])
+        rows.append(row)
+    return rows
 
 
 def check_case(candidate: Candidate, case: Case, dtype: str) -> list[Row]:
@@ -209,8 +198,7 @@ def check_case(candidate: Candidate, case: Case, dtype: str) -> list[Row]:
     settled = []
     for row in rows:
         if _hangs_on_few(row, draws[0]):
-            ours, theirs, truth = (torch.cat([three[i][row.quantity] for three in threes]) for i in range(3))
-            row = _compared(row, ours, theirs, truth)
+            row = _compared(row, *(torch.cat([three[i][row.quantity] for three in threes]) for i in range(3)))
             row = replace(row, where=f"{row.where}, of {DRAWS} draws")
         settled.append(row)
     return settled
@@ -218,7 +206,11 @@ def check_case(candidate: Candidate, case: Case, dtype: str) -> list[Row]:
 
 def backend_candidate(name: str, device: str | torch.device = "cpu") -> Candidate:
     """A backend of the package as a candidate for `check_inputs`."""
-    return Candidate(name, torch.device(device), _backend_forward(name), counts_launches=True)
+
+    def forward(op: str, inputs: Inputs, tensors: Tensors) -> Outputs:
+        return call(getattr(functional, op), op, inputs, tensors, backend=name)
+
+    return Candidate(name, torch.device(device), forward, counts_launches=True)
 
 
 @contextmanager
@@ -266,18 +258,19 @@ def _compile_emulated(total: int, progress: Progress | None) -> None:
 
 def _plan(
     ops: Sequence[str] | None,
-    dtypes: Sequence[str | torch.dtype],
+    dtypes: Sequence[str | torch.dtype] | None,
+    *,
     large: bool,
     quick: bool,
     cases: Sequence[Case] | None = None,
-) -> list[tuple[Case, str]]:
-    plan: list[tuple[Case, str]] = []
+) -> Iterator[tuple[Case, str]]:
+    """Every case in every dtype."""
+    names = [dtype_name(dtype) for dtype in dtypes or list(DTYPES)[: 2 if quick else None]]
     for op in ops or OPS:
         if op not in OPS:
             raise ValueError(f"ops: unknown op {op!r}; known: {', '.join(OPS)}")
         chosen = cases if cases is not None else cases_for(op, large=large, quick=quick)
-        plan += [(case, dtype_name(dtype)) for dtype in dtypes for case in chosen]
-    return plan
+        yield from ((case, name) for name in names for case in chosen)
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -295,10 +288,13 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     return name
 
 
-def _run(work: list[tuple[Candidate, Case, str]], progress: Progress | None) -> list[Row]:
+def _run(work: list[Work], progress: Progress | None) -> Report:
+    """What can run, then what can't."""
+    skipped = [candidate.row(case.op, case.name, dtype, SKIPPED, why) for candidate, case, dtype, why in work if why]
+    work = [item for item in work if not item[-1]]
     rows: list[Row] = []
     repeated: set[tuple[str, str, str]] = set()
-    for done, (candidate, case, dtype) in enumerate(work):
+    for done, (candidate, case, dtype, _) in enumerate(work):
         if progress:
             progress(done, len(work), f"{candidate.name} {case.op} {dtype}: {case.name}")
         found = _check_and_repeat(candidate, case, dtype, repeated)
@@ -306,64 +302,39 @@ def _run(work: list[tuple[Candidate, Case, str]], progress: Progress | None) -> 
         rows += [replace(row, dtype=label) for row in found]
     if progress and work:
         progress(len(work), len(work), "done")
-    return rows
+    return Report((*rows, *skipped))
 
 
 def _check_and_repeat(candidate: Candidate, case: Case, dtype: str, repeated: set[tuple[str, str, str]]) -> list[Row]:
-    """`check_case`, and bit-exact repetition on the first case of each kind, and wherever patches repeat."""
+    """`check_case`, and bit-exact repetition on the first case of each kind, and wherever sums are scattered."""
+    blank = candidate.row(case.op, case.name, dtype)
     try:
         rows = check_case(candidate, case, dtype)
     except InputUnavailable as error:
-        where = str(candidate.device)
-        return [Row(candidate.name, case.op, dtype, case.name, "all", SKIPPED, reason=str(error), device=where)]
+        return [replace(blank, status=SKIPPED, reason=str(error))]
     except Exception as error:  # after a fault on a GPU everything there raises, but what was found stays found
-        return [_broken(candidate, case.op, case.name, dtype, "all", error)]
+        return [_broken(blank, error)]
     key = (candidate.name, case.op, dtype)
-    if all(row.status == PASSED for row in rows) and (key not in repeated or getattr(case, "repeat_keep", False)):
+    if all(row.status == PASSED for row in rows) and (key not in repeated or case.scatters):
         repeated.add(key)
-        rows.append(_check_repeat(candidate, case, dtype))
+        rows.append(_check_repeat(candidate, case, dtype, replace(blank, quantity="repeat")))
     return rows
 
 
-def _broken(candidate: Candidate, op: str, case: str, dtype: str, quantity: str, error: Exception) -> Row:
-    reason = f"{type(error).__name__}: {error}"
-    return Row(candidate.name, op, dtype, case, quantity, FAILED, reason=reason, device=str(candidate.device))
+def _broken(row: Row, error: Exception) -> Row:
+    return replace(row, reason=f"{type(error).__name__}: {error}")
 
 
-def _check_repeat(candidate: Candidate, case: Case, dtype: str) -> Row:
+def _check_repeat(candidate: Candidate, case: Case, dtype: str, row: Row) -> Row:
     try:
         inputs = make_inputs(case, DTYPES[dtype], candidate.device)
         first, second = (_candidate_results(candidate, case.op, inputs) for _ in range(2))
     except Exception as error:  # as above
-        return _broken(candidate, case.op, case.name, dtype, "repeat", error)
+        return _broken(row, error)
     differing = [name for name, value in first.items() if not torch.equal(value, second[name])]
-    reason = f"two runs differ in {', '.join(differing)}" if differing else ""
-    status = FAILED if differing else PASSED
-    return Row(candidate.name, case.op, dtype, case.name, "repeat", status, reason=reason, device=str(candidate.device))
-
-
-def _judge(
-    candidate: Candidate,
-    op: str,
-    inputs: Inputs,
-    case: str,
-    dtype: str,
-    quantity: str,
-    ours: Results,
-    theirs: Results,
-    truth: Results,
-) -> Row:
-    where = str(candidate.device)
-    if quantity not in ours:
-        reason = "no gradient: forward's result does not require gradients, or backward left this one out"
-        status = SKIPPED if candidate.may_decline else FAILED
-        return Row(candidate.name, op, dtype, case, quantity, status, reason=reason, device=where)
-    wanted = inputs.out if quantity == "forward" else _dtype_of(inputs, quantity.removeprefix("d_"))
-    if ours[quantity].dtype is not wanted:
-        reason = f"dtype is {ours[quantity].dtype}, expected {wanted}"
-        return Row(candidate.name, op, dtype, case, quantity, FAILED, reason=reason, device=where)
-    row = Row(candidate.name, op, dtype, case, quantity, FAILED, device=where)
-    return _compared(row, ours[quantity], theirs[quantity], truth[quantity])
+    if differing:
+        return replace(row, reason=f"two runs differ in {', '.join(differing)}")
+    return replace(row, status=PASSED)
 
 
 def _compared(row: Row, ours: Tensor, theirs: Tensor, truth: Tensor) -> Row:
@@ -377,34 +348,29 @@ def _hangs_on_few(row: Row, inputs: Inputs) -> bool:
     """Whether a row failed by its numbers, and there are few of them."""
     if row.status != FAILED or row.reason:
         return False
-    if row.quantity != "forward":
-        tensor = inputs.tensors[row.quantity.removeprefix("d_")]
-        return tensor is not None and tensor.numel() < FEW_VALUES
-    # Prefix rows are no products: everybody rounds them alike, most often not at all.
-    prefix = inputs.tensors.get("prefix")
-    rows = 0 if prefix is None else prefix.shape[-2]
-    return inputs.grad[:, rows:].numel() < FEW_VALUES
+    values = _judged(inputs, row.quantity)
+    # Rows that are copied are exact, or as exact as any.
+    return (values[:, inputs.copied :] if row.quantity == "forward" else values).numel() < FEW_VALUES
 
 
-def _dtype_of(inputs: Inputs, name: str) -> torch.dtype:
-    tensor = inputs.tensors[name]
-    assert tensor is not None
-    return tensor.dtype
+def _judged(inputs: Inputs, quantity: str) -> Tensor:
+    """A tensor of the shape and dtype that a quantity must have."""
+    return _known(inputs.grads.get(quantity, inputs.tensors.get(quantity.removeprefix("d_"))))
 
 
 def _three(candidate: Candidate, op: str, inputs: Inputs) -> tuple[Results, Results, Results]:
     """The results of the candidate, of plain PyTorch and of the reference in float64."""
     ours = _candidate_results(candidate, op, inputs)
     options = {"tf32": True} if _is_tf32(candidate, op, inputs.compute) else {}
-    theirs = _results(lambda tensors: _PLAIN[op](inputs, tensors, **options), inputs, _leaves(inputs))
-    truth = _results(lambda tensors: _TRUTH[op](inputs, tensors), inputs, _leaves(inputs, torch.float64))
-    return ours, theirs, truth
+    theirs = _results(lambda tensors: OPS[op].plain(inputs, tensors, **options), inputs, _leaves(inputs))
+    exact = _results(lambda tensors: truth(op, inputs, tensors), inputs, _leaves(inputs, torch.float64))
+    return ours, theirs, exact
 
 
 def _is_tf32(candidate: Candidate, op: str, compute: torch.dtype) -> bool:
     """Whether float32 is multiplied at TF32 precision: where torch allows it, and there is hardware or its like."""
     is_able = candidate.device.type == "cuda" or candidate.name == "triton"
-    return op == "patch_embed" and is_able and multiplies_at_tf32(compute)
+    return is_able and OPS[op].multiplies and multiplies_at_tf32(compute)
 
 
 def _candidate_results(candidate: Candidate, op: str, inputs: Inputs) -> Results:
@@ -412,7 +378,7 @@ def _candidate_results(candidate: Candidate, op: str, inputs: Inputs) -> Results
     tensors = _leaves(inputs)
     autocast = torch.autocast(candidate.device.type, inputs.compute) if inputs.autocast else nullcontext()
 
-    def forward(tensors: Tensors) -> Tensor:
+    def forward(tensors: Tensors) -> Outputs:
         with autocast:
             return candidate.forward(op, inputs, tensors)
 
@@ -421,7 +387,7 @@ def _candidate_results(candidate: Candidate, op: str, inputs: Inputs) -> Results
             if candidate.backward is None:
                 results = _results(forward, inputs, tensors)
             else:
-                results = {"forward": forward(tensors).detach()}
+                results = {name: out.detach() for name, out in _named(forward(tensors), inputs).items()}
                 gradients = candidate.backward(inputs.grad, inputs)
                 results |= {f"d_{name}": gradient for name, gradient in gradients.items()}
         except NotImplementedError as error:
@@ -438,7 +404,7 @@ def _require_launches(backend: str, op: str, before: dict[tuple[str, str], int])
     for name in (op, f"{op}_backward"):
         ran = {key[1]: count - before.get(key, 0) for key, count in after.items() if key[0] == name}
         others = [other for other, count in ran.items() if count and other != backend]
-        # The token gradient of add_position alone needs no launch, but here positions always ask for one.
+        # A gradient that is a view needs no launch, but here all gradients are asked for.
         if ran.get(backend, 0) < 1 or others:
             instead = f", but {', '.join(others)} did" if others else ""
             raise RuntimeError(f"backend {backend!r} was forced and did not launch {name}{instead}")
@@ -455,49 +421,31 @@ def _leaves(inputs: Inputs, dtype: torch.dtype | None = None) -> Tensors:
     return leaves
 
 
-def _results(forward: Callable[[Tensors], Tensor], inputs: Inputs, tensors: Tensors) -> Results:
-    out = forward(tensors)
-    results = {"forward": out.detach()}
-    if not out.requires_grad:
-        return results
-    if out.shape != inputs.grad.shape:
+def _results(forward: Callable[[Tensors], Outputs], inputs: Inputs, tensors: Tensors) -> Results:
+    outs = _named(forward(tensors), inputs)
+    results = {name: out.detach() for name, out in outs.items()}
+    if any(out.shape != inputs.grads[name].shape for name, out in outs.items()):
         return results  # `compare` reports the shape
-    names = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
-    gradients = torch.autograd.grad(
-        out, [_known(tensors[name]) for name in names], inputs.grad.to(out.dtype), allow_unused=True
-    )
-    return results | {f"d_{name}": grad for name, grad in zip(names, gradients, strict=True) if grad is not None}
+    outs = {name: out for name, out in outs.items() if out.requires_grad}
+    if not outs:
+        return results
+    leaves = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad}
+    grads = [inputs.grads[name].to(out.dtype) for name, out in outs.items()]
+    found = torch.autograd.grad(list(outs.values()), list(leaves.values()), grads, allow_unused=True)
+    return results | {f"d_{name}": grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
+
+
+def _named(outputs: Outputs, inputs: Inputs) -> Results:
+    """The results of a call by their names."""
+    results = results_of(outputs)
+    if len(results) != len(inputs.grads):
+        raise ValueError(f"{len(results)} results, expected {', '.join(inputs.grads)}")
+    return dict(zip(inputs.grads, results, strict=True))
 
 
 def _known(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor
-
-
-def _backend_forward(backend: str) -> Callable[[str, Inputs, Tensors], Tensor]:
-    def forward(op: str, inputs: Inputs, tensors: Tensors) -> Tensor:
-        function: Callable[..., Tensor] = getattr(functional, op)
-        return function(*_arguments(op, tensors), **_keywords(op, inputs, tensors), backend=backend)
-
-    return forward
-
-
-def _arguments(op: str, tensors: Tensors) -> list[Tensor | None]:
-    names = ("images", "weight", "bias") if op == "patch_embed" else ("tokens", "pos_embed")
-    return [tensors[name] for name in names]
-
-
-def _keywords(op: str, inputs: Inputs, tensors: Tensors) -> dict[str, object]:
-    if op == "add_position":
-        return {"prefix": tensors["prefix"], "dtype": inputs.dtype}
-    return {
-        "pos_embed": tensors["pos_embed"],
-        "prefix": tensors["prefix"],
-        "mean": inputs.mean,
-        "std": inputs.std,
-        "keep": inputs.keep,
-        "dtype": inputs.dtype,
-    }
 
 
 def is_interpreted(backend: str, device: torch.device) -> bool:

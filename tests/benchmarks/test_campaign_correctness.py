@@ -18,7 +18,7 @@ from fastvit.backend import BACKENDS
 from fastvit.benchmarks import problem
 from fastvit.benchmarks.campaign import correctness, output, sanitize, tiny
 from fastvit.benchmarks.campaign.output import FILES, backends_of
-from fastvit.validation.cases import PatchEmbedCase, make_inputs
+from fastvit.validation import PatchEmbedCase, make_inputs
 from fastvit.validation.faults import planted
 from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report, Row
 from fastvit.validation.runner import backend_candidate, check_inputs

@@ -10,8 +10,9 @@ from torch import nn
 
 from fastvit import peers
 from fastvit.benchmarks import models, rivals
+from fastvit.benchmarks.contenders import ours, yardstick
 from fastvit.benchmarks.model import Setup, _build_rival, _truth
-from fastvit.benchmarks.patch_embed import Shape, inputs_of, yardstick
+from fastvit.benchmarks.patch_embed import Shape, task_of
 from fastvit.benchmarks.problem import BOTH, FORWARD, Contender, Problem, Unavailable, compiled, measure
 from fastvit.validation.tolerance import relative_error
 
@@ -33,10 +34,9 @@ def test_all_make_the_same_tokens(name: str, precision: str, kept: float) -> Non
     _need(name)
     if kept < 1 and name in LIBRARIES:
         pytest.skip("the libraries' embeddings know no mask")
-    inputs = inputs_of(Shape("Ti", 2, image=32), precision, CPU, kept=kept)
-    make: Callable[..., rivals.Solution] = getattr(rivals, name)
-    solution = make(inputs, backend="cpu") if name == "ours" else make(inputs)
-    truth, plain_error = yardstick(inputs)
+    inputs = task_of(Shape("Ti", 2, image=32), precision, CPU, kept=kept).inputs
+    solution = ours("patch_embed", inputs, "cpu") if name == "ours" else getattr(rivals, name)(inputs)
+    truth, plain_error = yardstick("patch_embed", inputs)
     tokens = solution.tokens()
     assert relative_error(tokens, truth) <= 2 * plain_error + 4 * torch.finfo(torch.float32).eps
     gradients = torch.autograd.grad(tokens, solution.parameters, inputs.grad.to(tokens.dtype))

@@ -8,11 +8,13 @@ import torch
 from fastvit.cpu import add_position as cpu
 from fastvit.emulated import add_position as emulated
 from fastvit.emulated.call import emulation
-from fastvit.validation.cases import ADD_POSITION_TINY, DTYPES, AddPositionCase, make_inputs
+from fastvit.validation import AddPositionCase, make_inputs
+from fastvit.validation.cases import DTYPES
+from fastvit.validation.ops.add_position import OP
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ADD_POSITION_TINY, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", OP.tiny, ids=lambda case: case.name)
 def test_every_case(case: AddPositionCase, dtype: str) -> None:
     inputs = make_inputs(case, DTYPES[dtype])
     tokens, pos_embed, prefix = (inputs.tensors[name] for name in ("tokens", "pos_embed", "prefix"))

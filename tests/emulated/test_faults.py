@@ -12,7 +12,7 @@ import torch
 
 from fastvit.emulated import build
 from fastvit.emulated.call import bank_conflicts, emulation
-from fastvit.validation.cases import AddPositionCase, Case, PatchEmbedCase, make_inputs
+from fastvit.validation import AddPositionCase, Case, PatchEmbedCase, make_inputs
 from fastvit.validation.runner import backend_candidate, check_inputs
 
 ADD, SUMS, PREPARE, OPS = "add_position", "row_sums", "prepare_weight", "patch_embed"

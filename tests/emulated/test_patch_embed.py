@@ -12,7 +12,9 @@ from torch import Tensor
 from fastvit import functional
 from fastvit.emulated import ops
 from fastvit.emulated.call import bank_conflicts, emulation
-from fastvit.validation.cases import DTYPES, PATCH_EMBED_TINY, Inputs, PatchEmbedCase, make_inputs
+from fastvit.validation import Inputs, PatchEmbedCase, make_inputs
+from fastvit.validation.cases import DTYPES
+from fastvit.validation.ops.patch_embed import OP
 from fastvit.validation.runner import backend_candidate, check_inputs
 from fastvit.validation.tolerance import relative_error
 
@@ -30,7 +32,7 @@ def _hold(inputs: Inputs, gradients: int = 4) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", PATCH_EMBED_TINY, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", OP.tiny, ids=lambda case: case.name)
 def test_every_case(case: PatchEmbedCase, dtype: str) -> None:
     _hold(make_inputs(case, DTYPES[dtype]), gradients=1)
 

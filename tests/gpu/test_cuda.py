@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fastvit import functional
 from fastvit.backend import launch_counts
-from fastvit.validation import PatchEmbedCase, make_inputs, poisoned, validate
-from fastvit.validation.cases import Inputs
-from fastvit.validation.plain import true_patch_embed
+from fastvit.validation import Inputs, PatchEmbedCase, make_inputs, poisoned, validate
+from fastvit.validation.ops import truth
 from fastvit.validation.runner import backend_candidate, check_inputs
 from fastvit.validation.tolerance import relative_error
 
@@ -215,5 +214,5 @@ def test_float32_products_are_as_exact_as_torchs_convolutions(precision: str, im
         found = _run(kernels, inputs)[0]
     finally:
         convolution.fp32_precision = before
-    error = relative_error(found, true_patch_embed(inputs, wide))
+    error = relative_error(found, truth("patch_embed", inputs, wide))
     assert 2**-16 < error < 2**-10 if precision == "tf32" else error < 2**-18

@@ -12,7 +12,7 @@ import torch
 import fastvit
 from fastvit import functional
 from fastvit.backend import BACKENDS, launch_counts, triton_is_interpreted, use_backend
-from fastvit.validation.cases import PatchEmbedCase, make_inputs
+from fastvit.validation import PatchEmbedCase, make_inputs
 from fastvit.validation.runner import Candidate, backend_candidate, check_inputs
 
 

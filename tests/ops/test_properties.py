@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvit.validation.cases import AddPositionCase, Case, PatchEmbedCase
+from fastvit.validation import AddPositionCase, Case, PatchEmbedCase
 from fastvit.validation.runner import backend_candidate, check_case
 
 DTYPES = ["float32", "bfloat16", "float16"]

@@ -7,9 +7,9 @@ import builtins
 import pytest
 import torch
 
+from fastvit.validation import PatchEmbedCase, cases_for, make_inputs, photographs
 from fastvit.validation import cases as module
-from fastvit.validation import cases_for, make_inputs, photographs
-from fastvit.validation.cases import OPS, InputUnavailable, PatchEmbedCase
+from fastvit.validation.cases import OPS, InputUnavailable
 
 EMBED = [case for case in cases_for("patch_embed", large=True) if isinstance(case, PatchEmbedCase)]
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.validation import PatchEmbedCase, make_inputs
-from fastvit.validation.plain import plain_patch_embed, tf32_conv2d
+from fastvit.validation.ops.patch_embed import plain
+from fastvit.validation.plain import tf32_conv2d
 
 
 def _truncated(values: Tensor) -> Tensor:
@@ -53,6 +54,6 @@ def test_not_finite_stays_so() -> None:
 def test_the_pipeline_at_tf32_is_the_pipeline_but_for_the_rounding() -> None:
     case = PatchEmbedCase("tf32", batch=2, grid=(3, 3), width=32, images="uint8", normalise=True)
     inputs = make_inputs(case, torch.float32)
-    full, rounded = (plain_patch_embed(inputs, inputs.tensors, tf32=tf32) for tf32 in (False, True))
+    full, rounded = (plain(inputs, inputs.tensors, tf32=tf32) for tf32 in (False, True))
     error = float((full - rounded).norm() / full.norm())
     assert 2**-16 < error < 2**-11

@@ -1,0 +1,76 @@
+"""The ops as the validator knows them: a file for each, of its name, that holds its cases, plain PyTorch and faults.
+
+What is the same for every op is here: its arguments are the tensors and the fields of a case's inputs that have their
+names, and its truth is the function of its name in `fastvit.reference`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastvit import functional, reference
+from fastvit.discovery import Declared
+
+if TYPE_CHECKING:
+    from fastvit.validation.cases import Case, Inputs
+    from fastvit.validation.faults import Fault
+
+Tensors = dict[str, Tensor | None]
+Outputs = Any  # of a call: a tensor, or a tuple of them where the op has several results
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the file of an op declares, as `OP`.
+
+    `plain` is what a user writes today, at the precision under test: its error is the yardstick of the tolerance. It
+    is called as plain(inputs, tensors), with tf32=True too where the op `multiplies` and its products are to be made
+    at TF32 precision.
+    """
+
+    tiny: tuple[Case, ...]  # small enough for an interpreter that runs a GPU kernel program by program
+    large: tuple[Case, ...]  # real sizes, for backends that run at full speed
+    quick: int  # how many of the tiny ones come first because they find most
+    plain: Callable[..., Outputs]
+    faults: tuple[Fault, ...] = ()  # what the validator must catch
+    multiplies: bool = False
+
+
+OPS: Mapping[str, Op] = Declared(__name__, "OP")
+
+
+def arguments(op: str, inputs: Inputs, tensors: Tensors) -> tuple[list[Any], dict[str, Any]]:
+    """The call of an op on `tensors` (those of `inputs`, perhaps as leaves), positional and by name; without
+    `backend`."""
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    for name, parameter in inspect.signature(getattr(functional, op)).parameters.items():
+        if name == "backend":
+            continue
+        value = tensors[name] if name in tensors else getattr(inputs, name)
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            named[name] = value
+        else:
+            positional.append(value)
+    return positional, named
+
+
+def call(function: Callable[..., Outputs], op: str, inputs: Inputs, tensors: Tensors, **more: Any) -> Outputs:
+    """A function that is called like the op."""
+    positional, named = arguments(op, inputs, tensors)
+    return function(*positional, **named, **more)
+
+
+def results_of(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The results of a call, however many."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def truth(op: str, inputs: Inputs, tensors: Tensors) -> Outputs:
+    """The reference on float64 copies of the tensors."""
+    return call(getattr(reference, op), op, replace(inputs, dtype=None), tensors)
