@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.kernels import interpreter, launch, manifest
+from fastvit.kernels import launch, manifest
+from fastvit.kernels.jit import jit
 from fastvit.kernels.layout import INT32_LIMIT, cdiv
 from fastvit.kernels.prepare_weight import make_table
 from fastvit.kernels.row_sums import sum_rows
-
-interpreter.mend()
-
-_SCALARS = ["rows", "length", "prefix", "width_units", "batch_stride", "token_stride", "width_stride"]
 
 
 def _add_position(
@@ -52,8 +48,20 @@ def _add_position(
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-aligned = triton.jit(_add_position, do_not_specialize=_SCALARS)
-unaligned = triton.jit(_add_position, do_not_specialize=_SCALARS, do_not_specialize_on_alignment=["tokens_ptr"])
+aligned = jit(_add_position)
+unaligned = jit(_add_position, any_address=["tokens_ptr"])
+
+ENTRIES = manifest.Entries(__name__)
+for _name, _align in manifest.ALIGNMENTS:
+    for _source, _out in manifest.ROUNDINGS:
+        ENTRIES.add(
+            "add_position",
+            (_name, _source, _out),
+            dict(tokens=_source, table="fp32", out=_out),
+            dict(ALIGN=_align, CONTIGUOUS=_name == "aligned", BLOCK_ROWS=8, BLOCK_D=256),
+            num_stages=1,
+            function=_name,
+        )
 
 
 def forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -63,7 +71,7 @@ def forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: tor
     length = prefix_rows + patches
     if batch * length >= INT32_LIMIT or length * width >= INT32_LIMIT:
         raise ValueError(f"tokens: {list(tokens.shape)} has 2^31 rows, or as many values a sample")
-    kernel_dtype = dtype if manifest.can_round(tokens.dtype, dtype) else torch.float32
+    kernel_dtype = dtype if ENTRIES.find("add_position", "aligned", tokens.dtype, dtype) else torch.float32
     out = torch.empty(batch, length, width, dtype=kernel_dtype, device=tokens.device)
     if out.numel() == 0:
         return out.to(dtype)
@@ -74,7 +82,7 @@ def forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: tor
         and all(value % 16 == 0 for value in (batch_stride, token_stride, width))
         and tokens.data_ptr() % 16 == 0
     )
-    entry = manifest.add_position(tokens.dtype, kernel_dtype, is_aligned)
+    entry = ENTRIES.one("add_position", manifest.alignment(is_aligned), tokens.dtype, kernel_dtype)
     align = entry.constant("ALIGN")
     launch.launch(
         entry,

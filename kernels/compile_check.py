@@ -2,9 +2,9 @@
 
     python -m fastvit.kernels.compile_check [--target 80 --target 90 --target 100] [--json] [--workers N] [NAME ...]
 
-A row of the table is one entry on one target: registers, stack, shared memory, the matrix instruction, and the widths
-in bytes of the copies from global memory, apart for the image and for the other operand of the product (the weight;
-in backward the gradient). Exits with 1 if a rule of ``problems`` is broken.
+A row of the table is one entry on one target: registers, stack, shared memory, the matrix instruction, and for each
+operand of the product the widths in bytes of its copies from and to global memory. Exits with 1 if a rule of
+``problems`` is broken.
 """
 
 from __future__ import annotations
@@ -30,12 +30,6 @@ from fastvit.kernels.manifest import Entry
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a thread block may use
 TARGETS = tuple(SHARED_LIMIT)
-# Operands of each product: (image, others). The image gradient writes its image, and reads two others.
-OPERANDS = {
-    "patch_embed_forward": ("images_ptr", ("weight_ptr",)),
-    "patch_embed_weight_gradient": ("images_ptr", ("grad_ptr",)),
-    "patch_embed_image_gradient": ("images_ptr", ("grad_ptr", "weight_ptr")),
-}
 
 
 @dataclass(frozen=True)
@@ -49,8 +43,7 @@ class Row:
     stack: int
     shared: int
     mma: str
-    image_copies: str
-    weight_copies: str
+    copies: dict[str, str]  # of each operand
     problems: tuple[str, ...] = ()
 
 
@@ -104,10 +97,9 @@ def inspect(entry: Entry, target: int) -> Row:
         registers, stack = resource_usage(compiled.asm["cubin"])
     except Exception as error:  # a compiler that fails, in whatever way, is a row of the table and not the end of it
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Row(target, entry.kernel, _config(entry), 0, 0, 0, "", "", "", (f"does not compile: {message}",))
+        return Row(target, entry.kernel, _config(entry), 0, 0, 0, "", {}, (f"does not compile: {message}",))
     ptx = compiled.asm["ptx"]
     accesses = list(global_accesses(ptx, list(dict(entry.pointers)), _parameter_names(entry)))
-    image, others = OPERANDS.get(entry.kernel, ("", ()))
     row = Row(
         target=target,
         kernel=entry.kernel,
@@ -116,8 +108,10 @@ def inspect(entry: Entry, target: int) -> Row:
         stack=stack,
         shared=compiled.metadata.shared,
         mma=mma_instruction(ptx, entry),
-        image_copies=_widths(access for access in accesses if access.parameter == image),
-        weight_copies=_widths(access for access in accesses if access.parameter in others),
+        copies={
+            operand.removesuffix("_ptr"): _widths(access for access in accesses if access.parameter == operand)
+            for operand, _ in entry.copies
+        },
     )
     found = list(problems(entry, row))
     if any(access.parameter not in dict(entry.pointers) for access in accesses):
@@ -131,20 +125,13 @@ def problems(entry: Entry, row: Row) -> Iterator[str]:
         yield f"{row.stack} bytes of stack"
     if row.shared > SHARED_LIMIT[row.target]:
         yield f"{row.shared} bytes of shared memory, {SHARED_LIMIT[row.target]} are allowed"
-    half = entry.compute in manifest.HALF
-    if row.target == 90 and half and _product_rows(entry) >= 64 and entry.num_warps >= 4 and "wgmma" not in row.mma:
+    fits = entry.compute in manifest.HALF and entry.constant(entry.product_rows) >= 64 and entry.num_warps >= 4
+    if row.target == 90 and fits and "wgmma" not in row.mma:
         yield "no wgmma"
-    if entry.kernel in OPERANDS and entry.key[0] == "wide":  # patch 16
-        least = 8 if dict(entry.pointers)["images_ptr"] == "u8" else 16
-        if _narrowest(row.image_copies) < least:
-            yield f"image copies narrower than {least} bytes"
-        if _narrowest(row.weight_copies) < 16:
-            yield "weight copies narrower than 16 bytes"
-
-
-def _product_rows(entry: Entry) -> int:
-    """Rows of the tile that a product makes."""
-    return entry.constant("BLOCK_N" if entry.kernel == "patch_embed_weight_gradient" else "BLOCK_M")
+    for pointer, least in entry.copies:
+        operand = pointer.removesuffix("_ptr")
+        if _narrowest(row.copies[operand]) < least:
+            yield f"copies of {operand} narrower than {least} bytes"
 
 
 def _config(entry: Entry) -> str:
@@ -291,7 +278,7 @@ def run(entries: Sequence[Entry], targets: Sequence[int], workers: int, as_json:
 
 def print_table(rows: Sequence[Row]) -> None:
     """Plain text, so that a log keeps it whole however wide the terminal is."""
-    header = ("target", "kernel", "config", "registers", "stack", "shared", "mma", "image_copies", "weight_copies")
+    header = ("target", "kernel", "config", "registers", "stack", "shared", "mma", "copies")
     table = [header, *(tuple(_cell(row, name) for name in header) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
     for line in table:
@@ -299,6 +286,8 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def _cell(row: Row, name: str) -> str:
+    if name == "copies":
+        return "; ".join(f"{operand} {widths}" for operand, widths in row.copies.items()) or "-"
     return f"sm_{row.target}" if name == "target" else str(getattr(row, name))
 
 

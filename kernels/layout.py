@@ -74,6 +74,39 @@ class KOrder:
         return self.steps * self.run * self.rows
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How kernels walk through a patch, and what they may rely on."""
+
+    run: int
+    rows: int
+    align: int  # elements that divide every stride
+    width_align: int  # elements that divide D
+    masked: bool
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Of every kernel."""
+        return dict(RUN=self.run, ALIGN=self.align, WIDTH_ALIGN=self.width_align)
+
+
+VARIANTS = {
+    "wide": Variant(run=16, rows=4, align=16, width_align=16, masked=False),  # patches 16, 32, ...
+    "narrow": Variant(run=8, rows=8, align=8, width_align=16, masked=False),  # patch 8
+    "masked": Variant(run=16, rows=4, align=2, width_align=16, masked=True),  # patch 14, and other even ones
+    "generic": Variant(run=8, rows=4, align=1, width_align=1, masked=True),  # any patch, stride, width and address
+}
+PRODUCTS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32"))  # compute dtype and precision
+IMAGES = ("u8", "bf16", "fp16", "fp32")
+
+
+def copies_of(variant: str, image: str, *others: str) -> tuple[tuple[str, int], ...]:
+    """What a kernel copies, and how many bytes at once where a patch is wide: those of others, and of images."""
+    pixels = 8 if image == "u8" else 16
+    return tuple((f"{name}_ptr", 0 if variant != "wide" else pixels if name == "images" else 16)
+                 for name in ("images", *others))  # fmt: skip
+
+
 def k_order(layout: PatchLayout, run: int, rows: int) -> KOrder:
     runs = cdiv(layout.stretch, run)
     row_blocks = cdiv(layout.patch_height, rows)

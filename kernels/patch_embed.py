@@ -1,6 +1,6 @@
 """patch_embed on a GPU: the launchers of the forward and backward kernels.
 
-They choose a variant of the kernels by layout, alignment and dtype (see manifest.VARIANTS), prepare weight and table,
+They choose a variant of the kernels by layout, alignment and dtype (see layout.VARIANTS), prepare weight and table,
 allocate, and launch. Nothing here waits for the device, times anything, or reads a value of a tensor; a tuning table
 (see fastvit.tuning), where there is one, names the tile of the forward GEMM and the programs of the weight gradient.
 """
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.kernels import launch, manifest
+from fastvit.kernels import launch
 from fastvit.kernels.add_position import supported
-from fastvit.kernels.layout import INT32_LIMIT, KOrder, PatchLayout, cdiv, k_order, read_layout
+from fastvit.kernels.layout import INT32_LIMIT, VARIANTS, KOrder, PatchLayout, cdiv, k_order, read_layout
 from fastvit.kernels.manifest import Entry
 from fastvit.kernels.normalisation import (
     UINT8_SCALE,
@@ -24,6 +24,9 @@ from fastvit.kernels.normalisation import (
     constants_on_device,
     image_gradient_constants,
 )
+from fastvit.kernels.patch_embed_backward import ENTRIES as GRADIENTS
+from fastvit.kernels.patch_embed_backward import IMAGE, REDUCE, WEIGHT
+from fastvit.kernels.patch_embed_forward import entry_for, tiles_for
 from fastvit.kernels.precision import product_precision
 from fastvit.kernels.prepare_weight import make_table, prepare
 from fastvit.kernels.row_sums import TARGET_PROGRAMS, sum_by_key, sum_rows
@@ -110,7 +113,7 @@ def forward_tiles(images: Tensor, weight: Tensor, compute_dtype: torch.dtype, dt
     plan = _forward_plan(images, layout, weight.shape[0], compute_dtype, kernel_dtype, layout.batch * layout.patches)
     variant = plan.entry.key[0]
     types = (images.dtype, compute_dtype, _output(variant, kernel_dtype), product_precision(compute_dtype))
-    return tuple(manifest.forward_tiles(variant, *types, weight.shape[0]))
+    return tuple(tiles_for(variant, *types, weight.shape[0]))
 
 
 def backward(
@@ -186,13 +189,14 @@ def _weight_gradient(
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if rows == 0:
         return d_weight.zero_()
+    precision = product_precision(grad.dtype)
     plan = _plan(
-        lambda variant: manifest.weight_gradient(variant, images.dtype, grad.dtype, product_precision(grad.dtype)),
+        lambda variant: GRADIENTS.find(WEIGHT, variant, images.dtype, grad.dtype, precision),
         layout,
         width,
         [images, grad],
     )
-    tf32 = product_precision(grad.dtype) == "tf32"
+    tf32 = precision == "tf32"
     constants = channel_constants(mean, std, channels, images.dtype, grad.dtype, tf32)
     is_uint8 = images.dtype == torch.uint8
     k_length = plan.order.length
@@ -223,7 +227,7 @@ def _weight_gradient(
         planes=plan.order.steps // plan.order.row_blocks,
         has_keep=int(keep is not None),
     )
-    entry = manifest.reduce_weight_gradient(weight.dtype, plan.order.run)
+    entry = GRADIENTS.one(REDUCE, weight.dtype, f"run{plan.order.run}")
     size = channels * patch_height * patch_width
     launch.launch(
         entry,
@@ -264,19 +268,15 @@ def _image_gradient(
     if keep is not None:
         grad = _scatter(grad, keep, layout.patches, prefix_rows)
         prefix_rows = 0
+    precision = product_precision(grad.dtype)
     plan = _plan(
-        lambda variant: manifest.image_gradient(
-            variant, _output(variant, target.dtype), grad.dtype, product_precision(grad.dtype)
-        ),
+        lambda variant: GRADIENTS.find(IMAGE, variant, _output(variant, target.dtype), grad.dtype, precision),
         layout,
         width,
         [target, grad],
     )
-    target = (
-        target
-        if _output(plan.entry.key[0], target.dtype) == target.dtype
-        else torch.empty_like(target, dtype=torch.float32)
-    )
+    if _output(plan.entry.key[0], target.dtype) != target.dtype:
+        target = torch.empty_like(target, dtype=torch.float32)
     constants = image_gradient_constants(std, layout.channels)
     prepared, normaliser, _ = prepare(weight, None, constants, False, grad.dtype, layout, plan.order)
     block_m, _, block_k = plan.entry.tile
@@ -316,7 +316,7 @@ def _forward_plan(
 ) -> Plan:
     precision = product_precision(compute_dtype)
     return _plan(
-        lambda variant: manifest.forward(
+        lambda variant: entry_for(
             variant, images.dtype, compute_dtype, _output(variant, kernel_dtype), precision, rows, width, tile
         ),
         layout,
@@ -328,7 +328,7 @@ def _forward_plan(
 def _plan(find: Callable[[str], Entry | None], layout: PatchLayout, width: int, tensors: Sequence[Tensor]) -> Plan:
     """The first variant that fits the layout and for which find has an entry; the last one, generic, always does."""
     addresses_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    for name, variant in manifest.VARIANTS.items():
+    for name, variant in VARIANTS.items():
         fits = name == "generic" or (
             addresses_aligned
             and width % variant.width_align == 0

@@ -9,44 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastvit.kernels import interpreter
+from fastvit.kernels import manifest
+from fastvit.kernels.jit import jit
+from fastvit.kernels.layout import IMAGES, PRODUCTS, VARIANTS, copies_of
 from fastvit.kernels.precision import round_to_tf32
-
-interpreter.mend()
-
-WEIGHT_SCALARS = [
-    "rows",
-    "rows_per_split",
-    "kept",
-    "patches",
-    "prefix",
-    "grid_width",
-    "width_units",
-    "batch_stride_units",
-    "channel_stride_units",
-    "row_stride_units",
-    "stretch_units",
-    "patch_height",
-    "runs",
-    "padded_rows",
-    "planes",
-    "has_keep",
-]
-IMAGE_SCALARS = [
-    "rows",
-    "patches",
-    "prefix",
-    "grid_width",
-    "width_units",
-    "batch_stride_units",
-    "channel_stride_units",
-    "row_stride_units",
-    "stretch_units",
-    "patch_height",
-    "runs",
-    "padded_rows",
-    "planes",
-]
 
 
 @triton.jit
@@ -152,31 +118,11 @@ def _patch_embed_weight_gradient(
     tl.store(parts_ptr + part[:, None] + k[None, :], acc, mask=(d < width)[:, None] & (k < k_length)[None, :])
 
 
-weight_gradient_aligned = triton.jit(
-    _patch_embed_weight_gradient, do_not_specialize=WEIGHT_SCALARS, do_not_specialize_on_alignment=["keep_ptr"]
-)
-weight_gradient_unaligned = triton.jit(
-    _patch_embed_weight_gradient,
-    do_not_specialize=WEIGHT_SCALARS,
-    do_not_specialize_on_alignment=["keep_ptr", "images_ptr", "grad_ptr"],
-)
+weight_gradient_aligned = jit(_patch_embed_weight_gradient, any_address=["keep_ptr"])
+weight_gradient_unaligned = jit(_patch_embed_weight_gradient, any_address=["keep_ptr", "images_ptr", "grad_ptr"])
 
 
-@triton.jit(
-    do_not_specialize=[
-        "width",
-        "channels",
-        "patch_height",
-        "patch_width",
-        "k_length",
-        "padded_rows",
-        "runs",
-        "splits",
-        "channels_last",
-        "has_bias_gradient",
-        "inverse_factor",
-    ]
-)
+@jit
 def reduce_weight_gradient(
     parts_ptr,  # [splits, D, k_length] fp32
     constants_ptr,  # [4, C] fp32: see prepare_weight.py
@@ -286,9 +232,69 @@ def _patch_embed_image_gradient(
     tl.store(image_ptrs, acc.to(images_ptr.dtype.element_ty), mask=(m < rows)[:, None] & inside[None, :])
 
 
-image_gradient_aligned = triton.jit(_patch_embed_image_gradient, do_not_specialize=IMAGE_SCALARS)
-image_gradient_unaligned = triton.jit(
-    _patch_embed_image_gradient,
-    do_not_specialize=IMAGE_SCALARS,
-    do_not_specialize_on_alignment=["grad_ptr", "images_ptr"],
-)
+image_gradient_aligned = jit(_patch_embed_image_gradient)
+image_gradient_unaligned = jit(_patch_embed_image_gradient, any_address=["grad_ptr", "images_ptr"])
+
+
+WEIGHT, IMAGE, REDUCE = "patch_embed_weight_gradient", "patch_embed_image_gradient", "reduce_weight_gradient"
+ENTRIES = manifest.Entries(__name__)
+
+
+def _blocks(m: int, n: int, k: int) -> dict[str, int]:
+    return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
+
+
+def _add_weight_gradient(variant_name: str, image: str, compute: str, precision: str = "ieee") -> None:
+    variant, generic = VARIANTS[variant_name], variant_name == "generic"
+    # Where pixels need no conversion ptxas aims for 128 registers on sm_80, and 64 rows a step would spill.
+    blocks = _blocks(16, 64, 64) if generic else _blocks(32 if image == compute else 64, 128, 128)
+    ENTRIES.add(
+        WEIGHT,
+        (variant_name, image, compute, precision),
+        dict(images=image, grad=compute, normaliser="fp32", keep="i64", parts="fp32"),
+        dict(**variant.constants, MASKED=variant.masked, PRECISION=precision, **blocks),
+        num_warps=4 if generic else 8,
+        num_stages=4 if image == compute and not generic else 3,
+        function=f"weight_gradient_{manifest.alignment(not generic)}",
+        compute=compute,
+        product_rows="BLOCK_N",
+        copies=copies_of(variant_name, image, "grad"),
+    )
+
+
+def _add_image_gradient(variant_name: str, image: str, compute: str, precision: str = "ieee") -> None:
+    generic = variant_name == "generic"
+    blocks = _blocks(64, 32, 64) if generic else _blocks(128, 64, 128)
+    ENTRIES.add(
+        IMAGE,
+        (variant_name, image, compute, precision),
+        dict(grad=compute, weight=compute, normaliser="fp32", images=image),
+        dict(**VARIANTS[variant_name].constants, PRECISION=precision, **blocks),
+        num_warps=4 if generic else 8,
+        num_stages=3,
+        function=f"image_gradient_{manifest.alignment(not generic)}",
+        compute=compute,
+        copies=copies_of(variant_name, image, "grad", "weight"),
+    )
+
+
+for _compute in manifest.HALF:
+    for _image in ("u8", _compute, "fp32"):
+        _add_weight_gradient("wide", _image, _compute)
+    for _image in (_compute, "fp32"):
+        _add_image_gradient("wide", _image, _compute)
+for _image in ("u8", "bf16", "fp32"):
+    _add_weight_gradient("narrow", _image, "bf16")
+    _add_weight_gradient("masked", _image, "bf16")
+for _compute, _precision in PRODUCTS:
+    for _image in IMAGES:
+        _add_weight_gradient("generic", _image, _compute, _precision)
+    _add_image_gradient("generic", "fp32", _compute, _precision)
+for _dtype in manifest.FLOATS:
+    for _run in (16, 8):
+        ENTRIES.add(
+            REDUCE,
+            (_dtype, f"run{_run}"),
+            dict(parts="fp32", constants="fp32", bias_gradient="fp32", gradient=_dtype),
+            dict(RUN=_run, BLOCK_D=16, BLOCK_E=256),
+        )

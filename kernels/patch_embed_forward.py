@@ -9,36 +9,21 @@ from it, which costs fewer registers than adding it at the end. Prefix rows are 
 
 from __future__ import annotations
 
-import triton
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
 import triton.language as tl
 
-from fastvit.kernels import interpreter
+from fastvit.kernels import manifest
+from fastvit.kernels.jit import jit
+from fastvit.kernels.layout import IMAGES, PRODUCTS, VARIANTS, copies_of
+from fastvit.kernels.manifest import Entry
 from fastvit.kernels.precision import round_to_tf32
 
-interpreter.mend()
 
 # Sizes and strides come in units of ALIGN (or WIDTH_ALIGN) elements. The kernel multiplies them back and so knows
 # what divides them, without Triton specialising on their values: one compilation serves every batch and image size.
-SCALARS = [
-    "rows",
-    "prefix_rows",
-    "kept",
-    "patches",
-    "prefix",
-    "grid_width",
-    "width_units",
-    "batch_stride_units",
-    "channel_stride_units",
-    "row_stride_units",
-    "stretch_units",
-    "patch_height",
-    "runs",
-    "row_blocks",
-    "steps",
-    "has_keep",
-]
-
-
 def _patch_embed_forward(
     images_ptr,  # [B, C, H, W], any of the layouts of layout.py
     weight_ptr,  # [D, steps * BLOCK_K] in the order of layout.py, in the compute dtype
@@ -173,7 +158,106 @@ def _patch_embed_forward(
 
 
 # `aligned` may rely on 16-byte aligned tensors, `unaligned` takes images at any address; keep is the caller's too.
-aligned = triton.jit(_patch_embed_forward, do_not_specialize=SCALARS, do_not_specialize_on_alignment=["keep_ptr"])
-unaligned = triton.jit(
-    _patch_embed_forward, do_not_specialize=SCALARS, do_not_specialize_on_alignment=["keep_ptr", "images_ptr"]
-)
+aligned = jit(_patch_embed_forward, any_address=["keep_ptr"])
+unaligned = jit(_patch_embed_forward, any_address=["keep_ptr", "images_ptr"])
+
+KERNEL = "patch_embed_forward"
+MINIMUM_WAVE = 132  # programs that keep an H200 busy; a large tile is only worth it with at least as many
+
+
+@dataclass(frozen=True)
+class Tile:
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+TILES = {
+    "large": Tile(128, 256, 8, 3),
+    "medium": Tile(128, 128, 8, 3),
+    "small": Tile(64, 128, 4, 3),
+    "tf32": Tile(128, 128, 8, 2),
+    "generic": Tile(64, 64, 4, 3),
+}
+
+
+def _specialisations() -> Iterator[tuple[str, ...]]:
+    """The keys: variant, tile, image, compute, out and precision."""
+    for compute in manifest.HALF:
+        for image in ("u8", compute, "fp32"):
+            for out in (compute, "fp32"):
+                yield "wide", "medium", image, compute, out, "ieee"
+    for image in ("u8", "bf16"):  # fp32 images at this tile take more registers than there are on sm_100
+        yield "wide", "large", image, "bf16", "bf16", "ieee"
+    for image in ("u8", "bf16", "fp32"):
+        yield "wide", "small", image, "bf16", "bf16", "ieee"
+        for out in ("bf16", "fp32"):
+            yield "narrow", "medium", image, "bf16", out, "ieee"
+            yield "masked", "medium", image, "bf16", out, "ieee"
+    # uint8 images go to the generic kernels here: Triton would copy them 4 bytes at a time.
+    yield "wide", "tf32", "fp32", "fp32", "fp32", "tf32"
+    for image in IMAGES:
+        for compute, precision in PRODUCTS:
+            yield "generic", "generic", image, compute, "fp32", precision
+
+
+ENTRIES = manifest.Entries(__name__)
+for _key in _specialisations():
+    _variant, _tile, _image, _compute, _out, _precision = _key
+    ENTRIES.add(
+        KERNEL,
+        _key,
+        dict(images=_image, weight=_compute, table="fp32", normaliser="fp32", keep="i64", tokens=_out),
+        dict(
+            **VARIANTS[_variant].constants,
+            ROWS=VARIANTS[_variant].rows,
+            MASKED=VARIANTS[_variant].masked,
+            PRECISION=_precision,
+            BLOCK_M=TILES[_tile].m,
+            BLOCK_N=TILES[_tile].n,
+            GROUP_M=8,
+        ),
+        TILES[_tile].warps,
+        TILES[_tile].stages,
+        function="unaligned" if _variant == "generic" else "aligned",
+        compute=_compute,
+        copies=copies_of(_variant, _image, "weight"),
+    )
+
+
+def tiles_for(
+    variant: str, image: torch.dtype, compute: torch.dtype, out: torch.dtype, precision: str, width: int
+) -> dict[str, Entry]:
+    """The entries between which a GEMM of width D can choose, by the name of their tile, largest first."""
+    found = {
+        name: ENTRIES.find(KERNEL, variant, name, image, compute, out, precision)
+        for name, tile in TILES.items()
+        if name != "large" or width % tile.n == 0
+    }
+    return {name: entry for name, entry in found.items() if entry is not None}
+
+
+def entry_for(
+    variant: str,
+    image: torch.dtype,
+    compute: torch.dtype,
+    out: torch.dtype,
+    precision: str,
+    rows: int,
+    width: int,
+    tile: str | None = None,
+) -> Entry | None:
+    """The entry for a GEMM of [rows, D = width]; None where the variant has none.
+
+    That of the preferred `tile` where the variant has it, else one chosen by shape alone.
+    """
+    tiles = tiles_for(variant, image, compute, out, precision, width)
+    if tile in tiles:
+        return tiles[tile]
+    smallest = tiles.get("small")
+    for entry in tiles.values():
+        programs = -(-rows // entry.constant("BLOCK_M")) * -(-width // entry.constant("BLOCK_N"))
+        if programs >= MINIMUM_WAVE or smallest is None or entry is smallest:
+            return entry
+    return None

@@ -5,37 +5,21 @@ How the normalisation is divided between the two is told in normalisation.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.kernels import interpreter, launch, manifest
+from fastvit.kernels import launch, manifest
+from fastvit.kernels.jit import jit
 from fastvit.kernels.layout import KOrder, PatchLayout, cdiv
 from fastvit.kernels.normalisation import UINT8_SCALE, ChannelConstants, constants_on_device
 from fastvit.kernels.precision import product_precision, round_to_tf32
 
-interpreter.mend()
 
-
-@triton.jit(
-    do_not_specialize=[
-        "width",
-        "channels",
-        "patch_height",
-        "patch_width",
-        "k_length",
-        "runs",
-        "padded_rows",
-        "channels_last",
-        "has_bias",
-        "inverse_factor",
-        "tf32",
-    ],
-    do_not_specialize_on_alignment=["weight_ptr", "bias_ptr"],
-)
+@functools.partial(jit, any_address=["weight_ptr", "bias_ptr"])
 def prepare_weight(
     weight_ptr,  # [D, C, P_h, P_w]
     bias_ptr,  # [D] fp32, read only with has_bias
@@ -96,10 +80,7 @@ def prepare_weight(
     tl.store(bias_out_ptr + d, bias + correction * inverse_factor, mask=in_width)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "width", "prefix", "position_start", "has_bias", "has_positions", "factor"],
-    do_not_specialize_on_alignment=["bias_ptr", "positions_ptr", "prefix_ptr"],
-)
+@functools.partial(jit, any_address=["bias_ptr", "positions_ptr", "prefix_ptr"])
 def prepare_table(
     bias_ptr,  # [D] fp32, read only with has_bias
     positions_ptr,  # [rows - position_start, D] fp32, read only with has_positions
@@ -129,6 +110,26 @@ def prepare_table(
     tl.store(table_ptr + row[:, None] * width + d[None, :], value * factor, mask=inside)
 
 
+ENTRIES = manifest.Entries(__name__)
+for _source, _compute in manifest.ROUNDINGS:
+    if _source != "fp32" and _compute == "fp32":
+        continue  # the launcher widens a 16-bit weight for fp32 compute
+    for _run in (8, 16):
+        ENTRIES.add(
+            "prepare_weight",
+            (_source, _compute, f"run{_run}"),
+            dict(weight=_source, bias="fp32", constants="fp32", prepared=_compute, normaliser="fp32", bias_out="fp32"),
+            dict(RUN=_run, BLOCK_D=16, BLOCK_K=128),
+        )
+ENTRIES.add(
+    "prepare_table",
+    (),
+    dict(bias="fp32", positions="fp32", prefix="fp32", table="fp32"),
+    dict(BLOCK_ROWS=8, BLOCK_D=128),
+    num_stages=1,
+)
+
+
 def prepare(
     weight: Tensor,
     bias: Tensor | None,
@@ -148,7 +149,7 @@ def prepare(
     prepared = torch.empty(width, order.length, dtype=compute_dtype, device=weight.device)
     normaliser = torch.empty(2, order.length, dtype=torch.float32, device=weight.device)
     bias_out = torch.empty(width, dtype=torch.float32, device=weight.device)
-    entry = manifest.prepare_weight(weight.dtype, compute_dtype, order.run)
+    entry = ENTRIES.one("prepare_weight", weight.dtype, compute_dtype, f"run{order.run}")
     launch.launch(
         entry,
         (cdiv(width, entry.constant("BLOCK_D")),),
@@ -187,7 +188,7 @@ def make_table(
     table = torch.empty(rows, width, dtype=torch.float32, device=like.device)
     positions = positions.float().contiguous() if positions is not None else None
     prefix = prefix.float().contiguous() if prefix is not None else None
-    entry = manifest.prepare_table()
+    entry = ENTRIES.one("prepare_table")
     launch.launch(
         entry,
         (cdiv(rows, entry.constant("BLOCK_ROWS")), cdiv(width, entry.constant("BLOCK_D"))),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.kernels import interpreter, launch, manifest
+from fastvit.kernels import launch, manifest
+from fastvit.kernels.jit import jit
 from fastvit.kernels.layout import INT32_LIMIT, cdiv
-
-interpreter.mend()
 
 TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200; a constant, so that results never vary
 
@@ -40,11 +38,8 @@ def _sum_rows(
     tl.store(sums_ptrs, tl.sum(sums, axis=0), mask=column < columns)
 
 
-_SUM_SCALARS = ["rows", "rows_per_split", "column_units"]
-sum_rows_aligned = triton.jit(_sum_rows, do_not_specialize=_SUM_SCALARS)
-sum_rows_unaligned = triton.jit(
-    _sum_rows, do_not_specialize=_SUM_SCALARS, do_not_specialize_on_alignment=["matrix_ptr"]
-)
+sum_rows_aligned = jit(_sum_rows)
+sum_rows_unaligned = jit(_sum_rows, any_address=["matrix_ptr"])
 
 
 def _sum_segments(
@@ -77,11 +72,27 @@ def _sum_segments(
     tl.store(sums_ptr + segment * width + d, total, mask=d < width)
 
 
-_SEGMENT_SCALARS = ["kept", "prefix", "width_units"]
-sum_segments_aligned = triton.jit(_sum_segments, do_not_specialize=_SEGMENT_SCALARS)
-sum_segments_unaligned = triton.jit(
-    _sum_segments, do_not_specialize=_SEGMENT_SCALARS, do_not_specialize_on_alignment=["grad_ptr"]
-)
+sum_segments_aligned = jit(_sum_segments)
+sum_segments_unaligned = jit(_sum_segments, any_address=["grad_ptr"])
+
+ENTRIES = manifest.Entries(__name__)
+for _name, _align in manifest.ALIGNMENTS:
+    for _dtype in manifest.FLOATS:
+        ENTRIES.add(
+            "sum_rows",
+            (_name, _dtype),
+            dict(matrix=_dtype, sums="fp32"),
+            dict(ALIGN=_align, BLOCK_ROWS=8, BLOCK_COLUMNS=256),
+            function=f"sum_rows_{_name}",
+        )
+    for _dtype, _out in dict.fromkeys((d, out) for d in manifest.FLOATS for out in (d, "fp32")):
+        ENTRIES.add(
+            "sum_segments",
+            (_name, _dtype, _out),
+            dict(grad=_dtype, order="i64", starts="i64", sums=_out),
+            dict(ALIGN=_align, BLOCK_ROWS=4, BLOCK_D=256),
+            function=f"sum_segments_{_name}",
+        )
 
 
 def sum_rows(matrix: Tensor) -> Tensor:
@@ -91,7 +102,8 @@ def sum_rows(matrix: Tensor) -> Tensor:
         return torch.zeros(columns, dtype=torch.float32, device=matrix.device)
     if columns >= INT32_LIMIT:
         raise ValueError(f"grad: {columns} values a sample; less than 2^31 are supported")
-    entry = manifest.sum_rows(matrix.dtype, columns % 16 == 0 and matrix.data_ptr() % 16 == 0)
+    is_aligned = columns % 16 == 0 and matrix.data_ptr() % 16 == 0
+    entry = ENTRIES.one("sum_rows", manifest.alignment(is_aligned), matrix.dtype)
     block_rows = entry.constant("BLOCK_ROWS")
     column_tiles = cdiv(columns, entry.constant("BLOCK_COLUMNS"))
     splits = max(1, min(TARGET_PROGRAMS // column_tiles, cdiv(rows, 4 * block_rows)))
@@ -121,7 +133,8 @@ def sum_by_key(grad: Tensor, keys: Tensor, segments: int, prefix: int, dtype: to
     sorted_keys, order = torch.sort(keys.flatten(), stable=True)
     starts = torch.searchsorted(sorted_keys, torch.arange(segments + 1, device=keys.device))
     sums = torch.empty(segments, width, dtype=dtype, device=grad.device)
-    entry = manifest.sum_segments(grad.dtype, dtype, width % 16 == 0 and grad.data_ptr() % 16 == 0)
+    is_aligned = width % 16 == 0 and grad.data_ptr() % 16 == 0
+    entry = ENTRIES.one("sum_segments", manifest.alignment(is_aligned), grad.dtype, dtype)
     launch.launch(
         entry,
         (segments, cdiv(width, entry.constant("BLOCK_D"))),

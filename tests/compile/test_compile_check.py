@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 ENTRY = "patch_embed_forward wide medium u8 bf16 bf16"
+GOOD = {"images": "8", "weight": "16"}  # widths of copies
 
 
 def find(name: str) -> Any:
@@ -26,7 +27,7 @@ def find(name: str) -> Any:
 def row() -> Any:
     from fastvit.kernels.compile_check import Row
 
-    return Row(90, "patch_embed_forward", "", 128, 0, 65536, "wgmma m64n128k16", "8", "16")
+    return Row(90, "patch_embed_forward", "", 128, 0, 65536, "wgmma m64n128k16", GOOD)
 
 
 def test_a_good_row_has_no_problem(row: Any) -> None:
@@ -42,11 +43,11 @@ def test_a_good_row_has_no_problem(row: Any) -> None:
         (dict(shared=227 * 1024 + 1), "shared"),
         (dict(target=80, shared=163 * 1024 + 1, mma="mma m16n8k16"), "shared"),
         (dict(mma="mma m16n8k16"), "wgmma"),
-        (dict(image_copies="4, 8"), "image copies"),
-        (dict(image_copies="-"), "image copies"),
-        (dict(image_copies="ld 1"), "image copies"),
-        (dict(weight_copies="16, 8"), "weight copies"),
-        (dict(weight_copies="-"), "weight copies"),
+        (dict(copies={**GOOD, "images": "4, 8"}), "copies of images"),
+        (dict(copies={**GOOD, "images": "-"}), "copies of images"),
+        (dict(copies={**GOOD, "images": "ld 1"}), "copies of images"),
+        (dict(copies={**GOOD, "weight": "16, 8"}), "copies of weight"),
+        (dict(copies={**GOOD, "weight": "-"}), "copies of weight"),
     ],
 )
 def test_each_rule_fails(row: Any, changes: dict[str, Any], message: str) -> None:
@@ -60,8 +61,8 @@ def test_float_images_need_16_bytes(row: Any) -> None:
     from fastvit.kernels.compile_check import problems
 
     entry = find("patch_embed_forward wide medium bf16")
-    assert [*problems(entry, replace(row, image_copies="8"))] == ["image copies narrower than 16 bytes"]
-    assert not [*problems(entry, replace(row, image_copies="16"))]
+    assert [*problems(entry, row)] == ["copies of images narrower than 16 bytes"]
+    assert not [*problems(entry, replace(row, copies={**GOOD, "images": "16"}))]
 
 
 PTX = """

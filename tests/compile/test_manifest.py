@@ -160,9 +160,9 @@ CONFIGURATIONS = st.fixed_dictionaries(
 
 @pytest.fixture
 def small_waves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from fastvit.kernels import manifest
+    from fastvit.kernels import patch_embed_forward
 
-    monkeypatch.setattr(manifest, "MINIMUM_WAVE", 4)
+    monkeypatch.setattr(patch_embed_forward, "MINIMUM_WAVE", 4)
     yield
 
 
@@ -183,7 +183,7 @@ PRODUCTS = [("ieee", BF16), ("ieee", HALF), ("ieee", FP32), ("tf32", FP32)]
 
 @pytest.mark.parametrize("variant", ["wide", "narrow", "masked", "generic"])
 def test_a_preferred_tile_is_taken_where_there_is_one(variant: str) -> None:
-    from fastvit.kernels import manifest
+    from fastvit.kernels.patch_embed_forward import ENTRIES, TILES, entry_for, tiles_for
 
     preferred = 0
     for precision, compute in PRODUCTS:
@@ -191,13 +191,13 @@ def test_a_preferred_tile_is_taken_where_there_is_one(variant: str) -> None:
             for out in (compute, FP32):
                 types = (variant, image, compute, out, precision)
                 for width in (192, 256):
-                    tiles = manifest.forward_tiles(*types, width)
-                    default = manifest.forward(*types, 10_000, width)
+                    tiles = tiles_for(*types, width)
+                    default = entry_for(*types, 10_000, width)
                     assert (default in tiles.values()) if tiles else default is None
-                    assert set(tiles.values()) <= set(manifest.entries())
+                    assert set(tiles.values()) <= set(ENTRIES.values())
                     assert width % 256 == 0 or "large" not in tiles
-                    for name in (*manifest.FORWARD_TILES, "no such tile"):
-                        found = manifest.forward(*types, 10_000, width, name)
+                    for name in (*TILES, "no such tile"):
+                        found = entry_for(*types, 10_000, width, name)
                         assert found == tiles.get(name, default)
                         preferred += found != default
     assert preferred > 0 or variant != "wide"

@@ -72,13 +72,13 @@ def test_the_tiles_to_choose_from(make: Callable) -> None:
 
     def of(compute: torch.dtype, out: torch.dtype, **changes: Any) -> tuple[str, ...]:
         inputs = make(**changes)
-        return forward_tiles(inputs.images, inputs.weight, compute, out)
+        return forward_tiles(inputs["images"], inputs["weight"], compute, out)
 
     assert of(BF16, BF16, width=256) == ("large", "medium", "small")
     assert of(BF16, BF16, width=192) == ("medium", "small")
     assert of(BF16, FP32, width=256) == ("medium",)
     assert of(BF16, BF16, patch=(14, 14)) == ("medium",)
-    assert of(FP32, FP32) == of(BF16, BF16, width=63) == of(BF16, BF16, strides="cropped") == ("generic",)
+    assert of(FP32, FP32) == of(BF16, BF16, width=63) == of(BF16, BF16, layout="cropped") == ("generic",)
 
 
 @pytest.fixture

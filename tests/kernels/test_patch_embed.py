@@ -35,17 +35,17 @@ def test_dtypes(check: Callable, image: torch.dtype, compute: torch.dtype, width
         dict(image=BF16, prefix=5, positions="all"),
         dict(image=FP32, prefix=0),
         dict(image=U8, compute=HALF, weight=HALF),
-        dict(image=HALF, compute=HALF, normalised=False),
+        dict(image=HALF, compute=HALF, normalise=False),
         dict(image=FP32, compute=HALF),
         dict(image=U8, out=FP32, weight=BF16),
         dict(image=U8, compute=FP32),
         dict(image=FP32, compute=FP32),
-        dict(image=U8, strides="channels_last", channels=3, grid=(1, 2)),
-        dict(image=FP32, strides="channels_last", channels=2, grid=(2, 1)),
+        dict(image=U8, layout="channels_last", channels=3, grid=(1, 2)),
+        dict(image=FP32, layout="channels_last", channels=2, grid=(2, 1)),
         dict(image=U8, patch=(32, 32), grid=(1, 2), batch=1),
         dict(image=BF16, patch=(4, 16), channels=3, width=192),
         dict(image=BF16, keep=4),
-        dict(image=U8, keep=4, prefix=5, strides="channels_last", channels=2, patch=(8, 16)),
+        dict(image=U8, keep=4, prefix=5, layout="channels_last", channels=2, patch=(8, 16)),
     ],
     ids=name_of,
 )
@@ -70,18 +70,18 @@ def test_big_tiles(check: Callable, big_tiles: None, changes: dict[str, Any]) ->
     check(**{"patch": (4, 16), "batch": 3, **changes})
 
 
-@pytest.mark.parametrize("strides", ["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize(
     "patch", [(2, 2), (4, 4), (7, 7), (8, 8), (14, 14), (4, 6), (9, 5), (14, 2), (1, 3)], ids=name_of
 )
-def test_patches(check: Callable, patch: tuple[int, int], strides: str) -> None:
-    check(patch=patch, strides=strides, channels=3, image=FP32 if patch[0] % 2 else U8)
+def test_patches(check: Callable, patch: tuple[int, int], layout: str) -> None:
+    check(patch=patch, layout=layout, channels=3, image=FP32 if patch[0] % 2 else U8)
 
 
-@pytest.mark.parametrize("strides", ["sliced", "cropped", "transposed"])
+@pytest.mark.parametrize("layout", ["sliced_batch", "cropped", "transposed"])
 @pytest.mark.parametrize(("image", "patch"), [(U8, (8, 8)), (BF16, (14, 14)), (FP32, (5, 3))], ids=name_of)
-def test_strides(check: Callable, image: torch.dtype, patch: tuple[int, int], strides: str) -> None:
-    check(image=image, patch=patch, strides=strides, channels=2)
+def test_strides(check: Callable, image: torch.dtype, patch: tuple[int, int], layout: str) -> None:
+    check(image=image, patch=patch, layout=layout, channels=2)
 
 
 @pytest.mark.parametrize(
@@ -91,16 +91,16 @@ def test_strides(check: Callable, image: torch.dtype, patch: tuple[int, int], st
         dict(width=63, prefix=5),
         dict(width=193),
         dict(width=16, bias=False),
-        dict(bias=False, positions="", prefix=0),
-        dict(positions=""),
+        dict(bias=False, positions="none", prefix=0),
+        dict(positions="none"),
         dict(prefix=5, positions="all"),
-        dict(normalised=False, image=FP32),
-        dict(normalised=False),
+        dict(normalise=False, image=FP32),
+        dict(normalise=False),
         dict(batch=1, grid=(1, 1)),
         dict(batch=1, grid=(1, 1), prefix=0, channels=1, patch=(2, 2), width=1),
         dict(grid=(7, 1)),
-        dict(grid=(1, 7), strides="channels_last", channels=4),
-        dict(channels=1, strides="channels_last"),
+        dict(grid=(1, 7), layout="channels_last", channels=4),
+        dict(channels=1, layout="channels_last"),
         dict(channels=13, patch=(2, 2)),
         dict(batch=70, patch=(2, 2), width=16),
         dict(weight=BF16, compute=BF16, image=BF16),
@@ -108,8 +108,8 @@ def test_strides(check: Callable, image: torch.dtype, patch: tuple[int, int], st
         dict(weight=BF16, compute=HALF, image=FP32, out=FP32),
         dict(keep=3, width=63, positions="all", prefix=5),
         dict(keep=9, image=FP32),
-        dict(keep=1, batch=1, image=FP32, prefix=0, strides="cropped"),
-        dict(keep=5, image=FP32, patch=(8, 8), compute=FP32, strides="channels_last", channels=2),
+        dict(keep=1, batch=1, image=FP32, prefix=0, layout="cropped"),
+        dict(keep=5, image=FP32, patch=(8, 8), compute=FP32, layout="channels_last", channels=2),
     ],
     ids=name_of,
 )
@@ -162,9 +162,9 @@ def test_tf32_takes_the_nearest_value_of_every_operand(
 ) -> None:
     """Products with ones and zeros: what is left is the other operand, as it was multiplied."""
     patches, length = 2 * width, patch[0] * patch[1]
-    bare = dict(normalised=False, bias=False, positions="", prefix=0, image=FP32, channels=1)
+    bare = dict(normalise=False, bias=False, positions="none", prefix=0, image=FP32, channels=1)
     inputs = make(grid=(2, width), width=width, batch=1, patch=patch, **bare)
-    one_of = [torch.eye(n, k, device=inputs.weight.device) for n, k in ((width, length), (patches, width))]
+    one_of = [torch.eye(n, k, device=inputs["weight"].device) for n, k in ((width, length), (patches, width))]
     needs, few = (True, True, False, False), min(width, length)
 
     def rows_of(images: Tensor) -> Tensor:
@@ -174,19 +174,19 @@ def test_tf32_takes_the_nearest_value_of_every_operand(
         d_images, d_weight, *_ = backward(grad[None], inputs, FP32, needs)
         return rows_of(d_images), d_weight.view(width, length)
 
-    grad = torch.randn(patches, width, device=inputs.weight.device)
-    weight, pixels = inputs.weight.view(width, length), rows_of(inputs.images)
+    grad = torch.randn(patches, width, device=inputs["weight"].device)
+    weight, pixels = inputs["weight"].view(width, length), rows_of(inputs["images"])
     assert not any(values.equal(_nearest(values)) for values in (grad, weight, pixels))
 
-    inputs.weight = one_of[0].view(width, 1, *patch)
+    inputs.tensors["weight"] = one_of[0].view(width, 1, *patch)
     assert forward(inputs, FP32, FP32)[0, :, :few].equal(_nearest(pixels)[:, :few])
     assert gradients(grad)[0][:, :few].equal(_nearest(grad)[:, :few])
     assert gradients(one_of[1])[1].equal(_nearest(pixels)[:width])
 
-    inputs.weight = weight.view(width, 1, *patch)
+    inputs.tensors["weight"] = weight.view(width, 1, *patch)
     assert gradients(one_of[1])[0][:width].equal(_nearest(weight))
     single = torch.eye(patches, length, device=weight.device)
-    inputs.images = F.fold(single.T[None], inputs.images.shape[2:], patch, stride=patch)
+    inputs.tensors["images"] = F.fold(single.T[None], inputs["images"].shape[2:], patch, stride=patch)
     known = min(patches, length)
     assert forward(inputs, FP32, FP32)[0, :known].equal(_nearest(weight).T[:known])
     assert gradients(grad)[1].T[:known].equal(_nearest(grad)[:known])
@@ -197,8 +197,8 @@ def test_tf32_takes_the_nearest_value_of_every_operand(
 def test_tf32_keeps_what_is_not_finite(make: Callable, forward: Callable, width: int) -> None:
     """A NaN whose bits are all ones, as arithmetic on a GPU makes them, would become a zero when rounded."""
     inputs = make(image=FP32, patch=(4, 16), width=width, batch=3, prefix=1)
-    values = torch.tensor([0x7FFFFFFF, -1, 0x7F800000], dtype=torch.int32, device=inputs.images.device)
-    inputs.images[:, 0, 0, 0] = values.view(torch.float32)
+    values = torch.tensor([0x7FFFFFFF, -1, 0x7F800000], dtype=torch.int32, device=inputs["images"].device)
+    inputs["images"][:, 0, 0, 0] = values.view(torch.float32)
     tokens = forward(inputs, FP32, FP32)
     assert tokens[:2, 1].isnan().all() and not tokens[2, 1].isfinite().any()
     assert tokens[:, 2:].isfinite().all()
@@ -263,21 +263,21 @@ def test_empty(make: Callable, forward: Callable, backward: Callable, changes: d
     for image in (U8, FP32):
         inputs = make(image=image, patch=(4, 4), **changes)
         kept = 6 if inputs.keep is None else 0
-        prefix = 0 if inputs.prefix is None else 1
+        prefix = inputs.copied
         tokens = forward(inputs, BF16, FP32)
-        assert tokens.shape == (inputs.images.shape[0], prefix + kept, 64)
-        assert inputs.prefix is None or torch.equal(tokens[:, 0], inputs.prefix.expand(len(tokens), -1))
+        assert tokens.shape == (inputs["images"].shape[0], prefix + kept, 64)
+        assert not prefix or torch.equal(tokens[:, 0], inputs["prefix"].expand(len(tokens), -1))
         grad = torch.ones_like(tokens)
         d_images, d_weight, d_bias, d_rows = backward(grad, inputs, BF16, (image == FP32, True, True, True))
-        assert d_weight.shape == inputs.weight.shape and not d_weight.any()
+        assert d_weight.shape == inputs["weight"].shape and not d_weight.any()
         assert d_bias.shape == (64,) and not d_bias.any()
         assert d_rows.shape == (prefix + 6, 64) and not d_rows[prefix:].any()
-        assert image == U8 or (d_images.shape == inputs.images.shape and not d_images.any())
+        assert image == U8 or (d_images.shape == inputs["images"].shape and not d_images.any())
 
 
 def test_gradients_not_needed_have_size_0(make: Callable, backward: Callable) -> None:
     inputs = make(image=FP32, patch=(4, 4))
-    grad = torch.randn(2, 7, 64, device=inputs.images.device)
+    grad = torch.randn(2, 7, 64, device=inputs["images"].device)
     every = backward(grad, inputs, FP32, (True,) * 4)
     for wanted in range(4):
         found = backward(grad, inputs, FP32, tuple(place == wanted for place in range(4)))
@@ -289,7 +289,7 @@ def test_gradient_of_any_strides_and_dtype(make: Callable, backward: Callable) -
     """Autograd hands over expanded and sliced gradients."""
     inputs = make(image=FP32, patch=(8, 8))
     needs = (True,) * 4
-    value = torch.randn(1, 1, 64, device=inputs.images.device).to(BF16)
+    value = torch.randn(1, 1, 64, device=inputs["images"].device).to(BF16)
     for ours, theirs in zip(
         backward(value.expand(2, 7, 64), inputs, BF16, needs),
         backward(value.expand(2, 7, 64).contiguous().float(), inputs, BF16, needs),
