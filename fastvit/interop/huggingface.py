@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvit.guards import attribute
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_table
 
-__all__ = ["MIXINS", "RawPixelsInLoss"]
+__all__ = ["MIXINS"]
 
 
 class Embeddings(Fused):
@@ -277,18 +277,6 @@ class Siglip2Embeddings(Fused):
         linear = self.patch_embedding
         tokens = self.embed(images, linear.weight[:, :, None, None], linear.bias, pos_embed=table.flatten(0, 1))
         return tokens.unflatten(1, (batch, patches))[0]
-
-
-class RawPixelsInLoss(Fused):
-    """A masked autoencoder with its decoder, whose loss is taken on the normalised pixels."""
-
-    hosts = ("transformers.models.vit_mae.modeling_vit_mae.ViTMAEForPreTraining",)
-    overrides = ("patchify",)
-
-    def patchify(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The target of the loss."""
-        images = self.as_the_host_takes_them(self.upright(pixel_values), torch.float32)
-        return super().patchify(images, *args, **kwargs)
 
 
 def _argument_names(own: Any) -> tuple[str, ...]:

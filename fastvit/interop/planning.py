@@ -62,16 +62,14 @@ def plan(model: nn.Module) -> tuple[list[Step], list[Refusal]]:
 
 def put_in(model: nn.Module, steps: Sequence[Step], settings: Settings) -> None:
     """All of it or nothing."""
-    if settings.mean is not None:
-        steps = [*steps, *_steps_for_raw_pixels(model)]
     before = [_State.of(module) for module in model.modules()]
     try:
         restore(model)
         for step in steps:
             mix_in(step.module, step.mixin)
             step.module.fastvit_settings = settings
-        if settings.mean is not None:
-            open_doors(model, [step.module for step in steps], len(settings.mean))
+        if settings.mean is not None and settings.std is not None:
+            open_doors(model, [step.module for step in steps], settings.mean, settings.std)
     except BaseException:
         for state in before:
             state.put_back()
@@ -120,18 +118,6 @@ class _State(NamedTuple):
         self.module.__dict__.update(self.ours)
         if self.door is not None:
             self.door.put_in(self.module)
-
-
-def _steps_for_raw_pixels(model: nn.Module) -> list[Step]:
-    """Models of transformers that use their images in a loss."""
-    more: list[Step] = []
-    for path, module in model.named_modules():
-        names = {full_name(base) for base in type(module).__mro__}
-        if any(name.startswith("transformers.") for name in names):
-            huggingface: Any = importlib.import_module(LIBRARIES["transformers"])
-            if names.intersection(huggingface.RawPixelsInLoss.hosts):
-                more.append(Step(path, module, huggingface.RawPixelsInLoss))
-    return more
 
 
 def _host_of(module: nn.Module) -> tuple[Any, type[Fused]] | None:

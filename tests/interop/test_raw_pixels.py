@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit.interop.host import normalised
-from fastvit.interop.raw_pixels import Door, RawPixels
+from fastvit.interop.raw_pixels import Door, RawPixels, Trail
 from fastvit.peers import import_peer
 from tests.interop.subjects import (
     LIBRARIES,
@@ -111,43 +111,59 @@ def test_normalised_images_are_not_looked_at_twice(monkeypatch: pytest.MonkeyPat
     assert len(looks) == 1
 
 
-def test_a_part_that_is_not_accelerated():
-    """Two towers, of which one is none for us: it would take 0..255 as normalised."""
+@pytest.mark.parametrize("cast", [lambda x: x, lambda x: x.float(), lambda x: x.to(torch.float32).clone()])
+def test_a_part_that_is_not_accelerated(cast: Callable[[Any], Any]):
+    """Two towers, of which one is none for us: it takes normalised images too."""
 
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.known, self.other = build("timm-vit"), nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(2))
+            torch.manual_seed(6)
+            self.other, self.known = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(2)), build("timm-vit")
 
         def forward(self, images: Any) -> Tensor:
-            images = images.float()
-            return self.known(images) + self.other(images).mean(2)
+            images = cast(images)
+            return self.known(images) + self.other(images).mean(2) + self.known(images)
 
-    model, images = fastvit.accelerate(Both(), mean=MEAN, std=STD), raw_images()
-    with pytest.raises(RuntimeError, match="raw pixels reached conv2d: a part of this model that is not accelerated"):
-        model(images)
-    model(normalised(images, MEAN, STD))
+    untouched = Both()
+    model = fastvit.accelerate(copy.deepcopy(untouched), mean=MEAN, std=STD)
+    want = untouched(normalised(raw_images(), MEAN, STD))
+    expect_close([model(raw_images()), model(raw_images().permute(0, 2, 3, 1))], [want, want])
 
 
 class Autoencoder(nn.Module):
     """Of somebody's own, with a loss on the pixels it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, early: bool, numbers: bool) -> None:
         super().__init__()
         timm: Any = import_peer("timm.layers")
+        torch.manual_seed(6)
         self.patch_embed, self.decoder = timm.PatchEmbed(32, 8, 3, 48), nn.Linear(48, 192)
+        self.early, self.numbers = early, numbers
+
+    def target(self, images: Any) -> Any:
+        patches = images.reshape(len(images), 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return patches.float() - patches.float().mean(-1, keepdim=True) if self.numbers else patches
 
     def forward(self, images: Any) -> Tensor:
+        first = self.target(images) if self.early else None
         tokens = self.patch_embed(images)
-        target = images.reshape(len(images), 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        return (self.decoder(tokens) - target).square().mean()
+        return (self.decoder(tokens) - (self.target(images) if first is None else first)).square().mean()
 
 
-def test_a_loss_on_the_pixels():
-    model = fastvit.accelerate(Autoencoder(), mean=MEAN, std=STD)
-    with pytest.raises(RuntimeError, match=r"raw pixels, 0..255, reached sub behind the projection"):
-        model(raw_images())
-    model(normalised(raw_images(), MEAN, STD)).backward()
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_loss_on_the_pixels(early: bool, numbers: bool):
+    """Its target is normalised, as the images were without FastViT; unless it was calculated before they were."""
+    untouched = Autoencoder(early, numbers)
+    model = fastvit.accelerate(copy.deepcopy(untouched), mean=MEAN, std=STD)
+    want = untouched(normalised(raw_images(), MEAN, STD))
+    for images in (raw_images(), raw_images().permute(0, 2, 3, 1)):
+        if early and numbers:
+            with pytest.raises(RuntimeError, match="0..255, went into .* before the projection normalised them"):
+                model(images)
+        else:
+            expect_close([model(images)], [want])
 
 
 FEATURES = (
@@ -261,7 +277,7 @@ def test_copies_keep_their_doors(copied: Callable[[Any], Any]):
 
 def test_it_answers_as_the_tensor_would():
     images = raw_images()
-    pixels = RawPixels(images)
+    pixels = RawPixels(images, Trail(MEAN, STD))
     assert pixels.shape == images.shape and len(pixels) == 2 and pixels.ndim == 4 and pixels.device == images.device
     assert not pixels.is_floating_point() and pixels.float().is_floating_point()
     assert pixels.cuda.__name__ == "cuda" and pixels.cpu().device.type == "cpu"
@@ -278,5 +294,15 @@ def test_it_answers_as_the_tensor_would():
         assert torch.equal(value, want) and value.dtype == want.dtype
     one, other = pixels.half().chunk(2)
     assert isinstance(one, RawPixels) and one.dtype == torch.float16 and torch.equal(other.images, images[1:])
-    with pytest.raises(RuntimeError, match="raw pixels reached matmul"):
+    with pytest.raises(RuntimeError, match="went into .* before matmul normalised them"):
         pixels.float() @ pixels.float()
+
+
+def test_behind_what_normalised_them_it_answers_as_normalised_images_would():
+    images = raw_images()
+    pixels, floats = RawPixels(images, Trail(MEAN, STD)), normalised(images, MEAN, STD)
+    rows = pixels.permute(0, 2, 3, 1).flip(1).chunk(2, dim=3)[0]
+    assert torch.equal(pixels.take("a projection"), images)
+    assert torch.equal(rows * 1, floats.permute(0, 2, 3, 1).flip(1).chunk(2, dim=3)[0])
+    assert torch.equal(pixels.half() + 0, floats.half()) and torch.equal(F.relu(pixels), F.relu(floats))
+    assert torch.equal(pixels[1, :, 3:5].mean(), floats[1, :, 3:5].mean())
