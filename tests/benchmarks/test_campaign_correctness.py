@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,6 +221,17 @@ def test_too_little_memory_skips_and_a_wrong_backend_fails(tmp_path: Path, monke
 
 
 # validate
+
+
+def test_verdicts_are_written_as_they_come(tmp_path: Path) -> None:
+    row = Row("cpu", "patch_embed", "float32", "case", "forward", PASSED)
+
+    def parts() -> Iterator[Report]:
+        yield Report((row,))
+        assert len(rows_in(tmp_path / "validate.jsonl")) == 1, "a cut-off from here on leaves it"
+        yield Report((replace(row, status=FAILED),))
+
+    assert output.keep_verdicts(tmp_path, parts()) == FAILED
 
 
 def test_the_validator_runs_an_op_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

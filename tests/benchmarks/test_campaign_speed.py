@@ -242,6 +242,15 @@ def test_the_op_alone_is_given_what_the_public_function_gives_it(
         assert len(described) == 1, name
 
 
+def test_a_backend_that_is_left_out_is_not_called_alone_either(
+    given: dict[str, list[tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(problem.WITHOUT, "cuda")
+    rows = launch.measure(launch.CASES[1], problem.BOTH, ["cpu"], CPU, rounds=1)
+    assert {row.reason for row in rows if row.provider == launch.ALONE} == {"FASTVIT_WITHOUT names it"}
+    assert not any(given.values())
+
+
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):  # the numbers of small ones too: of constants
         return value.dtype, tuple(value.shape), value.stride(), str(value.tolist()) if value.numel() <= 12 else ""
