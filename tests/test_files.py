@@ -17,7 +17,7 @@ import torch
 
 from fastvit.benchmarks.rows import Row, write_json_lines
 from fastvit.checkpoints import CheckpointError
-from fastvit.checkpoints.files import write_checkpoint
+from fastvit.checkpoints.writing import write_checkpoint
 from fastvit.files import sync, written_whole
 from fastvit.pages import write_page
 from fastvit.plots import new_figure, save

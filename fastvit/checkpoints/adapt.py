@@ -16,8 +16,6 @@ from fastvit.checkpoints.recognition import Recognised
 from fastvit.model.patch_embed import pair, resample_patch_weight
 from fastvit.positions import resample_pos_embed
 
-__all__ = ["adapt", "adapt_channels", "adapt_head"]
-
 
 def adapt(recognised: Recognised, wanted: Mapping[str, Any]) -> Recognised:
     """A checkpoint for another `img_size`, `patch_size` or `in_chans`; unchanged where none differs.

@@ -16,23 +16,18 @@ from torch import nn
 
 from fastvit.checkpoints.errors import CheckpointError
 from fastvit.checkpoints.naming import State
-from fastvit.model.layers import GluMlp, norm_layer_of
+from fastvit.model.layers import GluMlp, Mlp, norm_layer_of
 from fastvit.model.patch_embed import pair
 from fastvit.model.variants import list_models, variant_arguments
 
-__all__ = [
-    "arguments_of",
-    "fold_class_position",
-    "grid_of",
-    "mlp_ratio_of",
-    "model_arguments",
-    "nearest_variant",
-    "plain_size",
-]
-
-SWIGLU = partial(GluMlp, act_layer=nn.SiLU, gate_last=False)
+MLPS = {"mlp": Mlp, "swiglu": partial(GluMlp, act_layer=nn.SiLU, gate_last=False)}
 HEAD_WIDTH = 64  # of nearly every ViT that has a name
 NORM_EPS = 1e-6
+# What tells named models of one width and depth apart.
+_WEIGHTS = {
+    "patch_size": 8, "reg_tokens": 8, "class_token": 8, "init_values": 4, "no_embed_class": 4, "num_heads": 4,
+    "img_size": 2, "num_classes": 1,
+}  # fmt: skip
 
 
 def model_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,13 +44,10 @@ def model_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if eps not in (None, NORM_EPS) and isinstance(norm, str):
         layer = norm_layer_of(norm)
         made["norm_layer"] = None if layer is None else partial(layer, eps=eps)
-    mlp = made.get("mlp_layer")
-    if isinstance(mlp, str):
-        if mlp not in ("mlp", "swiglu"):
+    if isinstance(mlp := made.get("mlp_layer"), str):
+        if mlp not in MLPS:
             raise ValueError(f"mlp_layer: {mlp!r} is not known; accepted: a class, 'mlp' or 'swiglu'")
-        del made["mlp_layer"]
-        if mlp == "swiglu":
-            made["mlp_layer"] = SWIGLU
+        made["mlp_layer"] = MLPS[mlp]
     return made
 
 
@@ -76,18 +68,32 @@ def arguments_of(
     Raises:
         CheckpointError: the positions fill no grid of patches.
     """
-    found = _from_shapes(state)
-    assumed: list[str] = []
-    found.update({name: value for name, value in known.items() if name not in ("img_size", "no_embed_class")})
+    found = {**_from_shapes(state), "pos_embed": "learn", **known}
     if found["depth"] > len(state):  # a number out of a name or a config must not build a giant
         raise CheckpointError(f"depth: {found['depth']} blocks in a checkpoint of {len(state)} tensors")
-    _add_positions(found, state, known, sizes, assumed)
-    for name, value in conventions.items():
+    assumed: list[str] = []
+
+    def assume(name: str, value: Any, why: str = "") -> None:
         if name not in found:
             found[name] = value
-            assumed.append(f"{name}={value!r}")
-    _add_pool(found, state, assumed)
-    _add_heads(found, state, assumed)
+            assumed.append(f"{name}={value!r}{why}")
+
+    assume("img_size", None if "img_size" in found else _image_size(found, state, known.get("no_embed_class"), sizes))
+    found["img_size"] = plain_size(pair("img_size", found["img_size"]))
+    prefix = int(found["class_token"]) + found["reg_tokens"]
+    if prefix and _rows(state) == math.prod(grid_of(found)):
+        assume("no_embed_class", True, " (as many positions as patches)")
+    found.setdefault("no_embed_class", False)
+    for name, value in conventions.items():
+        assume(name, value)
+    behind = "fc_norm.weight" in state
+    found.setdefault("final_norm", behind or "norm.weight" in state)
+    found.setdefault("fc_norm", behind)
+    assume("global_pool", "token" if found["class_token"] and not behind else "avg")
+    if "num_heads" not in found:
+        number, why = _heads(found, state)
+        found["num_heads"] = number
+        assumed += [f"num_heads={number} ({why})"] if why else []
     return found, assumed
 
 
@@ -135,48 +141,25 @@ def plain_size(size: int | Sequence[int]) -> int | list[int]:
     return height if height == width else [height, width]
 
 
-# ---- positions ---------------------------------------------------------------------------------------------------
-
-
-def _add_positions(
-    found: dict[str, Any], state: State, known: Mapping[str, Any], sizes: Sequence[Any], assumed: list[str]
-) -> None:
-    """Adds `img_size`, `pos_embed` and `no_embed_class`."""
-    found.setdefault("pos_embed", "learn")
+def _rows(state: State) -> int:
+    """How many positions there are."""
     table = state.get("pos_embed")
-    table = table if table is not None and table.dim() == 3 else None
-    prefix = int(found["class_token"]) + found["reg_tokens"]
-    size = known.get("img_size")
-    if size is None and table is not None:
-        # with registers, as in timm, none has a position, or the class token alone as in DINOv2's own files
-        positioned = [0, prefix, 1] if found["reg_tokens"] and found["class_token"] else [prefix, 0]
-        told = known.get("no_embed_class")
-        if told is not None:
-            positioned = [extra for extra in positioned if (extra != prefix) == told]
-        size = _size_of_table(table.shape[1], positioned, found["patch_size"], sizes, sure=told is not None)
-    elif size is None:
-        size = sizes[0] if sizes else 224
-    if "img_size" not in known:
-        assumed.append(f"img_size={size!r}")
-    found["img_size"] = plain_size(pair("img_size", size))
-    if "no_embed_class" in known:
-        found["no_embed_class"] = known["no_embed_class"]
-    else:
-        found["no_embed_class"] = table is not None and prefix > 0 and table.shape[1] == math.prod(grid_of(found))
-        if found["no_embed_class"]:
-            assumed.append("no_embed_class=True (as many positions as patches)")
+    return table.shape[1] if table is not None and table.dim() == 3 else 0
 
 
-def _size_of_table(
-    rows: int, positioned: Sequence[int], patch_size: Any, sizes: Sequence[Any], sure: bool
-) -> int | list[int]:
-    """The image size of a table of positions: a square, or one of `sizes` that fits.
+def _image_size(found: Mapping[str, Any], state: State, told: bool | None, sizes: Sequence[Any]) -> int | list[int]:
+    """The image size that the positions fill: a square, or one of `sizes` that fits.
 
     Args:
-        positioned: how many of the rows may belong to class and register tokens, the likeliest first.
-        sure: that was said, so that a square is never doubted.
+        told: whether the class token and registers are said to have none, so that a square is never doubted.
     """
-    patch = pair("patch_size", patch_size)
+    rows, patch = _rows(state), pair("patch_size", found["patch_size"])
+    if not rows:
+        return sizes[0] if sizes else 224
+    prefix = int(found["class_token"]) + found["reg_tokens"]
+    # with registers, as in timm, none has a position, or the class token alone as in DINOv2's own files
+    positioned = [0, prefix, 1] if found["reg_tokens"] and found["class_token"] else [prefix, 0]
+    positioned = [extra for extra in positioned if told is None or (extra != prefix) == told]
     sides = {extra: math.isqrt(max(rows - extra, 0)) for extra in positioned}
     squares = {extra: side for extra, side in sides.items() if side and side * side == rows - extra}
     fitting = {
@@ -185,14 +168,12 @@ def _size_of_table(
         for extra in reversed(positioned)
         if rows - extra == math.prod(grid_of({"img_size": size, "patch_size": patch}))
     }
-    if not sure and squares and fitting and not squares.keys() & fitting.keys():
+    if told is None and squares and fitting and not squares.keys() & fitting.keys():
         raise CheckpointError(
             f"pos_embed: {rows} rows may be a square of patches or those of {list(fitting.values())[0]}; "
             "say which, with no_embed_class=True or False"
         )
-    for side in squares.values():
-        return plain_size((side * patch[0], side * patch[1]))
-    for size in fitting.values():
+    for size in (*(plain_size((side * patch[0], side * patch[1])) for side in squares.values()), *fitting.values()):
         return size
     raise CheckpointError(
         f"pos_embed: {rows} rows, {max(positioned)} of them of class and register tokens, leave no square of patches; "
@@ -229,60 +210,35 @@ def grid_of(arguments: Mapping[str, Any]) -> tuple[int, int]:
     return height // patch[0], width // patch[1]
 
 
-# ---- pooling and heads -------------------------------------------------------------------------------------------
-
-
-def _add_pool(found: dict[str, Any], state: State, assumed: list[str]) -> None:
-    """Adds `global_pool`, `final_norm` and `fc_norm`."""
-    behind = "fc_norm.weight" in state
-    found.setdefault("final_norm", behind or "norm.weight" in state)
-    found.setdefault("fc_norm", behind)
-    if "global_pool" not in found:
-        found["global_pool"] = "token" if found["class_token"] and not behind else "avg"
-        assumed.append(f"global_pool={found['global_pool']!r}")
-
-
-def _add_heads(found: dict[str, Any], state: State, assumed: list[str]) -> None:
+def _heads(found: Mapping[str, Any], state: State) -> tuple[int, str]:
+    """The number of heads, and why where the tensors do not say it."""
     width = found["embed_dim"]
-    if "num_heads" in found:
-        return
     of_query = next((tensor for name, tensor in state.items() if name.endswith("attn.q_norm.weight")), None)
     if of_query is not None and of_query.dim() == 1 and len(of_query) and width % len(of_query) == 0:
-        found["num_heads"] = width // len(of_query)
-        return
-    variant = nearest_variant(found)
-    if variant:
-        found["num_heads"] = variant_arguments(variant)["num_heads"]
-        assumed.append(f"num_heads={found['num_heads']} (as {variant})")
-        return
-    heads = max(1, width // HEAD_WIDTH)
-    while width % heads:
-        heads -= 1
-    found["num_heads"] = heads
-    assumed.append(f"num_heads={heads} ({width // heads} a head)")
+        return width // len(of_query), ""
+    if variant := nearest_variant(found):
+        return variant_arguments(variant)["num_heads"], f"as {variant}"
+    heads = next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
+    return heads, f"{width // heads} a head"
 
 
-def nearest_variant(arguments: Mapping[str, Any], start: str = "") -> str:
-    """The named model of this width and depth that has most else in common; "" if there is none.
+def nearest_variant(arguments: Mapping[str, Any], family: str = "") -> str:
+    """The named model of this width and depth that has most else in common; "" if there is none."""
+    start = {"deit": "deit_", "deit3": "deit3_"}.get(family, "")
 
-    Args:
-        start: prefer names that start so.
-    """
-    best, best_score = "", 0
-    for name in list_models():
-        variant = {"num_classes": 1000, "class_token": True, **variant_arguments(name)}
-        if (variant["embed_dim"], variant["depth"]) != (arguments["embed_dim"], arguments["depth"]):
-            continue
-        weights = {
-            "patch_size": 8, "reg_tokens": 8, "class_token": 8, "init_values": 4, "no_embed_class": 4,
-            "num_heads": 4, "img_size": 2, "num_classes": 1,
-        }  # fmt: skip
-        score = 1 + (16 if start and name.startswith(start) else 0)
-        for key, weight in weights.items():
-            ours, theirs = arguments.get(key), variant.get(key)
-            same = bool(ours) == bool(theirs) if key == "init_values" else (ours or 0) == (theirs or 0)
-            score += weight if same else 0
+    def likeness(name: str) -> tuple[int, int]:
+        theirs = {"num_classes": 1000, "class_token": True, **variant_arguments(name)}
+        alike = sum(
+            weight
+            for key, weight in _WEIGHTS.items()
+            if (arguments.get(key) or 0) == (theirs.get(key) or 0)
+            or (key == "init_values" and bool(arguments.get(key)) == bool(theirs.get(key)))
+        )
         # of equals the shortest name, which is the plainest model's
-        if score > best_score or (score == best_score and len(name) < len(best)):
-            best, best_score = name, score
-    return best
+        return alike + (16 if start and name.startswith(start) else 0), -len(name)
+
+    sizes = (arguments["embed_dim"], arguments["depth"])
+    fitting = [
+        name for name in list_models() if tuple(variant_arguments(name)[k] for k in ("embed_dim", "depth")) == sizes
+    ]
+    return max(fitting, key=likeness, default="")

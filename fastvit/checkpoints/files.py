@@ -10,12 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, listed
 from .formats import CONFIG, FOLDER_WEIGHTS, read_file, read_json
 from .hub import download, hub_name
-from .writing import write_checkpoint
-
-__all__ = ["Checkpoint", "read_checkpoint", "write_checkpoint"]
 
 # Files of folders that have weights of another kind.
 _FOREIGN_FOLDERS = {
@@ -23,7 +20,6 @@ _FOREIGN_FOLDERS = {
     ".metadata": "shards of torch.distributed.checkpoint; its format_utils.dcp_to_torch_save makes one file of them",
 }
 DEPTH = 8  # dictionaries inside each other, at most
-LISTED = 6  # names in a message, at most
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def _read_folder(folder: Path, source: str, allow: Sequence[str]) -> Checkpoint:
         for name, meaning in _FOREIGN_FOLDERS.items():
             if (folder / name).is_file():
                 raise CheckpointError(f"{source}: {meaning}")
-        found = _listed(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        found = listed(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         raise CheckpointError(f"{source}: no {', '.join(FOLDER_WEIGHTS)} in this folder; found {found}")
     contents = _read_shards(weights, allow) if weights.suffix == ".json" else read_file(weights, allow)[1]
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
@@ -110,7 +106,7 @@ def _read_shards(index: Path, allow: Sequence[str]) -> dict[str, Any]:
         _, contents, _ = read_file(path, allow)
         found = set(contents) if isinstance(contents, Mapping) else set()
         if found != expected:
-            differing = _listed(sorted(map(str, found ^ expected)))
+            differing = listed(sorted(map(str, found ^ expected)))
             raise CheckpointError(f"{path}: differs from what {index.name} says is in it: {differing}")
         gathered.update(contents)
     return gathered
@@ -153,10 +149,5 @@ def _flat(contents: Any, config: dict[str, Any] | None, kind: str, source: str) 
 
     visit(contents, "", 1)
     if not state:
-        raise CheckpointError(f"{source}: no weights in it; it {'has ' + _listed(others) if others else 'is empty'}")
+        raise CheckpointError(f"{source}: no weights in it; it {'has ' + listed(others) if others else 'is empty'}")
     return Checkpoint(state, config, kind, source, tuple(others))
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

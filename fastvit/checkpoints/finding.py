@@ -8,13 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fastvit.checkpoints.errors import CheckpointError
+from fastvit.checkpoints.errors import CheckpointError, listed
 from fastvit.checkpoints.layouts import LAYOUTS
 from fastvit.checkpoints.naming import Layout, State, names_of
 
-__all__ = ["Model", "choose", "find_models", "normalised"]
-
-LISTED = 6  # names in a message, at most
 ROOT = "."  # what a model is called that stands in the checkpoint by itself
 
 # What torch.compile, FSDP and activation checkpointing put into names, in front of any module.
@@ -111,7 +108,7 @@ def choose(models: Sequence[Model], key: str | None) -> Model:
     Raises:
         CheckpointError: `key` names none of them or several, or it has to be said; the message lists them.
     """
-    paths = ", ".join(model.path for model in models[:LISTED]) + (" …" if len(models) > LISTED else "")
+    paths = listed([model.path for model in models])
     if key is not None:
         wanted = _WRAPPER.sub("", f"{key}.")[:-1]
         named = [model for model in models if model.path == wanted]
@@ -150,5 +147,5 @@ def _equal(model: Model, other: Model) -> bool:
     """Whether one is the other by another name."""
     ours, theirs = model.state, other.state
     return ours.keys() == theirs.keys() and all(
-        tensor.shape == theirs[name].shape and bool(tensor.equal(theirs[name])) for name, tensor in ours.items()
+        tensor.dtype == theirs[name].dtype and tensor.equal(theirs[name]) for name, tensor in ours.items()
     )

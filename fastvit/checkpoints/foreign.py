@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["DEQUANTISE", "QUANTISED", "foreign_features", "foreign_model"]
-
 QUANTISED = "a model with quantised weights"
 DEQUANTISE = "dequantise it first, and save its state_dict()"
 _ONLY_TABLES = "FastViT adds a table of positions to the tokens"

@@ -15,8 +15,6 @@ from torch import Tensor
 from .errors import CheckpointError
 from .pickles import LEGACY_TORCH, read_torch
 
-__all__ = ["CONFIG", "CONFIG_KEY", "FOLDER_WEIGHTS", "WEIGHTS", "read_file", "read_json"]
-
 # The files of a model's folder; the first kind of weights that is there is taken.
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FOLDER_WEIGHTS = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -30,9 +28,8 @@ _FOREIGN = {
     b"GGUF": "GGUF",
     b"\x93NUMPY": "a single NumPy array",
     b"\x1f\x8b": "a gzip archive",
-    b"<!": "a web page; the download went wrong",
-    b"<html": "a web page; the download went wrong",
 }
+_PAGES = (b"<!", b"<html", b"<head", b"<?xml", b'{"', b"entry not found", b"not found")  # in lower case
 _ACCEPTED = "accepted are .safetensors, .pth or .pt (torch.save) and .npz (JAX)"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 
@@ -62,6 +59,8 @@ def _kind(path: Path) -> str:
     for magic, meaning in _FOREIGN.items():
         if start.startswith(magic):
             raise CheckpointError(f"{path}: {meaning}; {_ACCEPTED}")
+    if start.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith(_PAGES):
+        raise CheckpointError(f"{path}: a web page or a server's answer; the download went wrong; {_ACCEPTED}")
     if start.startswith(b"PK"):
         return _kind_of_zip(path, size)
     if start.startswith(LEGACY_TORCH):
@@ -80,9 +79,8 @@ def _kind_of_zip(path: Path, size: int) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except Exception as error:  # BadZipFile, NotImplementedError (a version that can't be), OSError …
-        raise CheckpointError(
-            f"{path}: truncated or damaged ({size} bytes, the end of the archive is missing)"
-        ) from error
+        reason = f"truncated or damaged ({size} bytes, the end of the archive is missing)"
+        raise CheckpointError(f"{path}: {reason}") from error
     if names and all(name.endswith(".npy") for name in names):
         return "npz"
     if any(name.endswith("/constants.pkl") for name in names):
@@ -102,19 +100,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
             state = {name: file.get_tensor(name) for name in file.keys()}
     # SafetensorError derives from Exception alone, and what else is raised differs by version.
     except Exception as error:
-        raise CheckpointError(
-            f"{path}: truncated or damaged ({path.stat().st_size} bytes): {_first_line(error)}"
-        ) from error
-    return state, _config_in(metadata.get(CONFIG_KEY, ""))
-
-
-def _config_in(text: str) -> dict[str, Any] | None:
-    """The metadata are anybody's: whatever is no JSON object under that name is none of ours."""
-    try:
-        config = json.loads(text)
+        size = path.stat().st_size
+        raise CheckpointError(f"{path}: truncated or damaged ({size} bytes): {_first_line(error)}") from error
+    try:  # the metadata are anybody's: what is no JSON object under that name is none of ours
+        config = json.loads(metadata.get(CONFIG_KEY, ""))
     except ValueError:
-        return None
-    return config if isinstance(config, dict) else None
+        config = None
+    return state, config if isinstance(config, dict) else None
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -126,11 +118,9 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
                 state[name] = _to_tensor(file[name], f"{path}: {name}")
     except CheckpointError:
         raise
-    except ValueError as error:
+    except Exception as error:  # ValueError, BadZipFile, zlib.error, EOFError, OSError …
         if "allow_pickle" in str(error):
             raise CheckpointError(f"{path}: it holds pickled Python objects, which are not loaded") from error
-        raise CheckpointError(f"{path}: truncated or damaged: {_first_line(error)}") from error
-    except Exception as error:  # BadZipFile, zlib.error, EOFError, OSError …
         raise CheckpointError(f"{path}: truncated or damaged: {_first_line(error)}") from error
     return state
 

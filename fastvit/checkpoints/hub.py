@@ -8,8 +8,6 @@ from pathlib import Path
 from .errors import CheckpointError
 from .formats import FOLDER_WEIGHTS
 
-__all__ = ["download", "hub_name"]
-
 _PREFIXES = ("hf-hub:", "hf_hub:", "hf://")
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 # What a file is called that was meant by "folder/file".

@@ -5,40 +5,27 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
 
+from fastvit.model import VisionTransformer
 from fastvit.model.variants import variant_arguments
 
 from .arguments import nearest_variant
-from .errors import CheckpointError
-from .files import read_checkpoint
-from .huggingface import huggingface_kind
+from .configs import huggingface_class
+from .errors import CheckpointError, listed
+from .files import Checkpoint, read_checkpoint
 from .recognition import Recognised, recognise
 from .targets import SCHEMAS, to_schema
 
-__all__ = ["Inspection", "inspect"]
-
-LISTED = 6  # names in a line, at most
-
-# What a named model takes where its own arguments say nothing, as far as two models are compared.
-_DEFAULTS: dict[str, Any] = {
-    "img_size": 224,
-    "patch_size": 16,
-    "in_chans": 3,
-    "num_classes": 1000,
-    "global_pool": "token",
-    "num_heads": 12,
-    "mlp_ratio": 4.0,
-    "class_token": True,
-    "reg_tokens": 0,
-    "no_embed_class": False,
-    "pre_norm": False,
-    "qkv_bias": True,
-    "qk_norm": False,
-}
+# Where two models differ, as far as they are compared.
+_COMPARED = (
+    "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "num_heads", "mlp_ratio", "class_token",
+    "reg_tokens", "no_embed_class", "pre_norm", "qkv_bias", "qk_norm", "init_values",
+)  # fmt: skip
 # Whose names they are, and the class that has them.
 _CLASSES = {
     "fastvit": "fastvit.VisionTransformer",
@@ -47,6 +34,7 @@ _CLASSES = {
     "jax": "vision_transformer's VisionTransformer (Flax)",
     "big_vision": "big_vision.models.vit (Flax)",
 }
+_KINDS = {"torch": "torch.save", "npz": "JAX's .npz"}
 
 
 @dataclass(frozen=True)
@@ -54,19 +42,19 @@ class Inspection:
     """What was found; `str()` of it is for people, `to_dict()` for programs.
 
     Attributes:
-        source, kind: as of the `Checkpoint`. notes: as of `Recognised`.
+        source, kind: as of the `Checkpoint`.
         tensors, values, bytes: how many tensors, numbers in them, and bytes these take.
         dtypes: numbers by dtype, such as {"float32": 5717416}.
         config: what the config beside the weights says it is of; "" without one.
-        schema, family: whose names the checkpoint has and what model it is, as of `Recognised`.
+        notes, schema, family, assumed, beside: as of `Recognised`: where in the checkpoint the model was, whose names
+            it has, what it is, what it does not say and was taken, and what is left out.
         library_class: the class of its own library that it fits.
         arguments: of `fastvit.VisionTransformer`, as JSON can hold them.
         parameters: of the model with these arguments.
         variant: the nearest of `fastvit.model.list_models()`.
         differences: arguments in which the checkpoint differs from it: (the checkpoint's, the variant's).
-        assumed: what the checkpoint does not say and was taken.
         problems: what keeps `load_pretrained` from loading it; empty: it loads.
-        beside, unused: names of what is left out, and of what takes no part in the output.
+        unused: names of what takes no part in the output.
         targets: for each schema that `convert` writes, "" or why it can't be written.
     """
 
@@ -117,48 +105,40 @@ def inspect(
         CheckpointError, TypeError, ImportError: it can't be read.
     """
     checkpoint = read_checkpoint(source, allow=allow)
-    found = Inspection(
-        source=checkpoint.source,
-        kind=checkpoint.kind,
-        tensors=len(checkpoint.state),
-        values=sum(tensor.numel() for tensor in checkpoint.state.values()),
-        bytes=sum(tensor.nbytes for tensor in checkpoint.state.values()),
-        dtypes=_dtypes(checkpoint.state),
-        config=_config(checkpoint.config),
-    )
+    contents = _contents(checkpoint)
     try:
         recognised = recognise(checkpoint, key=key)
     except CheckpointError as error:
-        return replace(found, problems=[str(error).removeprefix(f"{checkpoint.source}: ")])
-    return _described(found, recognised)
-
-
-def _described(found: Inspection, recognised: Recognised) -> Inspection:
+        return Inspection(**contents, problems=[str(error).removeprefix(f"{checkpoint.source}: ")])
     arguments = recognised.arguments
-    variant = nearest_variant(arguments, {"deit": "deit_", "deit3": "deit3_"}.get(recognised.family, ""))
-    return replace(
-        found,
-        notes=recognised.notes,
-        schema=recognised.schema,
-        family=recognised.family,
+    variant = nearest_variant(arguments, recognised.family)
+    shared = ("notes", "schema", "family", "arguments", "assumed", "problems", "beside")
+    return Inspection(
+        **contents,
+        **{name: getattr(recognised, name) for name in shared},
         library_class=_library_class(recognised),
-        arguments=arguments,
         parameters=sum(tensor.numel() for tensor in recognised.state.values()),
         variant=variant,
         differences=_differences(arguments, variant) if variant else {},
-        assumed=recognised.assumed,
-        problems=recognised.problems,
-        beside=recognised.beside,
         unused=sorted(recognised.unused),
-        targets={} if recognised.problems else _targets(recognised),
+        targets={} if recognised.problems else {schema: _why_not(recognised, schema) for schema in SCHEMAS},
     )
 
 
-def _dtypes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    counted: Counter[str] = Counter()
-    for tensor in state.values():
-        counted[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    return dict(counted.most_common())
+def _contents(checkpoint: Checkpoint) -> dict[str, Any]:
+    tensors = checkpoint.state.values()
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors:
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return {
+        "source": checkpoint.source,
+        "kind": checkpoint.kind,
+        "tensors": len(tensors),
+        "values": dtypes.total(),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": dict(dtypes.most_common()),
+        "config": _config(checkpoint.config),
+    }
 
 
 def _config(config: Mapping[str, Any] | None) -> str:
@@ -171,72 +151,70 @@ def _config(config: Mapping[str, Any] | None) -> str:
 
 
 def _library_class(recognised: Recognised) -> str:
-    named = (recognised.config or {}).get("architectures")
     if recognised.schema.startswith("huggingface"):
-        if isinstance(named, Sequence) and named and isinstance(named[0], str):
-            return f"transformers.{named[0]}"
-        return f"transformers.{huggingface_kind(recognised.family, recognised.arguments).model_class}"
+        named = (recognised.config or {}).get("architectures")
+        is_named = isinstance(named, Sequence) and named and isinstance(named[0], str)
+        own = huggingface_class(recognised.family, recognised.arguments)
+        return f"transformers.{named[0] if named and is_named else own.name_for(recognised.arguments)}"
     if recognised.schema == "timm" and recognised.family == "deit-distilled":
         return "timm.models.deit.VisionTransformerDistilled"
     return _CLASSES[recognised.schema]
 
 
 def _differences(arguments: Mapping[str, Any], variant: str) -> dict[str, tuple[Any, Any]]:
-    theirs = {**_DEFAULTS, **variant_arguments(variant)}
-    differing = {}
-    for name in _DEFAULTS:
-        if name == "mlp_ratio":  # of SwiGLU and odd sizes the ratio is known to rounding only
-            same = round(arguments[name] * arguments["embed_dim"]) == int(theirs[name] * arguments["embed_dim"])
-        else:
-            same = arguments[name] == theirs[name]
-        if not same:
-            differing[name] = (arguments[name], theirs[name])
-    if bool(arguments["init_values"]) != bool(theirs.get("init_values")):
-        differing["init_values"] = (arguments["init_values"], theirs.get("init_values"))
-    return differing
+    """What the checkpoint and the named model have, where it is not the same."""
+    defaults = {name: parameter.default for name, parameter in signature(VisionTransformer).parameters.items()}
+    theirs = {**defaults, **variant_arguments(variant)}
+    alike = {
+        "init_values": bool(arguments["init_values"]) == bool(theirs["init_values"]),
+        # of SwiGLU and odd sizes the ratio is known to rounding only
+        "mlp_ratio": round(arguments["mlp_ratio"] * arguments["embed_dim"])
+        == int(theirs["mlp_ratio"] * arguments["embed_dim"]),
+    }
+    return {
+        name: (arguments[name], theirs[name])
+        for name in _COMPARED
+        if not alike.get(name, arguments[name] == theirs[name])
+    }
 
 
-def _targets(recognised: Recognised) -> dict[str, str]:
+def _why_not(recognised: Recognised, schema: str) -> str:
     """Tried; names change and tensors are split, which copies next to nothing."""
-    reasons = {}
-    for schema in SCHEMAS:
-        try:
-            to_schema(recognised, schema)
-            reasons[schema] = ""
-        except CheckpointError as error:
-            reasons[schema] = str(error)
-    return reasons
+    try:
+        to_schema(recognised, schema)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 # Text
 
 
 def _lines(found: Inspection) -> Iterator[tuple[str, str]]:
-    yield "checkpoint", f"{found.source} ({_KINDS[found.kind]})"
+    yield "checkpoint", f"{found.source} ({_KINDS.get(found.kind, found.kind)})"
     dtypes = ", ".join(dtype if len(found.dtypes) == 1 else f"{n:,} {dtype}" for dtype, n in found.dtypes.items())
     yield "contents", f"{found.tensors} tensors, {found.values:,} numbers, {dtypes}, {found.bytes / 1e6:,.1f} MB"
-    for note in found.notes:
-        yield "", note
-    if found.config:
-        yield "config", found.config
+    yield from _under("", found.notes)
+    yield from _under("config", [found.config] if found.config else [])
     if found.schema:
         yield from _model_lines(found)
-    for index, problem in enumerate(found.problems[:LISTED]):
-        yield ("problems" if index == 0 else ""), problem
-    if len(found.problems) > LISTED:
-        yield "", f"and {len(found.problems) - LISTED} more"
-    yield from _use_lines(found)
+    more = [f"and {len(found.problems) - 6} more"] if len(found.problems) > 6 else []
+    yield from _under("problems", [*found.problems[:6], *more])
+    if not found.loads:
+        way_out = "; load_pretrained(..., strict=False) leaves out, or starts afresh, what does not fit"
+        yield "FastViT", f"does not load it{' as it is' + way_out if found.schema else ''}"
+        return
+    yield "FastViT", "loads it: fastvit.load_pretrained(...)"
+    yield "", f"converts it to {', '.join(schema for schema, reason in found.targets.items() if not reason)}"
+    yield from _under("", [f"not to {schema}: {reason}" for schema, reason in found.targets.items() if reason])
 
 
 def _model_lines(found: Inspection) -> Iterator[tuple[str, str]]:
     a = found.arguments
-    assumed = {line.partition("=")[0] for line in found.assumed}
     yield "names", f"{found.schema} (family {found.family})"
     yield "fits", f"{found.library_class}, {found.parameters:,} parameters"
-    if found.variant:
-        yield "nearest", found.variant
-        for name, (ours, theirs) in found.differences.items():
-            yield "", f"with {name}={ours!r} instead of {theirs!r}"
+    different = [f"with {name}={ours!r} instead of {theirs!r}" for name, (ours, theirs) in found.differences.items()]
+    yield from _under("nearest", [found.variant, *different] if found.variant else [])
     hidden = round(a["mlp_ratio"] * a["embed_dim"])
     yield (
         "sizes",
@@ -244,53 +222,22 @@ def _model_lines(found: Inspection) -> Iterator[tuple[str, str]]:
     )
     classes = f"{a['num_classes']} classes" if a["num_classes"] else "no head"
     yield "images", f"{_size(a['img_size'])}, patches {_size(a['patch_size'])}, {a['in_chans']} channels; {classes}"
-    tokens = ["a class token"] if a["class_token"] else ["no class token"]
-    tokens += [f"{a['reg_tokens']} registers"] if a["reg_tokens"] else []
-    pooling = a["global_pool"] or "none"
-    yield "tokens", f"{', '.join(tokens)}, {_POSITIONS[a['pos_embed']]}; pooling: {pooling}"
-    said = "assumed" if "norm_eps" in assumed else "as the config says"
+    tokens = "a class token" if a["class_token"] else "no class token"
+    tokens += f", {a['reg_tokens']} registers" if a["reg_tokens"] else ""
+    positions = {"learn": "learned", "sincos": "sine and cosine"}.get(a["pos_embed"], "no")
+    yield "tokens", f"{tokens}, {positions} positions; pooling: {a['global_pool'] or 'none'}"
+    said = "assumed" if any(line.startswith("norm_eps=") for line in found.assumed) else "as the config says"
     yield "norms", f"{a['norm_layer']}, eps {a['norm_eps']:g} ({said})"
-    for index, line in enumerate(found.assumed):
-        yield ("assumed" if index == 0 else ""), line
-    if found.beside:
-        yield "left out", _listed(found.beside)
-    if found.unused:
-        yield "unused", _listed(found.unused)
+    yield from _under("assumed", found.assumed)
+    yield from _under("left out", [listed(found.beside)] if found.beside else [])
+    yield from _under("unused", [listed(found.unused)] if found.unused else [])
 
 
-def _use_lines(found: Inspection) -> Iterator[tuple[str, str]]:
-    if not found.loads:
-        way_out = "; load_pretrained(..., strict=False) leaves out, or starts afresh, what does not fit"
-        yield "FastViT", f"does not load it{' as it is' + way_out if found.schema else ''}"
-        return
-    yield "FastViT", "loads it: fastvit.load_pretrained(...)"
-    able = [schema for schema, reason in found.targets.items() if not reason]
-    yield "", f"converts it to {', '.join(able)}"
-    for schema, reason in found.targets.items():
-        if reason:
-            yield "", f"not to {schema}: {reason}"
-
-
-_POSITIONS = {
-    "learn": "learned positions",
-    "sincos": "sine and cosine positions",
-    "": "no positions",
-    "none": "no positions",
-}
-_KINDS = {
-    "safetensors": "safetensors",
-    "torch": "torch.save",
-    "folder": "folder",
-    "npz": "JAX's .npz",
-    "state_dict": "state_dict",
-}
+def _under(heading: str, lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for index, line in enumerate(lines):
+        yield ("" if index else heading), line
 
 
 def _size(size: int | Sequence[int]) -> str:
     height, width = (size, size) if isinstance(size, int) else size
     return f"{height} x {width}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

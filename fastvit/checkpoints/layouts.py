@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvit.checkpoints.naming import Layout, Refusal, Stored, Table, reshaped
-
-__all__ = ["LAYOUTS", "MANY_LAYERS", "layout_named", "takes_head"]
+from fastvit.checkpoints.naming import BESIDE, UNUSED, Layout, Refusal, Stored, Table, reshaped
 
 MANY_LAYERS = "FastViT's head is one linear layer, this one several"
 NO_POOLING = "FastViT has no attention pooling"
@@ -52,15 +50,13 @@ TIMM = Layout(
         "blocks.#.gamma_1": "blocks.#.ls1.gamma",
         "blocks.#.gamma_2": "blocks.#.ls2.gamma",
     },
-    unused=("mask_token",),
-    beside=("decoder_**",),
-    refused={
+    others={
+        "mask_token": UNUSED,
+        "decoder_**": BESIDE,
         "head_dist.*": NO_SECOND_HEAD,
         "pre_logits.**": NO_REPRESENTATION,
         "attn_pool.**": NO_POOLING,
-        "head.#.**": MANY_LAYERS,
-        "head.mlp.**": MANY_LAYERS,
-        "head.last_layer.**": MANY_LAYERS,
+        **dict.fromkeys(("head.#.**", "head.mlp.**", "head.last_layer.**"), MANY_LAYERS),
     },
     assumed={"norm_eps": 1e-6, "act_layer": "gelu"},
 )
@@ -72,78 +68,63 @@ TORCHVISION = Layout(
     family="vit",
     table=_table(
         {
-            "cls_token": "class_token",
-            "pos_embed": "encoder.pos_embedding",
-            "patch_embed.proj.*": "conv_proj.*",
-            "norm.*": "encoder.ln.*",
-            "head.*": "heads.head.*",
+            "cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj.*": "conv_proj.*",
+            "norm.*": "encoder.ln.*", "head.*": "heads.head.*",
         },
         "encoder.layers.encoder_layer_#",
         {
-            "norm1.*": "ln_1.*",
-            "attn.qkv.*": "self_attention.in_proj_*",
-            "attn.proj.*": "self_attention.out_proj.*",
-            "norm2.*": "ln_2.*",
-            "mlp.fc1.*": "mlp.0.*",
-            "mlp.fc2.*": "mlp.3.*",
+            "norm1.*": "ln_1.*", "norm2.*": "ln_2.*", "mlp.fc1.*": "mlp.0.*", "mlp.fc2.*": "mlp.3.*",
+            "attn.qkv.*": "self_attention.in_proj_*", "attn.proj.*": "self_attention.out_proj.*",
         },
     ),
     older={  # before torchvision 0.12, and in the weights that were published then
         "encoder.layers.encoder_layer_#.mlp.linear_1.*": "blocks.#.mlp.fc1.*",
         "encoder.layers.encoder_layer_#.mlp.linear_2.*": "blocks.#.mlp.fc2.*",
     },
-    refused={"heads.pre_logits.*": NO_REPRESENTATION},
+    others={"heads.pre_logits.*": NO_REPRESENTATION},
     fixed={"act_layer": "gelu", "global_pool": "token"},
     assumed={"norm_eps": 1e-6},
-)
+)  # fmt: skip
 
-# ---- transformers: ViT, DeiT, ViTMAE ---------------------------------------------------------------------------------
+# ---- transformers ----------------------------------------------------------------------------------------------------
 
+# The names of version 5 are those that its models have in memory; files of versions 4 and 5 have version 4's.
+_ATTENTION: dict[str, Table] = {
+    "huggingface": {"attn.qkv.*": "attention.attention.{query,key,value}.*", "attn.proj.*": "attention.output.dense.*"},
+    "huggingface-v5": {"attn.qkv.*": "attention.{q_proj,k_proj,v_proj}.*", "attn.proj.*": "attention.o_proj.*"},
+}
+_MLP: Table = {"mlp.fc1.*": "mlp.fc1.*", "mlp.fc2.*": "mlp.fc2.*"}
+_VIT_MLP: Table = {"mlp.fc1.*": "intermediate.dense.*", "mlp.fc2.*": "output.dense.*"}
+_SWIGLU: dict[str, Table] = {
+    "huggingface": {"mlp.fc1.*": "mlp.weights_in.*", "mlp.fc2.*": "mlp.weights_out.*"},
+    "huggingface-v5": {"mlp.fc1.*": "mlp.{gate_proj,up_proj}.*", "mlp.fc2.*": "mlp.down_proj.*"},
+}
 _EMBEDDINGS: Table = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj.*": "embeddings.patch_embeddings.projection.*",
     "norm.*": "layernorm.*",
 }
-# The names inside a block, by the version of transformers that has them in memory; files of version 4 are the hub's.
-_ATTENTION = {
-    "huggingface": {
-        "attn.qkv.*": "attention.attention.{query,key,value}.*",
-        "attn.proj.*": "attention.output.dense.*",
-    },
-    "huggingface-v5": {"attn.qkv.*": "attention.{q_proj,k_proj,v_proj}.*", "attn.proj.*": "attention.o_proj.*"},
-}
-_PLAIN_MLP = {"mlp.fc1.*": "mlp.fc1.*", "mlp.fc2.*": "mlp.fc2.*"}
 
 
 def _vit(schema: str, block: str, mlp: Table) -> Layout:
+    """ViT, DeiT and ViTMAE."""
+    outside = {**_EMBEDDINGS, "reg_token": "embeddings.distillation_token", "head.*": "classifier.*"}
+    inside = {"norm1.*": "layernorm_before.*", **_ATTENTION[schema], "norm2.*": "layernorm_after.*", **mlp}
     return Layout(
-        schema=schema,
-        family="vit",
+        schema,
+        "vit",
+        _table(outside, block, inside),
         prefixes=("", "vit.", "deit."),
-        table=_table(
-            {**_EMBEDDINGS, "reg_token": "embeddings.distillation_token", "head.*": "classifier.*"},
-            block,
-            {"norm1.*": "layernorm_before.*", **_ATTENTION[schema], "norm2.*": "layernorm_after.*", **mlp},
-        ),
         older={"cls_classifier.*": "head.*"},  # DeiT's, where it has a second head
-        unused=("embeddings.mask_token", "pooler.dense.*"),
-        beside=("decoder.**",),
-        refused={"distillation_classifier.*": NO_SECOND_HEAD},
+        others={
+            **dict.fromkeys(("embeddings.mask_token", "pooler.dense.*"), UNUSED),
+            "decoder.**": BESIDE,
+            "distillation_classifier.*": NO_SECOND_HEAD,
+        },
         fixed={"global_pool": "token"},
         assumed={"norm_eps": 1e-12, "act_layer": "gelu"},
     )
-
-
-VIT = _vit("huggingface", "encoder.layer.#", {"mlp.fc1.*": "intermediate.dense.*", "mlp.fc2.*": "output.dense.*"})
-VIT_V5 = _vit("huggingface-v5", "layers.#", _PLAIN_MLP)
-
-# ---- transformers: DINOv2 --------------------------------------------------------------------------------------------
-
-_SWIGLU: dict[str, Table] = {
-    "huggingface": {"mlp.fc1.*": "mlp.weights_in.*", "mlp.fc2.*": "mlp.weights_out.*"},
-    "huggingface-v5": {"mlp.fc1.*": "mlp.{gate_proj,up_proj}.*", "mlp.fc2.*": "mlp.down_proj.*"},
-}
 
 
 def _class_half(weight: Tensor) -> Tensor:
@@ -159,64 +140,50 @@ def _with_zero_half(weight: Tensor) -> Tensor:
 
 
 def _dinov2(schema: str, mlp: Table) -> Layout:
+    outside: Table = {
+        **_EMBEDDINGS,
+        "reg_token": "embeddings.register_tokens",
+        "head.weight": reshaped("classifier.weight", _class_half, _with_zero_half),
+        "head.bias": "classifier.bias",
+    }
+    scales = {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"}
+    inside = {"norm1.*": "norm1.*", "norm2.*": "norm2.*", **_ATTENTION[schema], **mlp, **scales}
     return Layout(
-        schema=schema,
-        family="dinov2",
+        schema,
+        "dinov2",
+        _table(outside, "encoder.layer.#", inside),
         prefixes=("", "dinov2.", "dinov2_with_registers."),
-        table={
-            **_table(
-                {**_EMBEDDINGS, "reg_token": "embeddings.register_tokens", "head.bias": "classifier.bias"},
-                "encoder.layer.#",
-                {
-                    "norm1.*": "norm1.*",
-                    **_ATTENTION[schema],
-                    "ls1.gamma": "layer_scale1.lambda1",
-                    "norm2.*": "norm2.*",
-                    **mlp,
-                    "ls2.gamma": "layer_scale2.lambda1",
-                },
-            ),
-            "head.weight": reshaped("classifier.weight", _class_half, _with_zero_half),
-        },
-        unused=("embeddings.mask_token",),
+        others={"embeddings.mask_token": UNUSED},
         fixed={"global_pool": "token"},
         assumed={"norm_eps": 1e-6, "act_layer": "gelu"},
     )
 
 
-# ---- transformers: CLIP's vision tower -------------------------------------------------------------------------------
-
-
 def _clip(schema: str, prefix: str) -> Layout:
+    """CLIP's vision tower."""
+    outside: Table = {
+        "cls_token": reshaped("embeddings.class_embedding", lambda x: x[None, None], lambda x: x[0, 0]),
+        "pos_embed": reshaped("embeddings.position_embedding.weight", lambda x: x[None], lambda x: x[0]),
+        "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
+        "norm_pre.*": "pre_layrnorm.*",  # sic
+        "norm.*": "post_layernorm.*",
+        "head.weight": "visual_projection.weight",
+    }
+    attention = {"attn.qkv.*": "self_attn.{q_proj,k_proj,v_proj}.*", "attn.proj.*": "self_attn.out_proj.*"}
+    inside = {"norm1.*": "layer_norm1.*", "norm2.*": "layer_norm2.*", **attention, **_MLP}
     return Layout(
-        schema=schema,
-        family="clip",
+        schema,
+        "clip",
+        _table(outside, "encoder.layers.#", inside),
         prefixes=(prefix,),
-        table=_table(
-            {
-                "cls_token": reshaped("embeddings.class_embedding", lambda x: x[None, None], lambda x: x[0, 0]),
-                "pos_embed": reshaped("embeddings.position_embedding.weight", lambda x: x[None], lambda x: x[0]),
-                "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
-                "norm_pre.*": "pre_layrnorm.*",  # sic
-                "norm.*": "post_layernorm.*",
-                "head.weight": "visual_projection.weight",
-            },
-            "encoder.layers.#",
-            {
-                "norm1.*": "layer_norm1.*",
-                "attn.qkv.*": "self_attn.{q_proj,k_proj,v_proj}.*",
-                "attn.proj.*": "self_attn.out_proj.*",
-                "norm2.*": "layer_norm2.*",
-                **_PLAIN_MLP,
-            },
-        ),
-        beside=("embeddings.position_ids", "text_model.**", "text_projection.weight", "logit_scale"),
+        others=dict.fromkeys(("embeddings.position_ids", "text_model.**", "text_projection.weight"), BESIDE),
         fixed={"global_pool": "token"},
         assumed={"norm_eps": 1e-5, "act_layer": "quick_gelu"},
         projection=True,
     )
 
 
+VIT, VIT_V5 = _vit("huggingface", "encoder.layer.#", _VIT_MLP), _vit("huggingface-v5", "layers.#", _MLP)
 CLIP = _clip("huggingface", "vision_model.")
 CLIP_V5 = _clip("huggingface-v5", "")  # CLIPVisionModel; with a projection the prefix stays
 
@@ -241,29 +208,25 @@ def _jax(schema: str, positions: str, attention: int, mlp: int, norm2: int) -> L
     block = "Transformer/encoderblock_#"
     attended, mixed = f"{block}/MultiHeadDotProductAttention_{attention}", f"{block}/MlpBlock_{mlp}"
     table: dict[str, str | Stored] = {"cls_token": "cls", "pos_embed": positions}
-    for ours, theirs in (
-        ("blocks.#.norm1", f"{block}/LayerNorm_0"),
-        ("blocks.#.norm2", f"{block}/LayerNorm_{norm2}"),
-        ("norm", "Transformer/encoder_norm"),
-    ):
+    norms = {"blocks.#.norm1": "LayerNorm_0", "blocks.#.norm2": f"LayerNorm_{norm2}"}
+    norms = {"norm": "Transformer/encoder_norm"} | {ours: f"{block}/{theirs}" for ours, theirs in norms.items()}
+    layers = {"blocks.#.mlp.fc1": f"{mixed}/Dense_0", "blocks.#.mlp.fc2": f"{mixed}/Dense_1"}
+    for ours, theirs in norms.items():
         table |= {f"{ours}.weight": f"{theirs}/scale", f"{ours}.bias": f"{theirs}/bias"}
-    for ours, theirs in (
-        ("patch_embed.proj", "embedding"),
-        ("blocks.#.mlp.fc1", f"{mixed}/Dense_0"),
-        ("blocks.#.mlp.fc2", f"{mixed}/Dense_1"),
-        ("head", "head"),
-    ):
+    for ours, theirs in {"patch_embed.proj": "embedding", "head": "head", **layers}.items():
         table |= {f"{ours}.weight": _flax(f"{theirs}/kernel"), f"{ours}.bias": f"{theirs}/bias"}
-    table["blocks.#.attn.qkv.weight"] = _flax_qkv(attended, "kernel")
-    table["blocks.#.attn.qkv.bias"] = _flax_qkv(attended, "bias")
+    table |= {
+        f"blocks.#.attn.qkv.{ours}": _flax_qkv(attended, kind)
+        for ours, kind in (("weight", "kernel"), ("bias", "bias"))
+    }
     table["blocks.#.attn.proj.weight"] = reshaped(f"{attended}/out/kernel", lambda kernel: kernel.flatten(0, 1).T)
     table["blocks.#.attn.proj.bias"] = f"{attended}/out/bias"
     return Layout(
-        schema=schema,
-        family="vit",
-        table=table,
+        schema,
+        "vit",
+        table,
         head_has_prefix=True,
-        refused={"pre_logits/**": NO_REPRESENTATION, "MAPHead_0/**": NO_POOLING},
+        others={"pre_logits/**": NO_REPRESENTATION, "MAPHead_0/**": NO_POOLING},
         assumed={"norm_eps": 1e-6, "act_layer": "gelu_tanh"},  # JAX's gelu is the approximation by tanh
     )
 
@@ -273,7 +236,7 @@ LAYOUTS = (
     TORCHVISION,
     VIT,
     VIT_V5,
-    *(_dinov2(schema, _PLAIN_MLP) for schema in _ATTENTION),
+    *(_dinov2(schema, _MLP) for schema in _ATTENTION),
     *(_dinov2(schema, mlp) for schema, mlp in _SWIGLU.items()),
     CLIP,
     CLIP_V5,

@@ -14,28 +14,21 @@ from torch import Tensor
 
 from fastvit.checkpoints.adapt import adapt, adapt_head
 from fastvit.checkpoints.arguments import model_arguments
-from fastvit.checkpoints.errors import CheckpointError
-from fastvit.checkpoints.files import Checkpoint, read_checkpoint, write_checkpoint
+from fastvit.checkpoints.errors import CheckpointError, listed
+from fastvit.checkpoints.files import Checkpoint, read_checkpoint
 from fastvit.checkpoints.recognition import Recognised, expected_shapes, fitting, recognise
 from fastvit.checkpoints.targets import SCHEMAS, remarks, to_schema
+from fastvit.checkpoints.writing import write_checkpoint
 from fastvit.model import VisionTransformer
-
-__all__ = ["convert", "load_pretrained"]
 
 LISTED = 20  # names in an error, at most
 
 # What a checkpoint may not say, and the caller may know better. The rest is in its tensors' shapes.
 _TOLD = ("num_heads", "norm_eps", "norm_layer", "act_layer", "no_embed_class")
 _CONVERTED = (
-    "img_size",
-    "patch_size",
-    "in_chans",
-    "num_classes",
-    "num_heads",
-    "norm_eps",
-    "act_layer",
-    "no_embed_class",
-)
+    "img_size", "patch_size", "in_chans", "num_classes", "num_heads", "norm_eps", "act_layer", "no_embed_class",
+)  # fmt: skip
+_WAY_OUT = "strict=False, on the command line --no-strict, leaves out what does not fit"
 
 
 def load_pretrained(
@@ -78,8 +71,12 @@ def load_pretrained(
     shapes = expected_shapes(arguments)
     state = fitting(fitted.state, shapes)
     fresh = [name for name in shapes if name not in state]
-    _check_overrides(fitted, shapes, fresh, strict, new_head)
-    _warn(recognised, fitted, shapes, fresh)
+    if strict:
+        _check_overrides(fitted, shapes, [name for name in fresh if not (new_head and name.startswith("head."))])
+    lost = [*fitted.problems, *(f"{name}: not in this model" for name in fitted.state if name not in shapes)]
+    for what, names, by in (("left out", lost, "; "), ("fresh, not from the checkpoint", fresh, ", ")):
+        if names:
+            warnings.warn(f"{recognised.source}: {what}: {listed(names, LISTED, by)}", UserWarning, stacklevel=2)
     # Initial weights take long to draw and are needed only where something stays fresh.
     model = VisionTransformer(**{"weight_init": "" if fresh else "skip", **model_arguments(arguments)})
     model.load_state_dict(state, strict=not fresh)
@@ -133,7 +130,7 @@ def convert(
     recognised = _recognised(read_checkpoint(source, allow=allow), key, overrides)
     whole = adapt_head(recognised, overrides.get("num_classes"))
     if whole.missing or whole.misshapen:
-        raise CheckpointError(_listed(whole, whole.problems, "a part of a checkpoint can't be converted"))
+        raise _misfit(whole, whole.problems, "a part of a checkpoint can't be converted")
     fitted = adapt(_fitting(whole, strict), overrides)
     arguments = {**fitted.arguments, **{name: overrides[name] for name in _TOLD if name in overrides}}
     fitted = replace(fitted, arguments=arguments)
@@ -156,9 +153,6 @@ def _recognised(checkpoint: Checkpoint, key: str | None, overrides: Mapping[str,
     return recognise(checkpoint, key=key, size_hint=overrides.get("img_size"), **known)
 
 
-_WAY_OUT = "strict=False, on the command line --no-strict, leaves out what does not fit"
-
-
 def _fitting(recognised: Recognised, strict: bool) -> Recognised:
     """Without what does not fit its own model.
 
@@ -168,44 +162,23 @@ def _fitting(recognised: Recognised, strict: bool) -> Recognised:
     if not recognised.problems:
         return recognised
     if strict:
-        raise CheckpointError(_listed(recognised, recognised.problems, _WAY_OUT))
+        raise _misfit(recognised, recognised.problems, _WAY_OUT)
     return replace(recognised, state=fitting(recognised.state, expected_shapes(recognised.arguments)))
 
 
-def _check_overrides(
-    fitted: Recognised, shapes: Mapping[str, torch.Size], fresh: list[str], strict: bool, new_head: bool
-) -> None:
+def _check_overrides(fitted: Recognised, shapes: Mapping[str, torch.Size], fresh: list[str]) -> None:
     """Raise where overrides make another model than the checkpoint's."""
-    if not strict:
-        return
-    asked = tuple(name for name in fresh if new_head and name.startswith("head."))
-    wrong = [f"{name}: the checkpoint has none" for name in fresh if name not in (*asked, *fitted.state)]
+    wrong = [f"{name}: the checkpoint has none" for name in fresh if name not in fitted.state]
     for name, tensor in fitted.state.items():
         if name not in shapes:
             wrong.append(f"{name}: not in this model")
         elif shapes[name] != tensor.shape:
             wrong.append(f"{name}: shape {list(tensor.shape)} in the checkpoint, {list(shapes[name])} in this model")
     if wrong:
-        raise CheckpointError(_listed(fitted, wrong, "the overrides make another model", whose="the model asked for"))
+        raise _misfit(fitted, wrong, "the overrides make another model", "the model asked for")
 
 
-def _warn(recognised: Recognised, fitted: Recognised, shapes: Mapping[str, torch.Size], fresh: list[str]) -> None:
-    lost = [*fitted.problems, *(f"{name}: not in this model" for name in fitted.state if name not in shapes)]
-    if lost:
-        _say(f"{recognised.source}: left out: {'; '.join(lost[:LISTED])}{_more(lost)}")
-    if fresh:
-        _say(f"{recognised.source}: fresh, not from the checkpoint: {', '.join(fresh[:LISTED])}{_more(fresh)}")
-
-
-def _say(line: str) -> None:
-    warnings.warn(line, UserWarning, stacklevel=4)
-
-
-def _listed(recognised: Recognised, lines: list[str], hint: str, whose: str = "") -> str:
+def _misfit(recognised: Recognised, lines: list[str], hint: str, whose: str = "") -> CheckpointError:
     whose = whose or f"a {recognised.family} model of FastViT's"
-    listed = "\n  ".join(lines[:LISTED])
-    return f"{recognised.source}: does not fit {whose} ({len(lines)} names); {hint}.\n  {listed}{_more(lines)}"
-
-
-def _more(lines: list[str]) -> str:
-    return f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
+    first = f"{recognised.source}: does not fit {whose} ({len(lines)} names); {hint}."
+    return CheckpointError(f"{first}\n  {listed(lines, LISTED, chr(10) + '  ')}")

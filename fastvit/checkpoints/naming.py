@@ -13,19 +13,6 @@ from torch import Tensor
 
 from fastvit.checkpoints.errors import CheckpointError
 
-__all__ = [
-    "Layout",
-    "Names",
-    "Refusal",
-    "State",
-    "Stored",
-    "Table",
-    "names_of",
-    "read_names",
-    "reshaped",
-    "write_names",
-]
-
 State = dict[str, Tensor]
 
 
@@ -56,6 +43,11 @@ def reshaped(name: str, read: Callable[[Tensor], Tensor], write: Callable[[Tenso
 Table = Mapping[str, "str | Stored"]
 
 
+# What a layout says of names that are none of the model's, where it gives no reason to refuse them:
+UNUSED = "unused"  # the encoder's, but they do not enter its output; kept for the way back
+BESIDE = "beside"  # of other parts of a larger model; left out
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """All that is particular to one library's form of a model.
@@ -66,9 +58,7 @@ class Layout:
         table: its names; those of the encoder stand behind one of `prefixes`, those of the head do not, unless
             `head_has_prefix`.
         older: names of earlier versions or of a model's own code, and ours for them.
-        unused: names of the encoder's tensors that do not enter its output; kept for the way back.
-        beside: names of other parts of a larger model; left out.
-        refused: names that are understood but have no place in FastViT, and why.
+        others: names that are understood and not the model's: `UNUSED`, `BESIDE`, or why FastViT has no place for them.
         fixed: arguments that its classes have in any case.
         assumed: arguments that its code takes where nothing says otherwise.
         projection: the head has no bias.
@@ -80,9 +70,7 @@ class Layout:
     prefixes: tuple[str, ...] = ("",)
     head_has_prefix: bool = False
     older: Mapping[str, str] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     assumed: Mapping[str, Any] = field(default_factory=dict)
     projection: bool = False
@@ -107,15 +95,18 @@ class Layout:
         return name if ours.startswith("head.") and not self.head_has_prefix else prefix + name
 
 
-@dataclass
+@dataclass(frozen=True)
 class Names:
     """A state_dict, sorted by a layout.
 
     Attributes:
-        state: our names.
-        unused, beside, unknown: names in the file; of `unused` the tensors too, under the layout's names.
-        refused: names in the file, and why.
-        incomplete, misshapen: what is wrong with tensors that were found in part or twice, or do not go together.
+        state: the tensors in our names.
+        unused: tensors that do not enter the encoder's output, in the layout's names; kept for the way back.
+        beside: names of other parts of a larger model, which are left out.
+        unknown: names that mean nothing to FastViT.
+        refused: names that are understood but have no place in FastViT, and why.
+        missing: names that the model needs and the file lacks.
+        misshapen: names whose shape is not the model's, or that were found twice, with what is wrong.
     """
 
     state: State = field(default_factory=dict)
@@ -123,59 +114,55 @@ class Names:
     beside: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    incomplete: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
 
 
 def read_names(layout: Layout, prefix: str, state: Mapping[str, Tensor]) -> Names:
     """Sort a file's tensors; those of the model come in our names and our arrangement."""
     found = Names()
-    parts: dict[str, dict[int, tuple[str, Tensor]]] = {}
+    parts: dict[str, dict[int, str]] = {}
     for name, tensor in state.items():
+        short = name.removeprefix(prefix)
         place = layout.find(name, prefix)
-        if place is None:
-            _sort_out(layout, prefix, name, tensor, found)
+        if place is not None:
+            ours, part = place
+            first = parts.setdefault(ours, {}).setdefault(part, name)
+            if first != name:
+                found.misshapen.append(f"{name}: {first} is the same tensor by another name")
             continue
-        slots = parts.setdefault(place[0], {})
-        if place[1] in slots:
-            found.misshapen.append(f"{name}: {slots[place[1]][0]} is the same tensor by another name")
+        meaning = next((why for key, why in layout.others.items() if _pattern(key).fullmatch(short)), "")
+        if meaning == UNUSED:
+            found.unused[short] = tensor
+        elif meaning == BESIDE:
+            found.beside.append(name)
+        elif meaning:
+            found.refused[name] = meaning
         else:
-            slots[place[1]] = (name, tensor)
-    for ours, slots in parts.items():
-        _assemble(layout, prefix, ours, slots, found)
+            found.unknown.append(name)
+    for ours, names in parts.items():
+        _assemble(layout, prefix, ours, names, state, found)
     return found
 
 
-def _sort_out(layout: Layout, prefix: str, name: str, tensor: Tensor, found: Names) -> None:
-    """Note what a tensor is that is none of the model's."""
-    candidates = {name, name.removeprefix(prefix)}
-    reason = next((why for pattern, why in layout.refused.items() if _any_matches([pattern], candidates)), "")
-    if reason:
-        found.refused[name] = reason
-    elif _any_matches(layout.unused, candidates):
-        found.unused[name.removeprefix(prefix)] = tensor
-    elif _any_matches(layout.beside, candidates):
-        found.beside.append(name)
-    else:
-        found.unknown.append(name)
-
-
-def _assemble(layout: Layout, prefix: str, ours: str, slots: dict[int, tuple[str, Tensor]], found: Names) -> None:
+def _assemble(
+    layout: Layout, prefix: str, ours: str, names: Mapping[int, str], state: Mapping[str, Tensor], found: Names
+) -> None:
     """Put our tensor together from its parts in the file."""
     where = layout.stored(ours, prefix)
     if where is None:
         raise CheckpointError(f"{ours}: the table of {layout.schema} names it only in one direction")
-    stored, names = where
-    if len(slots) < len(names):
-        found.incomplete += [name for part, name in enumerate(names) if part not in slots]
+    stored, whole = where
+    if len(names) < len(whole):
+        found.missing.extend(name for part, name in enumerate(whole) if part not in names)
         return
-    in_order = [slots[part] for part in range(len(names))]
+    in_order = {names[part]: state[names[part]] for part in range(len(whole))}
     try:
-        found.state[ours] = stored.read([tensor for _, tensor in in_order])
+        found.state[ours] = stored.read(list(in_order.values()))
     except Refusal as refusal:
-        found.refused.update({name: str(refusal) for name, _ in in_order})
+        found.refused.update(dict.fromkeys(in_order, str(refusal)))
     except (RuntimeError, IndexError):
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in slots.values())
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in in_order.items())
         found.misshapen.append(f"{shapes}: not the shape of {ours}")
 
 
@@ -230,10 +217,6 @@ def _as_stored(where: str | Stored) -> Stored:
 def _filled(pattern: str, match: re.Match[str]) -> str:
     groups = match.groupdict()
     return pattern.replace("#", groups.get("block") or "").replace("*", groups.get("kind") or "")
-
-
-def _any_matches(patterns: Sequence[str], names: set[str]) -> bool:
-    return any(_pattern(pattern).fullmatch(name) for pattern in patterns for name in names)
 
 
 @cache

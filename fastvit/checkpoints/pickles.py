@@ -22,16 +22,13 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
-
-__all__ = ["LEGACY_TORCH", "read_torch"]
+from .errors import CheckpointError, listed
 
 LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
-LISTED = 6  # names in a message, at most
 
 # Values and options that scripts keep beside their weights.
 _PLAIN = re.compile(
-    r"argparse\.Namespace|types\.SimpleNamespace|typing\.Any|pathlib(\._local)?\.\w*Path"
+    r"argparse\.Namespace|types\.SimpleNamespace|typing\.Any|_io\.BytesIO|pathlib(\._local)?\.\w*Path"
     r"|collections\.(defaultdict|deque|ChainMap|UserDict|UserList)"
     r"|datetime\.(datetime|date|time|timedelta|timezone)|decimal\.Decimal|fractions\.Fraction|uuid\.(UUID|SafeUUID)"
     r"|builtins\.(object|int|float|bool|str|bytes|list|dict|tuple|set|frozenset|slice|range|complex)"
@@ -47,6 +44,7 @@ _PLAIN = re.compile(
     r"|yacs\.config\.CfgNode|easydict\.EasyDict|addict\.addict\.Dict|ml_collections(\.\w+)*\.ConfigDict"
     r"|(mmcv\.utils|mmengine\.config)\.config\.ConfigDict|transformers\.(trainer_utils|training_args)\.\w+"
 )
+_KINDS = (type, enum.EnumMeta)  # of dataclasses and named tuples, of enumerations
 # torch keeps the classes that it may load for the whole process.
 _lock = threading.Lock()
 
@@ -109,10 +107,12 @@ def _stand_in(name: str, kind: type[_Ignored] = _Ignored) -> type[_Ignored]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a class is known to be a value, or an enumeration that the program itself has loaded."""
+    """Whether a class is known to be a value, or one of options that the program itself has loaded."""
     module, _, last = name.rpartition(".")
     loaded = getattr(sys.modules.get(module), "__dict__", {}).get(last)
-    return bool(_PLAIN.fullmatch(name)) or issubclass(type(loaded), enum.EnumMeta)
+    # by its type and its own dictionary: asking the class itself might run something
+    fields = vars(loaded).keys() & {"__dataclass_fields__", "_fields", "_member_map_"} if type(loaded) in _KINDS else ()
+    return bool(fields or _PLAIN.fullmatch(name))
 
 
 def _filled(message: str) -> tuple[str, type[_Ignored]]:
@@ -158,12 +158,14 @@ def _refusal(path: Path, message: str, stand_ins: Collection[str], has_module: b
         return "pickled with another protocol than torch.save's own; save it again without pickle_protocol"
     if not names and "WeightsUnpickler" not in message:
         return ""
-    listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    which = listed(names)
     if has_module and names:
-        return f"a whole pickled model ({listed}), which is code and not loaded; save its state_dict() instead"
+        return f"a whole pickled model ({which}), which is code and not loaded; save its state_dict() instead"
     if any(re.match(r"torchao\.|bitsandbytes\.|optimum\.|hqq\.", name) for name in names):
-        return f"quantised weights ({listed}), which are not loaded; dequantise the model, then save its state_dict()"
-    what = f"pickled code or objects ({listed})" if names else "more than tensors and plain values"
+        return f"quantised weights ({which}), which are not loaded; dequantise the model, then save its state_dict()"
+    if any(re.match(r"torch\.distributed\.(tensor|_shard)", name) for name in names):
+        return f"shards of a distributed model ({which}), which are not loaded; save its full state_dict instead"
+    what = f"pickled code or objects ({which})" if names else "more than tensors and plain values"
     return (
         f"it holds {what}, which are not loaded; save its state_dict alone, or leave them out, "
         "with allow=[…], on the command line --allow"

@@ -12,17 +12,14 @@ from torch import Tensor
 
 from fastvit.checkpoints.arguments import arguments_of, fold_class_position, model_arguments
 from fastvit.checkpoints.configs import family_of, known_from, sizes_from
-from fastvit.checkpoints.errors import CheckpointError
+from fastvit.checkpoints.errors import CheckpointError, listed
 from fastvit.checkpoints.files import Checkpoint
 from fastvit.checkpoints.finding import Model, choose, find_models, normalised
 from fastvit.checkpoints.foreign import DEQUANTISE, QUANTISED, foreign_features, foreign_model
 from fastvit.checkpoints.layouts import LAYOUTS, MANY_LAYERS, takes_head
 from fastvit.checkpoints.naming import Layout, Names, State, names_of, read_names
 
-__all__ = ["Recognised", "expected_shapes", "fitting", "recognise"]
-
-LISTED = 6  # names in a message, at most
-UNUSED = "unused."  # FastViT's own folders keep what the model does not use under this
+KEPT = "unused."  # FastViT's own folders keep what the model does not use under this
 
 # What a training keeps in a model and an encoder is taken without.
 _BESIDE = re.compile(
@@ -32,7 +29,7 @@ _BESIDE = re.compile(
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Recognised(Names):
     """A checkpoint, understood.
 
     Attributes:
@@ -40,30 +37,16 @@ class Recognised:
             "big_vision".
         family: "vit", "deit", "deit-distilled", "deit3", "mae", "dinov2" or "clip".
         arguments: of `fastvit.VisionTransformer`, as JSON can hold them; `model_arguments` makes them the model's.
-        state: the tensors in our names.
         assumed: what the checkpoint does not say, and what was taken.
-        unknown: names in the checkpoint that mean nothing to FastViT.
-        missing: names that the model needs and the checkpoint lacks.
-        misshapen: names whose shape is not the model's, with both shapes.
-        refused: names that are understood but have no place in FastViT, and why.
-        unused: tensors that do not enter the encoder's output; kept for the way back.
-        beside: names of other parts of a larger model, which are left out.
         config: the checkpoint's config.json.
         source: what to call it in a message.
         notes: where in the checkpoint it was, and what is beside it.
     """
 
-    schema: str
-    family: str
-    arguments: dict[str, Any]
-    state: State
+    schema: str = ""
+    family: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    unused: State = field(default_factory=dict)
-    beside: list[str] = field(default_factory=list)
     config: dict[str, Any] | None = None
     source: str = "state_dict"
     notes: tuple[str, ...] = ()
@@ -101,46 +84,37 @@ def recognise(checkpoint: Checkpoint, *, key: str | None = None, size_hint: Any 
 def _recognise(checkpoint: Checkpoint, key: str | None, known: Mapping[str, Any], size_hint: Any) -> Recognised:
     config = checkpoint.config or {}
     family = family_of(config)
-    everything = normalised(_unscanned(checkpoint.state))
-    model, notes = _model_of(everything, checkpoint.others, key)
-    state, kept = _without_unused(model.state)
-    layout, prefix = model.layout, model.prefix
-    found = read_names(layout, prefix, state)
+    model, notes = _model_of(normalised(_unscanned(checkpoint.state)), checkpoint.others, key)
+    layout = model.layout
+    kept = {name.removeprefix(KEPT): tensor for name, tensor in model.state.items() if name.startswith(KEPT)}
+    state = {name: tensor for name, tensor in model.state.items() if not name.startswith(KEPT)}
+    found = read_names(layout, model.prefix, state)
     _set_aside(model, found)
-    matrices = {name: tensor.dtype for name, tensor in found.state.items() if tensor.dim() > 1}
-    whole = [name for name, dtype in matrices.items() if not dtype.is_floating_point]
-    if 2 * len(whole) > len(matrices):
-        raise CheckpointError(f"seems to be {QUANTISED} ({whole[0]} is {matrices[whole[0]]}): {DEQUANTISE}")
+    _refuse_integers(found.state)
     if "patch_embed.proj.weight" not in found.state:  # its name is there, so that only its shape can be wrong
         raise CheckpointError("; ".join(found.misshapen))
     if layout.projection and "head.weight" in found.state:
         weight = found.state["head.weight"]
         found.state["head.bias"] = torch.zeros(weight.shape[:1], dtype=weight.dtype)
-    family = family or str(config.get("family", "")) or _family(layout, prefix, state, found)
+    family = family or _family(model, state, found)
     given = {**layout.fixed, **_heads_of_flax(layout, state), **known_from(config), **known}
-    assumptions = {**layout.assumed, **({"norm_eps": 1e-5} if family == "clip" else {})}
+    conventions = {**layout.assumed, **({"norm_eps": 1e-5} if family == "clip" else {})}
     sizes = sizes_from(config) + ([] if size_hint is None else [size_hint])
-    arguments, assumed = arguments_of(found.state, given, assumptions, sizes)
+    arguments, assumed = arguments_of(found.state, given, conventions, sizes)
     tensors, parts = fold_class_position(found.state, arguments)
     if tensors is not found.state:
         arguments["no_embed_class"] = True
     recognised = Recognised(
+        **{**vars(found), "state": tensors, "unused": {**found.unused, **parts, **kept}},
         schema="fastvit" if "fastvit" in config else layout.schema,
         family=family,
         arguments=arguments,
-        state=tensors,
         assumed=assumed,
-        unknown=found.unknown,
-        missing=found.incomplete,
-        misshapen=found.misshapen,
-        refused=found.refused,
-        unused={**found.unused, **parts, **kept},
-        beside=found.beside,
         config=checkpoint.config,
         source=checkpoint.source,
         notes=notes,
     )
-    _compare(recognised, layout, prefix)
+    _compare(recognised, layout, model.prefix)
     return recognised
 
 
@@ -148,29 +122,26 @@ def _model_of(state: State, others: Sequence[str], key: str | None) -> tuple[Mod
     """The Vision Transformer in a checkpoint, and what is to be said of where it was.
 
     Args:
-        others: what else is in the checkpoint.
+        others: names of what else is in the checkpoint.
 
     Raises:
         CheckpointError: there is none, or the model has more than names can say.
     """
+    names = [*state, *others]
     models = find_models(state)
     if not models:
-        raise CheckpointError(_nothing_found([*state, *others]))
+        raise CheckpointError(_nothing_found(names))
     model = choose(models, key)
-    root = model.root
-    outside = [name for name in (*state, *others) if not name.startswith(root)]
-    inside = [name[len(root) :] for name in (*state, *others) if name.startswith(root + model.prefix)]
-    strange = foreign_features(inside)
+    start = model.root + model.prefix
+    strange = foreign_features([name.removeprefix(model.root) for name in names if name.startswith(start)])
     if strange:
         raise CheckpointError(strange)
-    if not root:
-        return model, ()
-    beside = list(dict.fromkeys(_first_apart(name, root) for name in outside))
-    more = f" and {len(beside) - LISTED} more" if len(beside) > LISTED else ""
-    return model, (f"weights under {root[:-1]!r}" + (f", beside {', '.join(beside[:LISTED])}{more}" if beside else ""),)
+    beside = list(dict.fromkeys(_apart(name, model.root) for name in names if not name.startswith(model.root)))
+    at = [f"weights under {model.root[:-1]!r}", *([f"beside {listed(beside)}"] if beside else [])]
+    return model, (", ".join(at),) if model.root else ()
 
 
-def _first_apart(name: str, root: str) -> str:
+def _apart(name: str, root: str) -> str:
     """The shortest beginning of a path that `root` does not have."""
     parts, of_root = name.split("."), root.split(".")
     same = next((i for i, (part, its) in enumerate(zip(parts, of_root, strict=False)) if part != its), 0)
@@ -179,21 +150,27 @@ def _first_apart(name: str, root: str) -> str:
 
 def _nothing_found(names: Sequence[str]) -> str:
     """What a checkpoint without a Vision Transformer seems to be."""
-    strange = foreign_model(names)
-    if strange:
+    if strange := foreign_model(names):
         return strange
-    counted = [(sum(layout.find(name, "") is not None for name in names), layout) for layout in LAYOUTS]
-    count, layout = max(counted, key=lambda pair: pair[0])
-    if count and any(place[0].startswith("blocks.") for name in names if (place := layout.find(name, ""))):
-        # which a text model may name as a ViT does
+    places = {layout: [place for name in names if (place := layout.find(name, ""))] for layout in LAYOUTS}
+    layout = max(places, key=lambda layout: len(places[layout]))
+    if any(ours.startswith("blocks.") for ours, _ in places[layout]):  # which a text model may name as a ViT does
         patches = names_of(layout, "", "patch_embed.proj.weight")[0]
         return f"has {layout.schema}'s names of a ViT, but no {patches}"
     return f"no names of a Vision Transformer's patches and blocks; it has {', '.join(names[:3])}"
 
 
-def _family(layout: Layout, prefix: str, state: State, found: Names) -> str:
+def _refuse_integers(state: State) -> None:
+    """Quantised weights would fit in part: biases and norms are never quantised."""
+    matrices = {name: tensor.dtype for name, tensor in state.items() if tensor.dim() > 1}
+    whole = [name for name, dtype in matrices.items() if not dtype.is_floating_point]
+    if 2 * len(whole) > len(matrices):
+        raise CheckpointError(f"seems to be {QUANTISED} ({whole[0]} is {matrices[whole[0]]}): {DEQUANTISE}")
+
+
+def _family(model: Model, state: State, found: Names) -> str:
     """What the model is, told by its tensors."""
-    ours = found.state
+    layout, ours = model.layout, found.state
     if "norm_pre.weight" in ours:
         return "clip"
     if layout.family != "vit":
@@ -204,7 +181,7 @@ def _family(layout: Layout, prefix: str, state: State, found: Names) -> str:
         table = ours.get("pos_embed")
         is_dino = "mask_token" in found.unused or "reg_token" in ours or table is None or _is_odd_square(table)
         return "dinov2" if is_dino else "deit3"
-    return "deit" if prefix == "deit." else "vit"
+    return "deit" if model.prefix == "deit." else "vit"
 
 
 def _is_odd_square(table: Tensor) -> bool:
@@ -228,31 +205,27 @@ def _set_aside(model: Model, found: Names) -> None:
         names = names_of(model.layout, model.prefix, ours)
         found.refused.update(dict.fromkeys(names, f"reads what was refused; {reason}"))
     projection = [name for name, why in found.refused.items() if why == MANY_LAYERS and model.is_self_supervised]
-    outside = [name for name in found.unknown if _BESIDE.match(name) or not name.startswith(model.prefix)]
-    found.refused = {name: why for name, why in found.refused.items() if name not in projection}
-    found.unknown = [name for name in found.unknown if name not in outside]
-    found.beside += projection + outside
+    outside = [
+        name
+        for name in found.unknown  # where a number of no dimension counts something
+        if _BESIDE.match(name) or not name.startswith(model.prefix) or model.state[name].dim() == 0
+    ]
+    for name in projection:
+        del found.refused[name]
+    for name in outside:
+        found.unknown.remove(name)
+    found.beside.extend(projection + outside)
 
 
-def _without_unused(state: Mapping[str, Tensor]) -> tuple[State, State]:
-    """The state, and what a folder of FastViT's keeps for the way back."""
-    kept = {name.removeprefix(UNUSED): tensor for name, tensor in state.items() if name.startswith(UNUSED)}
-    return {name: tensor for name, tensor in state.items() if not name.startswith(UNUSED)}, kept
-
-
-def _unscanned(state: State) -> State:
+def _unscanned(state: Mapping[str, Tensor]) -> State:
     """Blocks that Flax has stacked into one, in a first dimension, taken apart."""
-    scanned = "/encoderblock/"
-    if not any(scanned in f"/{name}" for name in state):
-        return state
     apart: State = {}
     for name, tensor in state.items():
-        before, found, after = f"/{name}".partition(scanned)
-        if not found or tensor.dim() == 0:
+        before, stacked, after = f"/{name}".partition("/encoderblock/")
+        if stacked and tensor.dim():
+            apart |= {f"{before}/encoderblock_{index}/{after}"[1:]: part for index, part in enumerate(tensor)}
+        else:
             apart[name] = tensor
-            continue
-        for index, part in enumerate(tensor):
-            apart[f"{before}/encoderblock_{index}/{after}"[1:]] = part
     return apart
 
 
@@ -276,18 +249,15 @@ def _compare(recognised: Recognised, layout: Layout, prefix: str) -> None:
     troubled = " ".join(recognised.misshapen)
     for ours, shape in shapes.items():
         names = names_of(layout, prefix, ours)
-        tensor = recognised.state.get(ours)
+        tensor, called = recognised.state.get(ours), " + ".join(names)
         if tensor is None:
-            missing = [name for name in names if name not in already and name not in troubled]
             # of parts, those that are there were never put together
             if not already.intersection(names):
-                recognised.missing.extend(missing)
+                recognised.missing.extend(name for name in names if name not in troubled)
         elif not tensor.is_floating_point():
-            recognised.misshapen.append(f"{' + '.join(names)}: {tensor.dtype}, expected floating point numbers")
+            recognised.misshapen.append(f"{called}: {tensor.dtype}, expected floating point numbers")
         elif tensor.shape != shape:
-            recognised.misshapen.append(
-                f"{' + '.join(names)}: shape {list(tensor.shape)}, expected {list(shape)} as {ours}"
-            )
+            recognised.misshapen.append(f"{called}: shape {list(tensor.shape)}, expected {list(shape)} as {ours}")
     for ours in recognised.state.keys() - shapes.keys():
         recognised.unknown.extend(names_of(layout, prefix, ours))
     recognised.unknown.sort()

@@ -16,8 +16,6 @@ from fastvit.files import sync, written_whole
 from .errors import CheckpointError
 from .formats import CONFIG, CONFIG_KEY, WEIGHTS
 
-__all__ = ["write_checkpoint"]
-
 TORCH_SUFFIXES = (".pth", ".pt")
 ACCEPTED = f"accepted are .safetensors, {', '.join(TORCH_SUFFIXES)} or, with a config, the name of a folder"
 

@@ -7,7 +7,7 @@ import torch
 
 from fastvit.checkpoints import CheckpointError, convert, load_pretrained
 from fastvit.checkpoints.adapt import adapt_channels
-from fastvit.checkpoints.files import write_checkpoint
+from fastvit.checkpoints.writing import write_checkpoint
 from tests.checkpoints.conftest import CLASSES, DEPTH, HEADS, IMAGE, PATCH, WIDTH, peer, scrambled
 
 SIZES = {

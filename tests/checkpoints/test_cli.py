@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import fastvit
 from fastvit import cli
 from fastvit.checkpoints import inspect, load_pretrained
-from fastvit.checkpoints.files import read_checkpoint, write_checkpoint
+from fastvit.checkpoints.files import read_checkpoint
 from fastvit.checkpoints.recognition import recognise
+from fastvit.checkpoints.writing import write_checkpoint
 from fastvit.cli.convert import convert as convert_command
 from fastvit.cli.inspect import inspect as inspect_command
 from tests.checkpoints.test_jax import arrays as jax_arrays

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastvit.checkpoints import CheckpointError, files
-from fastvit.checkpoints.files import read_checkpoint, write_checkpoint
+from fastvit.checkpoints.files import read_checkpoint
+from fastvit.checkpoints.writing import write_checkpoint
 
 CONFIG = {"model_type": "vit", "hidden_size": 8, "layer_norm_eps": 1e-12}
 
@@ -256,6 +257,10 @@ def test_damage_inside_is_an_error_or_other_numbers_but_no_crash(tmp_path: Path)
         (b"hello, this is text that is longer than any header of a file", "not a checkpoint, or damaged (60 bytes)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
         (b"<!DOCTYPE html><html>404</html>", "a web page"),
+        (b"\xef\xbb\xbf\n<HTML><body>Sign in</body>", "a web page"),
+        (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "a server's answer"),
+        (b'{"error": "Invalid username or password."}', "a server's answer"),
+        (b"Entry not found", "a server's answer"),
         (b"\x89HDF\r\n\x1a\n" + bytes(40), "HDF5"),
         (b"\x93NUMPY\x01\x00v\x00" + bytes(40), "a single NumPy array"),
         (b"GGUF" + bytes(40), "GGUF"),
@@ -478,7 +483,7 @@ def test_an_empty_state_and_a_config_that_is_no_json(tmp_path: Path, state: dict
 _FULL_DISK = """
 import resource, signal, sys
 import torch
-from fastvit.checkpoints.files import write_checkpoint
+from fastvit.checkpoints.writing import write_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for name in ("w.safetensors", "w.pth", "folder"):

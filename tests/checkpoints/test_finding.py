@@ -106,7 +106,7 @@ BESIDE = {
     "predictor": lambda s: {**under("encoder.", s), "predictor.0.weight": torch.ones(8, 8), "queue": torch.ones(8, 9)},
     "decoder": lambda s: {**s, "decoder_embed.weight": torch.ones(9, 48), "mask_token": torch.ones(1, 1, 48)},
     "optimizer": lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}, "rng": torch.ones(3)},
-    "numbers": lambda s: {**s, "epoch": 3, "name": "vit"},
+    "numbers": lambda s: {**s, "epoch": 3, "name": "vit", "step": torch.tensor(3)},
 }
 
 

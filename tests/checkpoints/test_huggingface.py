@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastvit.checkpoints import CheckpointError, load_pretrained
-from fastvit.checkpoints.files import Checkpoint, read_checkpoint, write_checkpoint
+from fastvit.checkpoints.files import Checkpoint, read_checkpoint
 from fastvit.checkpoints.recognition import Recognised, recognise
 from fastvit.checkpoints.targets import to_schema
+from fastvit.checkpoints.writing import write_checkpoint
 
 HEADS, WIDTH = 3, 48
 

@@ -13,9 +13,10 @@ from torch import nn
 
 import fastvit
 from fastvit.checkpoints import CheckpointError, convert, load_pretrained
-from fastvit.checkpoints.files import read_checkpoint, write_checkpoint
+from fastvit.checkpoints.files import read_checkpoint
 from fastvit.checkpoints.recognition import recognise
 from fastvit.checkpoints.targets import SCHEMAS
+from fastvit.checkpoints.writing import write_checkpoint
 
 NAMES = {"timm": "a.safetensors", "torchvision": "b.pth", "huggingface": "c", "huggingface-v5": "d", "fastvit": "e"}
 

@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import copyreg
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -33,6 +34,14 @@ WEIGHT = torch.arange(6.0).reshape(2, 3)
 
 class Mode(enum.Enum):
     FAST = "fast"
+
+
+@dataclasses.dataclass
+class Settings:
+    rate: float = 0.1
+
+
+Size = collections.namedtuple("Size", "height width")  # noqa: PYI024
 
 
 class Options(dict):  # type: ignore[type-arg]
@@ -84,7 +93,8 @@ VALUES: dict[str, Any] = {
     "numbers": [decimal.Decimal("1.5"), uuid.UUID(int=3), 1j, 2**70, slice(1, 2), range(3), frozenset([1])],
     "types": [int, dict, str],
     "version": torch.__version__,
-    "enum": {Mode.FAST: [Mode.FAST]},
+    "options": {Mode.FAST: [Mode.FAST], "settings": Settings(), "size": Size(1, 2)},
+    "bytes": [b"a", bytearray(b"b"), io.BytesIO(b"c")],
 }
 
 
@@ -262,6 +272,8 @@ def test_what_is_no_state_dict_is_named_in_words(tmp_path: Path) -> None:
     assert "another protocol than torch.save's own" in refusal(tmp_path / "other.pth")
     path = renamed(saved(tmp_path, Schedule()), f"c{__name__}\n".encode(), b"ctorchao.dtypes\n")
     assert "quantised weights (torchao.dtypes.Schedule)" in refusal(path)
+    path = renamed(saved(tmp_path, Schedule()), f"c{__name__}\n".encode(), b"ctorch.distributed.tensor\n")
+    assert "shards of a distributed model (torch.distributed.tensor.Schedule)" in refusal(path)
 
 
 def test_models_beside_options(tmp_path: Path, timm_vit: Any) -> None:
