@@ -140,6 +140,8 @@ def _flat(contents: Any, config: dict[str, Any] | None, kind: str, source: str) 
         seen.add(id(mapping))
         # by the classes' own methods: a pickle may have put others into an instance
         for key, value in dict.items(mapping) if isinstance(mapping, dict) else mapping.items():
+            if f"{path}{key}" in state:
+                raise CheckpointError(f"{source}: {path}{key} is there twice, by itself and inside another key")
             if isinstance(value, Tensor):
                 state[f"{path}{key}"] = Tensor.detach(value).cpu()
             elif not isinstance(value, Mapping) or not value:

@@ -164,22 +164,9 @@ def test_inspect_of_another_architecture(run: Cli, tmp_path: Path) -> None:
 
 
 def test_inspect_of_jax_files(run: Cli, tmp_path: Path) -> None:
-    block = "Transformer/encoderblock_0/"
-    attention = block + "MultiHeadDotProductAttention_1/"
-    generator = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {"cls": (1, 1, 32), "embedding/kernel": (8, 8, 3, 32), "embedding/bias": (32,)}
-    shapes |= {"Transformer/posembed_input/pos_embedding": (1, 17, 32), "head/kernel": (32, 5), "head/bias": (5,)}
-    for norm in (block + "LayerNorm_0", block + "LayerNorm_2", "Transformer/encoder_norm"):
-        shapes |= {f"{norm}/scale": (32,), f"{norm}/bias": (32,)}
-    for part in ("query", "key", "value"):
-        shapes |= {f"{attention}{part}/kernel": (32, 2, 16), f"{attention}{part}/bias": (2, 16)}
-    shapes |= {f"{attention}out/kernel": (2, 16, 32), f"{attention}out/bias": (32,)}
-    shapes |= {block + "MlpBlock_3/Dense_0/kernel": (32, 64), block + "MlpBlock_3/Dense_0/bias": (64,)}
-    shapes |= {block + "MlpBlock_3/Dense_1/kernel": (64, 32), block + "MlpBlock_3/Dense_1/bias": (32,)}
-    arrays: dict[str, Any] = {name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-    np.savez(tmp_path / "vit.npz", **arrays)
+    np.savez(tmp_path / "vit.npz", **jax_arrays(big_vision=False))
     code, out, _ = run("inspect", tmp_path / "vit.npz")
-    assert code == 0 and "JAX's .npz" in out and "jax (family vit)" in out and "2 heads, MLP 64" in out
+    assert code == 0 and "JAX's .npz" in out and "jax (family vit)" in out and "3 heads, MLP 96" in out
     assert "num_heads" not in out.partition("assumed ")[2], "a file of Flax says how many heads there are"
 
 

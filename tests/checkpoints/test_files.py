@@ -182,6 +182,7 @@ def test_names_have_the_keys_of_the_dictionaries_that_they_are_in() -> None:
     inside = {f"more.1.deeper.{name}": tensor for name, tensor in shared["deeper"].items()}
     assert_same(found.state, {f"model.{name}": tensor for name, tensor in state.items()} | inside)
     assert found.others == ("epoch", "more.none")
+    assert "a.b is there twice" in refusal({"a.b": torch.ones(2), "a": {"b": torch.ones(2)}})
 
 
 # Hostile and damaged files
