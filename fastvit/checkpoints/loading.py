@@ -74,7 +74,9 @@ def load_pretrained(
     if strict:
         _check_overrides(fitted, shapes, [name for name in fresh if not (new_head and name.startswith("head."))])
     lost = [*fitted.problems, *(f"{name}: not in this model" for name in fitted.state if name not in shapes)]
-    for what, names, by in (("left out", lost, "; "), ("fresh, not from the checkpoint", fresh, ", ")):
+    assumed = [line for line in fitted.assumed if line.startswith("num_classes=") and "num_classes" not in overrides]
+    lines = (("assumed", assumed, "; "), ("left out", lost, "; "), ("fresh, not from the checkpoint", fresh, ", "))
+    for what, names, by in lines:
         if names:
             warnings.warn(f"{recognised.source}: {what}: {listed(names, LISTED, by)}", UserWarning, stacklevel=2)
     # Initial weights take long to draw and are needed only where something stays fresh.

@@ -26,6 +26,8 @@ _BESIDE = re.compile(
     r"((\w+_)?(criterion|loss|metrics?|acc|accuracy|predictor|projector|decoder)(_\w+)?|projection_head|n_averaged"
     r"|queue(_ptr)?|center|logit_scale)(\.|$)"
 )
+# What a module calls the classifier that it puts behind an encoder.
+_HEAD = re.compile(r"(\w+_)?(head|heads|classifier|fc|linear|probe)(\.\d+)?\.weight")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def recognise(checkpoint: Checkpoint, *, key: str | None = None, size_hint: Any 
 def _recognise(checkpoint: Checkpoint, key: str | None, known: Mapping[str, Any], size_hint: Any) -> Recognised:
     config = checkpoint.config or {}
     family = family_of(config)
-    model, notes = _model_of(normalised(_unscanned(checkpoint.state)), checkpoint.others, key)
+    everything = normalised(_unscanned(checkpoint.state))
+    model, notes = _model_of(everything, checkpoint.others, key)
     layout = model.layout
     kept = {name.removeprefix(KEPT): tensor for name, tensor in model.state.items() if name.startswith(KEPT)}
     state = {name: tensor for name, tensor in model.state.items() if not name.startswith(KEPT)}
@@ -101,6 +104,8 @@ def _recognise(checkpoint: Checkpoint, key: str | None, known: Mapping[str, Any]
     conventions = {**layout.assumed, **({"norm_eps": 1e-5} if family == "clip" else {})}
     sizes = sizes_from(config) + ([] if size_hint is None else [size_hint])
     arguments, assumed = arguments_of(found.state, given, conventions, sizes)
+    if not arguments["num_classes"] and (heads := _heads_outside(model, everything)):
+        assumed.append(f"num_classes=0 ({listed(heads)} left out, outside of the model)")
     tensors, parts = fold_class_position(found.state, arguments)
     if tensors is not found.state:
         arguments["no_embed_class"] = True
@@ -139,6 +144,17 @@ def _model_of(state: State, others: Sequence[str], key: str | None) -> tuple[Mod
     beside = list(dict.fromkeys(_apart(name, model.root) for name in names if not name.startswith(model.root)))
     at = [f"weights under {model.root[:-1]!r}", *([f"beside {listed(beside)}"] if beside else [])]
     return model, (", ".join(at),) if model.root else ()
+
+
+def _heads_outside(model: Model, state: State) -> list[str]:
+    """Classifiers that stand beside a model, in a module that has both."""
+    parent, dot, _ = model.root.removesuffix(".").rpartition(".")
+    return [
+        name
+        for name in state
+        if name.startswith(parent + dot) and _HEAD.fullmatch(name.removeprefix(parent + dot))
+        and model.root and not model.is_self_supervised
+    ]  # fmt: skip
 
 
 def _apart(name: str, root: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,21 @@ def test_what_is_in_a_model_is_not_beside_it(vit: Any) -> None:
     with pytest.raises(CheckpointError, match=r"head\.1\.weight: FastViT's head is one linear layer, this one several"):
         load_pretrained(state, num_heads=3)
     assert load_pretrained(state, num_heads=3, num_classes=0).num_classes == 0
+
+
+@pytest.mark.parametrize("head", ["head.weight", "classifier.1.weight", "cls_head.weight"])
+def test_a_classifier_beside_a_model_is_left_out_and_said(head: str, vit: Any) -> None:
+    state = vit(num_classes=0)
+    whole = {"state_dict": {**under("backbone.", state), head: torch.ones(7, 48)}}
+    with pytest.warns(
+        UserWarning, match=rf"assumed: num_classes=0 \(state_dict\.{head} left out, outside of the model"
+    ):
+        assert load_pretrained(whole, num_heads=3).num_classes == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_pretrained(whole, num_heads=3, num_classes=0)
+        load_pretrained({"teacher": whole["state_dict"]}, num_heads=3)
+        load_pretrained({"model": under("net.", vit()), "head.weight": torch.ones(7, 48)}, num_heads=3)
 
 
 # What several models are called, and which of them is meant. Of each pair the first is the one.
