@@ -134,6 +134,13 @@ def normalisation(
     return means, stds
 
 
+def check_scale(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raise ValueError where `mean` and `std`, one float a channel, are not in the 0..1 scale."""
+    for name, values in (("mean", mean), ("std", std)):
+        largest = max(values or (0.0,))
+        require(largest <= 1.0, f"{name}: in the 0..1 scale; {largest:g} looks like the 0..255 scale: divide by 255")
+
+
 def _floats(name: str, values: Sequence[float] | Tensor, channels: int) -> list[float]:
     largest = sys.float_info.max
     if type(values) in (list, tuple) and len(values) == channels:  # what is usual, and costs every call some time

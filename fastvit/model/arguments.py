@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from fastvit.checks import require
@@ -9,9 +12,14 @@ from fastvit.model.initialisation import SCHEMES
 
 __all__ = ["POOLS", "check_arguments", "check_pool"]
 
-POOLS = ("", "avg", "avgmax", "max", "token")
-POSITIONS = ("", "none", "learn", "sincos")
-RESIDUAL_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+POOLS = ("", "avg", "avgmax", "max", "token", "map")
+LEAST = {"in_chans": 1, "num_classes": 0, "embed_dim": 1, "depth": 0, "num_heads": 1, "reg_tokens": 0}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "pos_embed": ("", "none", "learn", "sincos"),
+    "weight_init": SCHEMES,
+    "attn_layer": ("", "attn"),
+    "residual_dtype": (None, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
 
 
 def check_pool(global_pool: str, class_token: bool) -> None:
@@ -20,45 +28,30 @@ def check_pool(global_pool: str, class_token: bool) -> None:
     require(class_token or global_pool != "token", "global_pool: 'token' needs class_token=True")
 
 
-def check_arguments(
-    *,
-    in_chans: int,
-    num_classes: int,
-    global_pool: str,
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-    mlp_ratio: float,
-    class_token: bool,
-    pos_embed: str,
-    reg_tokens: int,
-    weight_init: str,
-    residual_dtype: torch.dtype | None,
-    rates: dict[str, float],
-) -> None:
-    """Raise ValueError, naming the argument, its value and what is accepted, where a model can't be built."""
-    for name, value, least in (
-        ("in_chans", in_chans, 1),
-        ("num_classes", num_classes, 0),
-        ("embed_dim", embed_dim, 1),
-        ("depth", depth, 0),
-        ("num_heads", num_heads, 1),
-        ("reg_tokens", reg_tokens, 0),
-    ):
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the argument, its value and what is accepted, where a model can't be built.
+
+    Args:
+        given: the arguments of :class:`fastvit.VisionTransformer`, by name.
+    """
+    for name, least in LEAST.items():
+        value = given[name]
         whole = isinstance(value, int) and value >= least
         require(whole, f"{name}: {value!r} must be a whole number of at least {least}")
-    check_pool(global_pool, class_token)
-    require(embed_dim % num_heads == 0, f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
-    require(int(embed_dim * mlp_ratio) >= 1, f"mlp_ratio: {mlp_ratio} must be greater than 0")
-    require(pos_embed in POSITIONS, f"pos_embed: {pos_embed!r} is not known; accepted: {_listed(POSITIONS)}")
-    fits = pos_embed != "sincos" or embed_dim % 4 == 0
-    require(fits, f"embed_dim: {embed_dim} is not a multiple of 4, which pos_embed='sincos' needs")
-    require(weight_init in SCHEMES, f"weight_init: {weight_init!r} is not known; accepted: {_listed(SCHEMES)}")
-    known = residual_dtype in RESIDUAL_DTYPES
-    require(known, f"residual_dtype: {residual_dtype!r}; accepted: {', '.join(map(str, RESIDUAL_DTYPES))}")
-    for name, rate in rates.items():
-        require(0.0 <= rate < 1.0, f"{name}: {rate} must be at least 0 and less than 1")
+    check_pool(given["global_pool"], given["class_token"])
+    dim, heads, ratio = given["embed_dim"], given["num_heads"], given["mlp_ratio"]
+    require(dim % heads == 0, f"num_heads: {heads} does not divide embed_dim {dim}")
+    require(int(dim * ratio) >= 1, f"mlp_ratio: {ratio} must be greater than 0")
+    for name, accepted in CHOICES.items():
+        value = given[name]
+        known = value in accepted or (name == "attn_layer" and callable(value))
+        require(known, f"{name}: {value!r} is not known; accepted: {_listed(accepted)}")
+    fits = given["pos_embed"] != "sincos" or dim % 4 == 0
+    require(fits, f"embed_dim: {dim} is not a multiple of 4, which pos_embed='sincos' needs")
+    for name, rate in given.items():
+        fits = not name.endswith("_rate") or 0.0 <= rate < 1.0
+        require(fits, f"{name}: {rate} must be at least 0 and less than 1")
 
 
-def _listed(values: tuple[str, ...]) -> str:
+def _listed(values: tuple[Any, ...]) -> str:
     return ", ".join(map(repr, values))

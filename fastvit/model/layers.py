@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit.model.initialisation import trunc_normal_
+
 __all__ = [
     "Attention",
+    "AttentionPool",
     "Block",
     "DropPath",
     "GluMlp",
@@ -21,6 +24,7 @@ __all__ = [
     "RmsNorm",
     "activation_layer",
     "autocast_dtype",
+    "first_parameter",
     "norm_layer_of",
     "to_module_dtype",
 ]
@@ -124,18 +128,27 @@ class DropPath(nn.Module):
 
 
 class PatchDropout(nn.Module):
-    """Chooses the patches that stay (Liu et al., 2023); the others are never projected. It has no tensors."""
+    """Keeps a random share of the patches, another in each sample (Liu et al., 2023). It has no tensors."""
 
-    def __init__(self, prob: float = 0.0) -> None:
+    def __init__(self, prob: float = 0.5, num_prefix_tokens: int = 1) -> None:
         super().__init__()
         self.prob = prob
+        self.num_prefix_tokens = num_prefix_tokens
 
-    def forward(self, batch: int, patches: int, device: torch.device) -> Tensor | None:
+    def choose(self, batch: int, patches: int, device: torch.device) -> Tensor | None:
         """Patch indices to keep, [B, N_keep] int64 in random order; None where every patch stays."""
         if self.prob == 0.0 or not self.training:
             return None
         kept = max(1, int(patches * (1.0 - self.prob)))
         return torch.argsort(torch.randn(batch, patches, device=device), dim=-1)[:, :kept]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, R+N, D] to [B, R+N_keep, D]; for tokens that were made before patches could be chosen."""
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        keep = self.choose(patches.shape[0], patches.shape[1], x.device)
+        if keep is None:
+            return x
+        return torch.cat([prefix, patches.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)
 
     def extra_repr(self) -> str:
         return f"prob={self.prob}"
@@ -143,6 +156,8 @@ class PatchDropout(nn.Module):
 
 class Mlp(nn.Module):
     """Two linear layers with an activation between them."""
+
+    gated = False
 
     def __init__(
         self,
@@ -157,11 +172,12 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        inner = hidden_features // 2 if self.gated else hidden_features
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, **factory)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
-        self.norm = norm_layer(hidden_features, **factory) if norm_layer is not None else nn.Identity()
-        self.fc2 = nn.Linear(hidden_features, in_features, bias=bias, **factory)
+        self.norm = norm_layer(inner, **factory) if norm_layer is not None else nn.Identity()
+        self.fc2 = nn.Linear(inner, in_features, bias=bias, **factory)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,33 +185,18 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.norm(x)))
 
 
-class GluMlp(nn.Module):
+class GluMlp(Mlp):
     """An MLP with a gate (Shazeer, 2020): one linear layer makes both halves, and one of them gates the other."""
 
+    gated = True
+
     def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        act_layer: Layer = nn.Sigmoid,
-        norm_layer: Layer | None = None,
-        bias: bool = True,
-        drop: float = 0.0,
-        gate_last: bool = True,
-        device=None,
-        dtype=None,
+        self, in_features: int, hidden_features: int, act_layer: Layer = nn.Sigmoid, gate_last: bool = True, **rest: Any
     ) -> None:
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
         if hidden_features % 2 != 0:
             raise ValueError(f"hidden_features: {hidden_features} must be even, one half gates the other")
+        super().__init__(in_features, hidden_features, act_layer, **rest)
         self.gate_last = gate_last
-        half = hidden_features // 2
-        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, **factory)
-        self.act = act_layer()
-        self.drop1 = nn.Dropout(drop)
-        self.norm = norm_layer(half, **factory) if norm_layer is not None else nn.Identity()
-        self.fc2 = nn.Linear(half, in_features, bias=bias, **factory)
-        self.drop2 = nn.Dropout(drop)
 
     def init_weights(self) -> None:
         """Start with the gate nearly open: its weights close to zero, its bias one."""
@@ -266,6 +267,47 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D/heads]
         return self.q_norm(q), self.k_norm(k), v
+
+
+class AttentionPool(nn.Module):
+    """A learned query attends to the tokens, and an MLP follows: the pooling of SigLIP (Zhai et al., 2023)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        norm_layer: Layer = LayerNorm,
+        act_layer: Layer = nn.GELU,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.latent = nn.Parameter(torch.zeros(1, 1, dim, **factory))
+        self.q = nn.Linear(dim, dim, **factory)
+        self.kv = nn.Linear(dim, 2 * dim, **factory)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj_drop = nn.Dropout(0.0)
+        self.norm = norm_layer(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, **factory)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """A truncated normal of variance 1 / D for the query."""
+        with torch.no_grad():
+            trunc_normal_(self.latent).mul_(self.latent.shape[2] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, T, D] to features [B, D]."""
+        batch, tokens, dim = x.shape
+        q = self.q(self.latent.expand(batch, -1, -1)).reshape(batch, 1, self.num_heads, -1).transpose(1, 2)
+        k, v = self.kv(x).reshape(batch, tokens, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # [B, heads, 1, D/heads]
+        x = self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, 1, dim)))
+        return (x + self.mlp(self.norm(x)))[:, 0]
 
 
 class Block(nn.Module):
@@ -354,7 +396,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def to_module_dtype(x: Tensor, module: nn.Module) -> Tensor:
     """`x` in the dtype of the module's parameters, unless autocast settles dtypes anyway."""
-    if autocast_dtype(x.device) is not None:
-        return x
-    parameter = next(module.parameters(), None)
-    return x if parameter is None else x.to(parameter.dtype)
+    like = first_parameter(module)
+    return x if like is None else _to_dtype(x, like.dtype)
+
+
+@torch.fx.wrap
+def _to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if autocast_dtype(x.device) is not None else x.to(dtype)
+
+
+def first_parameter(module: nn.Module) -> Tensor | None:
+    """The first parameter that holds floats, also of a replica of DataParallel, in which they are plain tensors."""
+    for member in module.modules():
+        parameters: Any = member._parameters or getattr(member, "_former_parameters", {})
+        for tensor in parameters.values():
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+    return None

@@ -1,20 +1,25 @@
-"""The patch embedding as a module: from raw images to the finished token sequence in one call."""
+"""The patch embedding as a module: from raw images to patches, or to the finished token sequence in one call."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import functional
-from fastvit.checks import normalisation, shape_of
-from fastvit.model.layers import Layer
-from fastvit.ops.decompositions import by_channel
+from fastvit.checks import check_scale, normalisation, require, shape_of
+from fastvit.guards import warn_once, why_no_projection
+from fastvit.model.layers import Layer, first_parameter
+from fastvit.ops.decompositions import normalised
 
 __all__ = ["PatchEmbed", "pad_to_patches", "pair", "resample_patch_weight"]
+
+NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm)  # to which a patch is a patch, wherever it lies
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -29,23 +34,42 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-class PatchEmbed(nn.Module):
-    """Cuts images into patches, projects them, adds their positions and puts the prefix rows in front.
+def model_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> tuple:
+    """`mean` and `std` of a model as tuples of floats, or None and None.
 
-    The parameters are those of timm's PatchEmbed: `proj` is a convolution whose weight and bias are handed to
-    :func:`fastvit.functional.patch_embed`, which does all of it in one pass. Positions and prefix rows belong to the
-    model and come in with the call.
+    Raises:
+        ValueError, TypeError: they can't be, or are not in the 0..1 scale.
+    """
+    means, stds = normalisation(mean, std, channels)
+    check_scale(means, stds)
+    return (None, None) if means is None or stds is None else (tuple(means), tuple(stds))
+
+
+def is_given_up(reason: str) -> bool:
+    """Whether there is a reason not to make one call of it; told once."""
+    if reason:
+        warn_once(f"fastvit: {reason}; images become tokens part by part, as timm does it, not in one call")
+    return bool(reason)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches and projects them, as timm's PatchEmbed does, with its parameters.
+
+    While `proj` is the plain convolution that it was made as, its weight and bias are handed to
+    :func:`fastvit.functional.patch_embed`; once it is anything else (adapted, pruned, watched, replaced), it is called.
 
     Args:
         img_size: height and width of the images; both multiples of the patch, unless padding is on.
         patch_size: height and width of a patch.
         embed_dim: width of a token.
-        norm_layer: a norm between projection and position; costs further passes over the tokens.
+        norm_layer: a norm behind the projection; costs further passes over the tokens.
+        output_fmt: None: [B, N, D]; "NHWC": [B, rows, columns, D].
         strict_img_size: refuse images of another size.
         dynamic_img_pad: pad images on the right and below to a multiple of the patch, with what is zero after
             normalisation.
-        mean, std: one float a channel; normalise inside the projection. Pixels of uint8 are divided by 255 first
-            in any case, floats never.
+        mean, std: one float a channel, in the 0..1 scale; raw uint8 images are normalised inside the projection, after
+            a division by 255 that they get in any case. Float images are taken as they are: normalised.
+        copy_images: keep a copy of a uint8 batch for the backward pass, for loaders that write the next one over it.
 
     Raises:
         ValueError: an argument that can't be; the message names it.
@@ -58,56 +82,84 @@ class PatchEmbed(nn.Module):
         in_chans: int = 3,
         embed_dim: int = 768,
         norm_layer: Layer | None = None,
+        output_fmt: str | None = None,
         bias: bool = True,
         strict_img_size: bool = True,
         dynamic_img_pad: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        copy_images: bool = False,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
+        require(output_fmt in (None, "NHWC"), f"output_fmt: {output_fmt!r} is not known; accepted: None, 'NHWC'")
         factory = {"device": device, "dtype": dtype}
         self.patch_size = pair("patch_size", patch_size)
+        self.output_fmt = output_fmt
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
-        means, stds = normalisation(mean, std, in_chans)
-        self.mean = None if means is None else tuple(means)
-        self.std = None if stds is None else tuple(stds)
+        self.mean, self.std = model_normalisation(mean, std, in_chans)
+        self.copy_images = copy_images
         self._set_img_size(pair("img_size", img_size))
         self.proj = nn.Conv2d(
             in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size, bias=bias, **factory
         )
         self.norm = norm_layer(embed_dim, **factory) if norm_layer is not None else nn.Identity()
 
-    def forward(
-        self,
-        images: Tensor,
-        pos_embed: Tensor | None = None,
-        prefix: Tensor | None = None,
-        keep: Tensor | None = None,
-        dtype: torch.dtype | None = None,
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to patches [B, N, D], or [B, rows, columns, D]: projection and norm."""
+        if self.may_fuse(images):
+            rows, columns = self.grid_of(images)
+            x = self._call(images)
+            x = x if self.output_fmt is None else x.reshape(x.shape[0], rows, columns, x.shape[2])
+        else:
+            like = first_parameter(self.proj)
+            pixels = _prepared(images, self.mean, self.std, None if like is None else like.dtype, *self._sizes())
+            x = self.proj(pixels).permute(0, 2, 3, 1)  # [B, rows, columns, D]
+            x = x.flatten(1, 2) if self.output_fmt is None else x
+        return self.norm(x)
+
+    def may_fuse(self, images: Tensor) -> bool:
+        """Whether to read the projection's parameters is all there is to running it, here and now."""
+        if not isinstance(images, Tensor) or torch.jit.is_tracing():  # torch.fx, and traces that are to stand alone
+            return False
+        proj = self.proj
+        reason = why_no_projection(proj)
+        if not reason and proj.stride != self.patch_size:
+            reason = f"has kernel and stride {proj.stride}, but patch_size is {self.patch_size}"
+        if reason:
+            reason = f"patch_embed.proj {reason}"
+        elif _has_any_global_hook():
+            reason = "a hook on every module is registered"
+        return not is_given_up(reason)
+
+    def sequence(
+        self, images: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, keep: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """[B, C, H, W] to [B, R+N, D]; the arguments are those of :func:`fastvit.functional.patch_embed`."""
-        rows, columns = self.grid_of(images)
-        if self.dynamic_img_pad:
-            images = self._pad(images)
+        """The finished sequence, [B, R+N, D], where `may_fuse` allows: one call, or two with a norm, and no `keep`."""
         if isinstance(self.norm, nn.Identity):
-            return functional.patch_embed(
-                images,
-                self.proj.weight,
-                self.proj.bias,
-                pos_embed=pos_embed,
-                prefix=prefix,
-                mean=self.mean,
-                std=self.std,
-                keep=keep,
-                dtype=dtype,
-            )
-        tokens = functional.patch_embed(
-            images, self.proj.weight, self.proj.bias, mean=self.mean, std=self.std, keep=keep
-        )
-        return _finish(self.norm(tokens), rows * columns, pos_embed, prefix, keep, dtype)
+            return self._call(images, pos_embed=pos_embed, prefix=prefix, keep=keep, dtype=dtype)
+        tokens = self.norm(self._call(images))  # [B, N, D]
+        if pos_embed is not None:
+            return functional.add_position(tokens, pos_embed, prefix=prefix, dtype=dtype)
+        if prefix is not None:
+            tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return tokens.to(dtype)
+
+    def _call(self, images: Tensor, **arguments: Any) -> Tensor:
+        proj, is_raw = self.proj, images.dtype == torch.uint8
+        weight = proj.weight
+        mean, std = (self.mean, self.std) if is_raw else (None, None)
+        if self.dynamic_img_pad:
+            padded = pad_to_patches(images, self.patch_size)
+            if padded is not images and mean is not None:  # a mean is no whole grey level
+                padded = pad_to_patches(normalised(images, mean, std), self.patch_size)
+                mean, std = None, None
+            images = padded
+        if is_raw and self.copy_images and weight.requires_grad and torch.is_grad_enabled():
+            images = images.clone()
+        return functional.patch_embed(images, weight, proj.bias, mean=mean, std=std, **arguments)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches these images have.
@@ -115,23 +167,12 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: not images, or of a size this module does not take.
         """
-        if images.dim() != 4:
-            raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got {images.dim()}: {shape_of(images)}")
-        _, channels, height, width = images.shape
-        if channels != self.proj.in_channels:
-            raise ValueError(f"images: {channels} channels, the model has {self.proj.in_channels} (in_chans)")
-        if self.strict_img_size:
-            if height != self.img_size[0] or width != self.img_size[1]:
-                raise ValueError(
-                    f"images: {height} x {width}, the model takes {self.img_size[0]} x {self.img_size[1]}; "
-                    "dynamic_img_size=True takes any size, set_input_size changes this one"
-                )
-        elif not self.dynamic_img_pad and (height % self.patch_size[0] != 0 or width % self.patch_size[1] != 0):
-            raise ValueError(
-                f"images: {height} x {width} is not a multiple of the patch "
-                f"{self.patch_size[0]} x {self.patch_size[1]}; dynamic_img_pad=True pads"
-            )
-        return self.dynamic_feat_size((height, width))
+        _check_images(images, *self._sizes())
+        return self.dynamic_feat_size(images.shape[2:])
+
+    def _sizes(self) -> tuple[tuple[int, int] | None, tuple[int, int], bool]:
+        """What `_check_images` holds images to."""
+        return self.img_size if self.strict_img_size else None, self.patch_size, self.dynamic_img_pad
 
     def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of patches for images of this size."""
@@ -172,20 +213,42 @@ class PatchEmbed(nn.Module):
                 f"img_size: {img_size} is not a multiple of the patch {patch_size}; dynamic_img_pad=True pads"
             )
 
-    def _pad(self, images: Tensor) -> Tensor:
-        """Padded on the right and below with the value that normalisation turns into zero."""
-        if self.mean is None:
-            return pad_to_patches(images, self.patch_size)
-        height, width = images.shape[2:]
-        more_rows, more_columns = -height % self.patch_size[0], -width % self.patch_size[1]
-        if more_rows == 0 and more_columns == 0:
-            return images
-        if not images.is_floating_point():
-            images = images.float() / 255  # a mean is no whole number of grey levels
-        mean = by_channel(self.mean, images)[None]  # [1, C, 1, 1]
-        batch, channels = images.shape[:2]
-        images = torch.cat([images, mean.expand(batch, channels, height, more_columns)], dim=3)
-        return torch.cat([images, mean.expand(batch, channels, more_rows, width + more_columns)], dim=2)
+
+def _check_images(images: Tensor, img_size: tuple[int, int] | None, patch_size: tuple[int, int], can_pad: bool) -> None:
+    if images.dim() != 4:
+        raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got {images.dim()}: {shape_of(images)}")
+    height, width = images.shape[2:]
+    if img_size is not None:
+        if height != img_size[0] or width != img_size[1]:
+            raise ValueError(
+                f"images: {height} x {width}, the model takes {img_size[0]} x {img_size[1]}; "
+                "dynamic_img_size=True takes any size, set_input_size changes this one"
+            )
+    elif not can_pad and (height % patch_size[0] != 0 or width % patch_size[1] != 0):
+        raise ValueError(
+            f"images: {height} x {width} is not a multiple of the patch {patch_size[0]} x {patch_size[1]}; "
+            "dynamic_img_pad=True pads"
+        )
+
+
+@torch.fx.wrap
+def _prepared(images: Tensor, mean: Any, std: Any, dtype: torch.dtype | None, *size: Any) -> Tensor:
+    """Images as a convolution takes them: looked at, normalised, of its dtype and padded. One step to torch.fx."""
+    _check_images(images, *size)
+    images = as_floats(images, mean, std, dtype)
+    images = images if dtype is None else images.to(dtype)
+    _, patch_size, can_pad = size
+    return pad_to_patches(images, patch_size) if can_pad else images
+
+
+@torch.fx.wrap
+def as_floats(images: Tensor, mean: Any, std: Any, dtype: torch.dtype | None) -> Tensor:
+    """Raw uint8 images normalised, in `dtype`; float images as they are. One step to torch.fx."""
+    if images.dtype != torch.uint8:
+        return images
+    if mean is not None and images.shape[-3] != len(mean):
+        raise ValueError(f"images: {images.shape[-3]} channels, the model's mean and std have {len(mean)}")
+    return normalised(images, mean, std, dtype or torch.float32)
 
 
 def pad_to_patches(images: Tensor, patch_size: Sequence[int]) -> Tensor:
@@ -195,44 +258,13 @@ def pad_to_patches(images: Tensor, patch_size: Sequence[int]) -> Tensor:
     return F.pad(images, (0, more_columns, 0, more_rows)) if more_rows or more_columns else images
 
 
-def _finish(
-    tokens: Tensor,
-    patches: int,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    keep: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """Positions and prefix rows for tokens that have been through a norm: [B, N, D] to [B, R+N, D]."""
-    if pos_embed is not None and keep is None:
-        return functional.add_position(tokens, pos_embed, prefix=prefix, dtype=dtype)
-    prefix = None if prefix is None else prefix.flatten(0, -2)  # [R, D]
-    if pos_embed is not None and keep is not None:
-        table = pos_embed.flatten(0, -2)  # [N, D] or [R+N, D]
-        rows = table.shape[0] - patches
-        tokens = tokens + table[rows:][keep]
-        prefix = prefix + table[:rows] if prefix is not None and rows else prefix
-    if prefix is not None:
-        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-    return tokens if dtype is None else tokens.to(dtype)
-
-
+@torch.no_grad()
 def _resampled_projection(proj: nn.Conv2d, patch_size: tuple[int, int]) -> nn.Conv2d:
-    new = nn.Conv2d(
-        proj.in_channels,
-        proj.out_channels,
-        kernel_size=patch_size,
-        stride=patch_size,
-        bias=proj.bias is not None,
-        device=proj.weight.device,
-        dtype=proj.weight.dtype,
-    )
-    with torch.no_grad():
-        new.weight.copy_(resample_patch_weight(proj.weight, patch_size))
-        new.weight.requires_grad_(proj.weight.requires_grad)
-        if new.bias is not None and proj.bias is not None:
-            new.bias.copy_(proj.bias)
-            new.bias.requires_grad_(proj.bias.requires_grad)
+    like: dict[str, Any] = {"device": proj.weight.device, "dtype": proj.weight.dtype, "bias": proj.bias is not None}
+    new = nn.Conv2d(proj.in_channels, proj.out_channels, patch_size, patch_size, **like)
+    values: dict[str, Any] = {"weight": resample_patch_weight(proj.weight, patch_size), "bias": proj.bias}
+    for name, parameter in new.named_parameters():
+        parameter.copy_(values[name]).requires_grad_(getattr(proj, name).requires_grad)
     return new.train(proj.training)
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastvit.checks import check_tensor, require, shape_of
+from fastvit.guards import full_name, why_not_plain, why_not_plain_tensor, why_observed
 from fastvit.model.arguments import check_arguments, check_pool
 from fastvit.model.checkpoints import check_state_dict
 from fastvit.model.initialisation import initialise, trunc_normal_
 from fastvit.model.layers import (
     Attention,
+    AttentionPool,
     Block,
     Layer,
     LayerNorm,
@@ -22,27 +25,32 @@ from fastvit.model.layers import (
     PatchDropout,
     activation_layer,
     autocast_dtype,
+    first_parameter,
     norm_layer_of,
     to_module_dtype,
 )
-from fastvit.model.patch_embed import PatchEmbed
+from fastvit.model.patch_embed import NORMS, PatchEmbed, as_floats, is_given_up, model_normalisation
 from fastvit.positions import resample_pos_embed, sincos_2d
 
 __all__ = ["VisionTransformer"]
+
+torch.fx.wrap("resample_pos_embed")  # one step to torch.fx, since it looks at sizes
 
 
 class VisionTransformer(nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021), a drop-in for timm's `VisionTransformer`.
 
-    Images become tokens in one call of :func:`fastvit.functional.patch_embed`, made by `self.patch_embed`:
-    projection, positions, class and register tokens, and normalisation where `mean` and `std` are given.
+    Images become tokens in one call of :func:`fastvit.functional.patch_embed`: projection, positions, class and
+    register tokens, and the normalisation of raw uint8 images. Where a part of that has been changed, wrapped or is
+    watched by hooks, the parts are called one after another, as timm does, and a warning says so once.
 
     Args:
         img_size: height and width of the images.
         patch_size: height and width of a patch.
         in_chans: channels of the images.
         num_classes: outputs of the head; 0: no head.
-        global_pool: "token" (the class token), "avg", "max", "avgmax", or "" for every token.
+        global_pool: "token" (the class token), "avg", "max", "avgmax", "map" (attention, `attn_pool`), or "" for
+            every token.
         embed_dim, depth, num_heads, mlp_ratio: width, blocks, heads, and the MLP's width in units of the width.
         qkv_bias, proj_bias: biases of attention's first, and of all other linear layers in the blocks.
         qk_norm: norm on queries and keys. scale_attn_norm, scale_mlp_norm: norm before the last layer of each.
@@ -59,14 +67,18 @@ class VisionTransformer(nn.Module):
         dynamic_img_pad: pad images to whole patches.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the positions, after
             linear layers in the blocks, on attention weights.
-        patch_drop_rate: share of patches dropped in training; they are never projected.
+        patch_drop_rate: share of patches dropped in training; they are not even projected.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         weight_init: "", "jax", "jax_nlhb", "moco", "reset" or "skip"; fix_init: scale by depth, as in BEiT.
-        embed_layer: class of the patch embedding, called like :class:`PatchEmbed`.
+        embed_layer: class of the patch embedding, called as timm calls it.
         embed_norm_layer: norm between projection and position.
         norm_layer, act_layer: a class, or "layernorm", "rmsnorm"; "gelu", "gelu_tanh", "quick_gelu", "relu", "silu".
         block_fn, mlp_layer, attn_layer: classes of the blocks' parts.
-        mean, std: one float a channel; normalise inside the projection. Raw uint8 images are divided by 255 first.
+        mean, std: one float a channel, in the 0..1 scale: raw uint8 images are normalised inside the projection (and
+            divided by 255, as they are without them too). Float images are taken as they are: normalised.
+        copy_images: keep a copy of a uint8 batch for the backward pass, which reads it again. Needed where a loader
+            writes the next batch into the same memory before that (shared buffers of numpy, DALI or ffcv): torch does
+            not see it, and gradients would be wrong without a word.
         residual_dtype: dtype of the tokens between the blocks. None: timm's numerics, which under autocast is
             float32; torch.bfloat16 halves that traffic.
 
@@ -121,35 +133,12 @@ class VisionTransformer(nn.Module):
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        copy_images: bool = False,
         residual_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            class_token=class_token,
-            pos_embed=pos_embed,
-            reg_tokens=reg_tokens,
-            weight_init=weight_init,
-            residual_dtype=residual_dtype,
-            rates={
-                "drop_rate": drop_rate,
-                "pos_drop_rate": pos_drop_rate,
-                "patch_drop_rate": patch_drop_rate,
-                "proj_drop_rate": proj_drop_rate,
-                "attn_drop_rate": attn_drop_rate,
-                "drop_path_rate": drop_path_rate,
-            },
-        )
-        if isinstance(attn_layer, str):
-            if attn_layer not in ("", "attn"):
-                raise ValueError(f"attn_layer: {attn_layer!r} is not known; accepted: a class, '' or 'attn'")
-            attn_layer = Attention
+        check_arguments(locals())
+        attn_layer = Attention if isinstance(attn_layer, str) else attn_layer
         norm: Layer = norm_layer_of(norm_layer) or LayerNorm
         activation: Layer = activation_layer(act_layer) or nn.GELU
         factory = {"device": device, "dtype": dtype}
@@ -169,20 +158,23 @@ class VisionTransformer(nn.Module):
         self.grad_checkpointing = False
         self.pos_embed_kind = pos_embed or "none"
 
+        self.mean, self.std = model_normalisation(mean, std, in_chans)
+        embed_norm = norm_layer_of(embed_norm_layer, "embed_norm_layer")
         # Modules are made in timm's order, so that the same seed gives the same weights.
         self.patch_embed: Any = embed_layer(
             img_size=img_size,
             patch_size=patch_size,
             in_chans=in_chans,
             embed_dim=embed_dim,
-            norm_layer=norm_layer_of(embed_norm_layer, "embed_norm_layer"),
             bias=not pre_norm,
-            strict_img_size=not dynamic_img_size,
             dynamic_img_pad=dynamic_img_pad,
-            mean=mean,
-            std=std,
+            **({"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}),
+            **({} if embed_norm is None else {"norm_layer": embed_norm}),
             **factory,
         )
+        if isinstance(self.patch_embed, PatchEmbed):  # any other is given normalised floats
+            self.patch_embed.mean, self.patch_embed.std = self.mean, self.std
+            self.patch_embed.copy_images = copy_images
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim, **factory)) if reg_tokens else None
         self.pos_embed: nn.Parameter | None = None
@@ -191,7 +183,9 @@ class VisionTransformer(nn.Module):
             table = torch.empty(1, rows, embed_dim, **factory)
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed_kind == "learn")
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.patch_drop = PatchDropout(patch_drop_rate)
+        self.patch_drop: Any = nn.Identity()
+        if patch_drop_rate > 0:
+            self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens)
         self.norm_pre = norm(embed_dim, **factory) if pre_norm else nn.Identity()
 
         # Only Block knows about a residual dtype; a block of the caller's own takes timm's arguments.
@@ -228,6 +222,10 @@ class VisionTransformer(nn.Module):
             {"module": f"blocks.{index}", "num_chs": embed_dim, "reduction": reduction} for index in range(depth)
         ]
         self.norm = norm(embed_dim, **factory) if final_norm and not use_fc_norm else nn.Identity()
+        self.attn_pool: nn.Module | None = None
+        if global_pool == "map":
+            options = {"norm_layer": norm, "act_layer": activation, **factory}
+            self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_ratio, **options)
         self.fc_norm = norm(embed_dim, **factory) if final_norm and use_fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
@@ -253,10 +251,9 @@ class VisionTransformer(nn.Module):
         head_bias = -math.log(self.num_classes) if "nlhb" in mode else 0.0
         if self.pos_embed is not None and self.pos_embed_kind == "learn":
             trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=1e-6)
-        if self.reg_token is not None:
-            nn.init.normal_(self.reg_token, std=1e-6)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
         self._fill_table()
         initialise(self, mode, head_bias, reset=needs_reset)
         if self.fix_init:
@@ -268,12 +265,9 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def _fill_table(self) -> None:
         if self.pos_embed is not None and self.pos_embed_kind == "sincos":
-            self.pos_embed.copy_(self._sincos_table(self.pos_embed))
-
-    def _sincos_table(self, like: Tensor) -> Tensor:
-        rows = self._positioned_prefix_tokens
-        grid = self.patch_embed.grid_size
-        return sincos_2d(grid, self.embed_dim, num_prefix_tokens=rows, device=like.device, dtype=like.dtype)[None]
+            like: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+            rows = self._positioned_prefix_tokens
+            self.pos_embed.copy_(sincos_2d(self.patch_embed.grid_size, self.embed_dim, num_prefix_tokens=rows, **like))
 
     @property
     def _positioned_prefix_tokens(self) -> int:
@@ -324,14 +318,15 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"num_classes: {num_classes!r} must be a whole number of at least 0")
         if global_pool is not None:
             check_pool(global_pool, self.has_class_token)
+            can = global_pool != "map" or self.attn_pool is not None
+            require(can, "global_pool: 'map' needs a model built with it; attention pooling can't be added")
+            self.attn_pool = self.attn_pool if global_pool == "map" else None
             self.global_pool = global_pool
-        weight = self.patch_embed.proj.weight
+        like = first_parameter(self)
+        factory: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
         self.num_classes = num_classes
-        self.head = (
-            nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
-            if num_classes > 0
-            else nn.Identity()
-        ).train(self.training)
+        self.head = nn.Linear(self.embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
@@ -341,15 +336,11 @@ class VisionTransformer(nn.Module):
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         for info in self.feature_info:
             info["reduction"] = self.patch_embed.feat_ratio()
-        if self.pos_embed is None or self.patch_embed.grid_size == old_grid:
-            return
-        table = resample_pos_embed(
-            self.pos_embed.detach(),
-            self.patch_embed.grid_size,
-            old_grid,
-            num_prefix_tokens=self._positioned_prefix_tokens,
-        )
-        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        table, grid = self.pos_embed, self.patch_embed.grid_size
+        if table is not None and grid != old_grid:
+            rows = self._positioned_prefix_tokens
+            resampled = resample_pos_embed(table.detach(), grid, old_grid, num_prefix_tokens=rows)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=table.requires_grad)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -368,27 +359,90 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         """Images to the sequence that enters the first block, [B, R+N, D]."""
-        grid = self.patch_embed.grid_of(images)
-        x = self.patch_embed(
-            images,
-            pos_embed=self._positions(grid),
-            prefix=self._prefix(),
-            keep=self.patch_drop(images.shape[0], grid[0] * grid[1], images.device),
-            dtype=self._token_dtype(images.device),
-        )
-        if self.pos_embed is not None:
-            x = self.pos_drop(x)
+        keep: Tensor | None = None
+        embed = self.patch_embed
+        if self._is_one_call(embed, images):
+            grid = embed.grid_of(images)
+            table = self._positions(grid, embed.grid_size)
+            keep = self._choose_patches(images.shape[0], grid[0] * grid[1], images.device)
+            dtype = self._token_dtype(images.device, embed.proj.weight.dtype)
+            x = embed.sequence(images, table, self._prefix(), keep, dtype)
+            x = x if table is None else self.pos_drop(x)
+        else:
+            if why_not_plain(embed, PatchEmbed):  # what stands there takes, and is seen to take, floats
+                like = first_parameter(embed)
+                images = as_floats(images, self.mean, self.std, None if like is None else like.dtype)
+            x = self._pos_embed(embed(images))
+            x = x if self.residual_dtype is None else x.to(self.residual_dtype)
+        x = x if keep is not None else self.patch_drop(x)
         if isinstance(self.norm_pre, nn.Identity):
-            return x
+            return self.norm_pre(x)
         x = self.norm_pre(self._leave_residual(x))
         return x if self.residual_dtype is None else x.to(self.residual_dtype)
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
+    def _is_one_call(self, embed: Any, images: Tensor) -> bool:
+        """Whether everything from the images to the positions still is what one call does; told once if not."""
+        if not isinstance(images, Tensor):  # torch.fx
+            return False
+        reason = why_not_plain(embed, PatchEmbed)
+        if reason:
+            return not is_given_up(f"patch_embed {reason}")
+        norm = embed.norm
+        if not isinstance(norm, NORMS):
+            reason = f"patch_embed.norm is a {full_name(type(norm))}, which may look across patches"
+        elif why_observed(norm):
+            reason = f"patch_embed.norm {why_observed(norm)}"
+        elif type(self)._pos_embed is not VisionTransformer._pos_embed or "_pos_embed" in self.__dict__:
+            reason = "_pos_embed was replaced"
+        elif not embed.may_fuse(images):
+            return False
+        return not is_given_up(reason or self._why_other_tables(*embed.grid_size))
+
+    def _why_other_tables(self, lines: int, columns: int) -> str:
+        """Why positions, class and register tokens are not what the call takes, "" if they are."""
+        rows = 0
+        tables = {"cls_token": self.cls_token, "reg_token": self.reg_token, "pos_embed": self.pos_embed}
+        for name, table in tables.items():
+            if table is None:
+                continue
+            reason = why_not_plain_tensor(table)
+            if reason:
+                return f"{name} {reason}"
+            shape = table.shape
+            if name == "pos_embed":
+                rows = lines * columns + (0 if self.no_embed_class else rows)
+            if len(shape) != 3 or shape[0] != 1 or (name == "pos_embed" and shape[1] != rows):
+                return f"{name} has shape {shape_of(table)}"
+            rows += shape[1]
+        return ""
+
+    def _choose_patches(self, batch: int, patches: int, device: torch.device) -> Tensor | None:
+        """Patches to project, where they can be chosen beforehand: nobody looks at all of them in between."""
+        drop = self.patch_drop
+        if type(drop) is not PatchDropout or why_observed(drop) or not isinstance(self.patch_embed.norm, nn.Identity):
+            return None
+        return None if why_not_plain(self.pos_drop, nn.Dropout) else drop.choose(batch, patches, device)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """What `patch_embed` returns, with its positions, behind class and register tokens: as timm does it."""
+        table: Tensor | None = self.pos_embed
+        if self.dynamic_img_size:
+            table = None if table is None else self._resampled(table, x.shape[1:3])
+            x = x.flatten(1, 2)
+        x = _placed(x, self.cls_token, self.reg_token, table, self.no_embed_class)
+        return x if table is None else self.pos_drop(x)
+
+    def _positions(self, grid: Sequence[int], own: Sequence[int]) -> Tensor | None:
         """The positions of this grid, [1, N, D] or [1, R+N, D]."""
-        own = self.patch_embed.grid_size
-        if self.pos_embed is None or (grid[0] == own[0] and grid[1] == own[1]):
-            return self.pos_embed
-        return resample_pos_embed(self.pos_embed, grid, own, num_prefix_tokens=self._positioned_prefix_tokens)
+        table = self.pos_embed
+        is_own = grid[0] == own[0] and grid[1] == own[1]
+        if table is None or is_own or (not self.dynamic_img_size and grid[0] * grid[1] == own[0] * own[1]):
+            return table  # without dynamic_img_size also for another grid of as many patches, as timm does it
+        return self._resampled(table, grid)
+
+    def _resampled(self, table: Tensor, grid: Sequence[int]) -> Tensor:
+        own, rows = self.patch_embed.grid_size, self._positioned_prefix_tokens
+        return resample_pos_embed(table, grid, own, num_prefix_tokens=rows)
 
     def _prefix(self) -> Tensor | None:
         """Class and register tokens, [1, R, D]."""
@@ -396,14 +450,14 @@ class VisionTransformer(nn.Module):
             return self.reg_token if self.cls_token is None else self.cls_token
         return torch.cat([self.cls_token, self.reg_token], dim=1)
 
-    def _token_dtype(self, device: torch.device) -> torch.dtype:
+    def _token_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """What torch's promotion makes of projection, prefix and positions, unless `residual_dtype` says otherwise.
 
         Under autocast the projection comes in autocast's dtype and the float32 parameters promote the sum.
         """
         if self.residual_dtype is not None:
             return self.residual_dtype
-        dtype = autocast_dtype(device) or self.patch_embed.proj.weight.dtype
+        dtype = autocast_dtype(device) or dtype
         for parameter in (self.cls_token, self.reg_token, self.pos_embed):
             if parameter is not None:
                 dtype = torch.promote_types(dtype, parameter.dtype)
@@ -412,6 +466,9 @@ class VisionTransformer(nn.Module):
     def _leave_residual(self, x: Tensor) -> Tensor:
         """Tokens as a norm with this model's weights takes them."""
         return x if self.residual_dtype is None else to_module_dtype(x, self.patch_embed)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError("torch.jit.script can't compile fastvit's models; torch.jit.trace and torch.export can")
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -442,17 +499,19 @@ class VisionTransformer(nn.Module):
             pool_type = self.global_pool
         else:
             check_pool(pool_type, self.has_class_token)
-        if pool_type == "":
-            return x
-        if pool_type == "token":
-            return x[:, 0]
-        if not self.pool_include_prefix:
-            x = x[:, self.num_prefix_tokens :]
+        if self.attn_pool is not None:
+            pool_type = "map"
+        elif pool_type == "map":
+            raise ValueError("global_pool: 'map' needs a model built with it")
+        if pool_type in ("", "token"):
+            return x[:, 0] if pool_type else x
+        x = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
+        if self.attn_pool is not None:
+            return self.attn_pool(x)
         if pool_type == "avg":
             return x.mean(dim=1)
-        if pool_type == "max":
-            return x.amax(dim=1)
-        return 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+        largest = x.amax(dim=1)
+        return largest if pool_type == "max" else 0.5 * (largest + x.mean(dim=1))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens of :meth:`forward_features` to logits, or with `pre_logits` to what the head would see."""
@@ -491,10 +550,11 @@ class VisionTransformer(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: {output_fmt!r} is not known; accepted: 'NCHW', 'NLC'")
         taken = _block_indices(len(self.blocks), indices)
-        rows, columns = self.patch_embed.grid_of(x)
+        size = x.shape[2:]
         x = self._embed(x)
+        rows, columns = self.patch_embed.dynamic_feat_size(size)
         if output_fmt == "NCHW" and x.shape[1] != self.num_prefix_tokens + rows * columns:
-            raise ValueError("output_fmt: 'NCHW' needs every patch, but patch_drop_rate dropped some; use 'NLC'")
+            raise ValueError(f"output_fmt: 'NCHW' needs all of {rows} x {columns} patches and no other; use 'NLC'")
         maps: list[Tensor] = []
         for index, block in enumerate(list(self.blocks)[: max(taken) + 1 if stop_early else None]):
             x = self._run_block(block, x, attn_mask, is_causal)
@@ -508,15 +568,12 @@ class VisionTransformer(nn.Module):
             grids = [tokens.reshape(len(tokens), rows, columns, tokens.shape[2]) for tokens in maps]
             maps = [grid.permute(0, 3, 1, 2).contiguous() for grid in grids]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        final = None if intermediates_only else self.norm(self._leave_residual(x))
         if output_dict:
-            result: dict[str, Any] = {"image_intermediates": maps}
-            if with_prefix:
-                result["image_intermediates_prefix"] = prefix_tokens
-            if not intermediates_only:
-                result["image_features"] = self.norm(self._leave_residual(x))
-            return result
+            named = {"image_intermediates_prefix": prefix_tokens if with_prefix else None, "image_features": final}
+            return {"image_intermediates": maps, **{name: value for name, value in named.items() if value is not None}}
         found = list(zip(maps, prefix_tokens, strict=True)) if with_prefix else maps
-        return found if intermediates_only else (self.norm(self._leave_residual(x)), found)
+        return found if intermediates_only else (final, found)
 
     def get_intermediate_layers(
         self,
@@ -528,15 +585,8 @@ class VisionTransformer(nn.Module):
         attn_mask: Tensor | None = None,
     ) -> list[Any]:
         """The maps of :meth:`forward_intermediates` under DINO's name and arguments."""
-        return self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
-            attn_mask=attn_mask,
-        )
+        options: dict[str, Any] = {"output_fmt": "NCHW" if reshape else "NLC", "intermediates_only": True}
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, attn_mask=attn_mask, **options)
 
     def get_attention_maps(self, x: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
         """The softmax weights of the blocks' attention, computed in the open beside the fused call.
@@ -558,6 +608,27 @@ class VisionTransformer(nn.Module):
             if index < max(taken):
                 x = block(x)
         return maps
+
+
+@torch.fx.wrap
+def _placed(
+    x: Tensor, cls_token: Tensor | None, reg_token: Tensor | None, table: Tensor | None, no_embed_class: bool
+) -> Tensor:
+    """[B, N, D] to [B, R+N, D], by torch's additions, which take more forms of tables than a fused call. One step to
+    torch.fx."""
+    prefix = [rows.expand(x.shape[0], -1, -1) for rows in (cls_token, reg_token) if rows is not None]
+    x = _positioned(x, table) if no_embed_class else x
+    x = torch.cat([*prefix, x], dim=1) if prefix else x
+    return x if no_embed_class else _positioned(x, table)
+
+
+def _positioned(x: Tensor, table: Tensor | None) -> Tensor:
+    if table is None:
+        return x
+    check_tensor("pos_embed", table)
+    fits = table.dim() < 2 or table.shape[-2] in (1, x.shape[1])
+    require(fits, f"pos_embed: shape {shape_of(table)} does not fit {x.shape[1]} tokens")
+    return x + table
 
 
 def _block_indices(blocks: int, indices: int | Sequence[int] | None) -> list[int]:

@@ -28,7 +28,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
         ({"num_heads": 0}, ("num_heads", "0")),
         ({"mlp_ratio": 0.0}, ("mlp_ratio", "0.0")),
         ({"global_pool": "mean"}, ("global_pool", "'mean'", "'avg'")),
-        ({"global_pool": "map"}, ("global_pool", "'map'")),
+        ({"global_pool": "prr"}, ("global_pool", "'prr'", "'map'")),
         ({"class_token": False}, ("global_pool", "class_token")),
         ({"pos_embed": "learned"}, ("pos_embed", "'learned'", "'sincos'")),
         ({"pos_embed": "sincos", "embed_dim": 18}, ("embed_dim", "18", "4")),
@@ -46,6 +46,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
         ({"std": STD}, ("mean", "std")),
         ({"mean": MEAN, "std": (0.2, 0.0, 0.2)}, ("std", "0.0")),
         ({"mean": (0.5,), "std": (0.2,)}, ("mean", "3")),
+        ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, ("mean", "0..1", "123.7", "divide by 255")),
+        ({"mean": MEAN, "std": (58.4, 57.1, 57.4)}, ("std", "0..1", "58.4", "divide by 255")),
     ],
 )
 def test_constructor(arguments, parts, tiny):
@@ -60,6 +62,7 @@ def test_constructor(arguments, parts, tiny):
     [
         ({}, torch.zeros(3, 24, 32), ("images", "4 dimensions", "[3, 24, 32]")),
         ({}, torch.zeros(1, 1, 24, 32), ("images", "1 channels", "3")),
+        ({"mean": MEAN, "std": STD}, torch.zeros(1, 4, 24, 32, dtype=torch.uint8), ("images", "4 channels", "3")),
         ({}, torch.zeros(1, 3, 32, 24), ("images", "32 x 24", "24 x 32", "dynamic_img_size")),
         ({"dynamic_img_size": True}, torch.zeros(1, 3, 25, 32), ("images", "25 x 32", "8 x 8", "dynamic_img_pad")),
         ({"dynamic_img_pad": True}, torch.zeros(1, 3, 20, 32), ("images", "20 x 32", "24 x 32")),
@@ -92,6 +95,8 @@ def test_methods(tiny):
         (lambda: model.pool(images.flatten(2), "mean"), ("global_pool", "'mean'")),
         (lambda: model.reset_classifier(-1), ("num_classes", "-1")),
         (lambda: model.reset_classifier(3, "sum"), ("global_pool", "'sum'")),
+        (lambda: model.reset_classifier(3, "map"), ("global_pool", "'map'", "built with it")),
+        (lambda: model.pool(images.flatten(2), "map"), ("global_pool", "'map'", "built with it")),
         (lambda: model.set_input_size(30), ("img_size", "(30, 30)")),
         (lambda: model.set_input_size((24, 32), 5), ("img_size", "(5, 5)")),
         (lambda: model.set_input_size(patch_size=-8), ("patch_size", "-8")),

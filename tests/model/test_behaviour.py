@@ -30,18 +30,19 @@ def calls(monkeypatch):
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """As a data loader does it."""
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    """As a data loader does it: floats are normalised already."""
+    if images.is_floating_point():
+        return images
+    return (images.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 @pytest.mark.parametrize("raw", ["uint8", "float"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_raw_pixels_are_normalised_in_the_model(raw, layout, tiny):
+def test_raw_pixels_are_normalised_in_the_model_and_floats_are_not(raw, layout, tiny):
     model = tiny(mean=MEAN, std=STD)
     plain = tiny()
     plain.load_state_dict(model.state_dict())
-    images = torch.randint(0, 256, IMAGES, dtype=torch.uint8) if raw == "uint8" else torch.rand(IMAGES)
+    images = torch.randint(0, 256, IMAGES, dtype=torch.uint8) if raw == "uint8" else torch.randn(IMAGES)
     images = images.contiguous(memory_format=layout)
     torch.testing.assert_close(model(images), plain(normalise(images)), rtol=1e-4, atol=1e-5)
     for one, other in ((model, images), (plain, normalise(images))):
@@ -83,11 +84,9 @@ def test_one_call_makes_the_whole_sequence(arguments, calls, tiny):
     model = tiny(**arguments)
     entered = []
     model.blocks[0].register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
-    hooked = []
-    model.patch_embed.register_forward_hook(lambda module, inputs, output: hooked.append(output))
     model(torch.randn(IMAGES))
     assert len(calls) == 1
-    assert calls[0]["result"] is entered[0] is hooked[0]  # nothing is done to the tokens after it
+    assert calls[0]["result"] is entered[0]  # nothing is done to the tokens after it
     assert entered[0].shape == (2, model.num_prefix_tokens + 12, 48)
 
 
@@ -106,7 +105,7 @@ def test_dropped_patches_are_never_projected(arguments, calls, tiny):
     model.eval()
     model(images)
     assert calls[1]["keep"] is None
-    with pytest.raises(ValueError, match="output_fmt: 'NCHW' needs every patch"):
+    with pytest.raises(ValueError, match="output_fmt: 'NCHW' needs all of 3 x 4"):
         model.train().forward_intermediates(images)
     assert model.forward_intermediates(images, output_fmt="NLC")[1][0].shape == (2, 3, 48)
 
@@ -250,6 +249,27 @@ def test_the_patch_embedding_stands_alone(timm):
     assert ours.feat_ratio() == theirs.feat_ratio() == 8
     assert ours.feat_ratio(as_scalar=False) == theirs.feat_ratio(as_scalar=False)
     assert ours.dynamic_feat_size((40, 16)) == theirs.dynamic_feat_size((40, 16))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_copy_images_keeps_what_the_loader_writes_over(is_compiled, tiny):
+    images = torch.randint(0, 256, IMAGES, dtype=torch.uint8)
+    buffer = torch.zeros(IMAGES, dtype=torch.uint8).numpy()  # numpy's writes are not seen by torch
+    gradients = []
+    for copy_images in (False, True):
+        torch.manual_seed(3)
+        model = tiny(mean=MEAN, std=STD, copy_images=copy_images)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
+        for shared in (images.clone(), torch.from_numpy(buffer)):
+            shared.copy_(images)
+            model.zero_grad()
+            output = run(shared)
+            if shared.data_ptr() == buffer.ctypes.data:
+                buffer[:] = 7
+            output.square().sum().backward()
+            gradients.append(model.patch_embed.proj.weight.grad)
+    assert torch.equal(gradients[2], gradients[0]) and not torch.equal(gradients[1], gradients[0])
+    assert torch.equal(gradients[3], gradients[0])
 
 
 class Doubled(nn.Module):

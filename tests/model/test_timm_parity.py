@@ -37,6 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no_positions_no_prefix": {"pos_embed": "", "class_token": False, "global_pool": "avg"},
     "pre_norm": {"pre_norm": True},
     "no_final_norm": {"final_norm": False},
+    "map": {"global_pool": "map", "mlp_ratio": 2.5, "act_layer": "gelu_tanh"},
+    "map_no_class_token": {"global_pool": "map", "class_token": False},
+    "map_registers_norms": {"global_pool": "map", "reg_tokens": 2, "fc_norm": True, "norm_layer": "rmsnorm"},
     "patch_norm": {"embed_norm_layer": nn.LayerNorm},
     "patch_norm_dynamic": {"embed_norm_layer": nn.LayerNorm, "dynamic_img_size": True, "reg_tokens": 1},
     "rms_quick_gelu": {"norm_layer": "rmsnorm", "act_layer": "quick_gelu"},
@@ -267,7 +270,10 @@ def test_signature_and_defaults(timm):
 
 
 @pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco", "reset", "skip"])
-@pytest.mark.parametrize("arguments", [{}, {"fix_init": True, "reg_tokens": 2, "init_values": 0.1, "qk_norm": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"global_pool": "map"}, {"fix_init": True, "reg_tokens": 2, "init_values": 0.1, "qk_norm": True}],
+)
 def test_the_same_seed_gives_the_same_weights(weight_init, arguments, timm, tiny):
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
@@ -305,9 +311,10 @@ def test_set_input_size(arguments, change, pair_with_timm):
     assert ours.patch_embed.grid_size == theirs.patch_embed.grid_size
 
 
-def test_reset_classifier(pair_with_timm):
-    ours, theirs = pair_with_timm()
-    for arguments in ((5,), (3, "avg"), (0, ""), (2, "max")):
+@pytest.mark.parametrize("pool", ["token", "map"])
+def test_reset_classifier(pool, pair_with_timm):
+    ours, theirs = pair_with_timm(global_pool=pool)
+    for arguments in ((5,), (4, pool), (3, "avg"), (0, ""), (2, "max")):
         for model in (ours, theirs):
             torch.manual_seed(2)
             model.reset_classifier(*arguments)

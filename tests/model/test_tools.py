@@ -183,3 +183,77 @@ def test_channels_last_and_float64(tiny):
     double = model.double()(images.double())
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+FX = {
+    "plain": {},
+    "any_size": {"dynamic_img_size": True, "dynamic_img_pad": True, "reg_tokens": 1, "no_embed_class": True},
+    "pooled": {"global_pool": "map", "class_token": False, "embed_norm_layer": "layernorm", "pre_norm": True},
+    "narrow": {"residual_dtype": torch.bfloat16, "drop_path_rate": 0.1},
+}
+
+
+@pytest.mark.parametrize("setting", FX)
+def test_feature_extraction_by_torch_fx(setting, timm, tiny):
+    from fastvit.peers import import_peer
+
+    extraction: Any = import_peer("torchvision.models.feature_extraction")
+    model = tiny(mean=MEAN, std=STD, **FX[setting]).eval()
+    seen = []
+    model.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    features = extraction.create_feature_extractor(model, ["blocks.1", "head"])
+    images = torch.randint(0, 256, (3, 3, 24, 32), dtype=torch.uint8)
+    for pixels in (images, torch.randn(2, 3, 24, 32)):
+        output = model(pixels)
+        found = features(pixels)
+        for got, want in ((found["head"], output), (found["blocks.1"], seen[-1])):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2 if setting == "narrow" else 1e-5)
+    if setting == "any_size":
+        other = torch.randint(0, 256, (1, 3, 33, 30), dtype=torch.uint8)
+        torch.testing.assert_close(features(other)["head"], model(other), rtol=1e-3, atol=1e-5)
+        return
+    with pytest.raises(ValueError, match="images: 16 x 48, the model takes 24 x 32"):
+        features(torch.randn(1, 3, 16, 48))  # as many patches
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.(trace|script|save|load)")
+@pytest.mark.parametrize("setting", ["plain", "any_size", "pooled"])
+def test_traces_by_jit_are_for_any_batch_and_need_no_fastvit(setting, tiny):
+    model = tiny(mean=MEAN, std=STD, **FX[setting]).eval()
+    images = torch.randint(0, 256, (5, 3, 24, 32), dtype=torch.uint8)
+    traced = torch.jit.trace(model, images[:2])
+    assert "fastvit::" not in str(traced.inlined_graph)
+    for batch in (1, 5):
+        torch.testing.assert_close(traced(images[:batch]), model(images[:batch]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_onnx_by_the_exporter_that_traces(tiny, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model = tiny(mean=MEAN, std=STD, reg_tokens=1).eval()
+    images = torch.randint(0, 256, (5, 3, 24, 32), dtype=torch.uint8)
+    path = str(tmp_path / "model.onnx")
+    axes = {"images": {0: "batch"}}
+    torch.onnx.export(model, (images[:2],), path, dynamo=False, input_names=["images"], dynamic_axes=axes)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (1, 5):
+        (output,) = session.run(None, {"images": images[:batch].cpu().numpy()})
+        torch.testing.assert_close(torch.from_numpy(output), model(images[:batch]).detach().cpu(), rtol=1e-4, atol=1e-5)
+
+
+def test_script_is_refused_in_words(tiny):
+    for model in (tiny(), torch.nn.Sequential(tiny())):
+        with pytest.raises(RuntimeError, match=r"torch.jit.script can't compile .* torch.jit.trace"):
+            torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore:fastvit. a hook on every module")
+def test_the_flop_counter_counts_what_it_counts_of_timm(pair_with_timm):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for model in pair_with_timm():
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(2, 3, 24, 32)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
