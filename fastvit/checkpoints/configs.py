@@ -199,7 +199,8 @@ def _from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
     known.update({"act_layer": "quick_gelu"} if "quickgelu" in name else {})
     known.update({key: config[key] for key in ("global_pool", "norm_eps") if config.get(key) is not None})
     known.update({key: arguments[key] for key in _TIMM_ARGUMENTS if arguments.get(key) is not None})
-    if known.get("global_pool") not in POOLS:  # attention pooling is refused by its tensors' names
+    # Attention pooling is refused by its tensors' names.
+    if known.get("global_pool") == "map" or known.get("global_pool") not in POOLS:
         known.pop("global_pool", None)
     return known
 

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import functional
 from fastvit.checks import check_scale, normalisation, require, shape_of
-from fastvit.guards import warn_once, why_no_projection
+from fastvit.guards import attribute, warn_once, why_no_projection
 from fastvit.model.layers import Layer, first_parameter
 from fastvit.ops.decompositions import normalised
 
@@ -48,7 +48,7 @@ def model_normalisation(mean: Sequence[float] | None, std: Sequence[float] | Non
 def is_given_up(reason: str) -> bool:
     """Whether there is a reason not to make one call of it; told once."""
     if reason:
-        warn_once(f"fastvit: {reason}; images become tokens part by part, as timm does it, not in one call")
+        warn_once("VisionTransformer makes tokens part by part, as timm does, not in one call", reason)
     return bool(reason)
 
 
@@ -124,7 +124,7 @@ class PatchEmbed(nn.Module):
         """Whether to read the projection's parameters is all there is to running it, here and now."""
         if not isinstance(images, Tensor) or torch.jit.is_tracing():  # torch.fx, and traces that are to stand alone
             return False
-        proj = self.proj
+        proj = attribute(self, "proj")
         reason = why_no_projection(proj)
         if not reason and proj.stride != self.patch_size:
             reason = f"has kernel and stride {proj.stride}, but patch_size is {self.patch_size}"
@@ -138,7 +138,7 @@ class PatchEmbed(nn.Module):
         self, images: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, keep: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """The finished sequence, [B, R+N, D], where `may_fuse` allows: one call, or two with a norm, and no `keep`."""
-        if isinstance(self.norm, nn.Identity):
+        if isinstance(attribute(self, "norm"), nn.Identity):
             return self._call(images, pos_embed=pos_embed, prefix=prefix, keep=keep, dtype=dtype)
         tokens = self.norm(self._call(images))  # [B, N, D]
         if pos_embed is not None:
@@ -148,8 +148,8 @@ class PatchEmbed(nn.Module):
         return tokens.to(dtype)
 
     def _call(self, images: Tensor, **arguments: Any) -> Tensor:
-        proj, is_raw = self.proj, images.dtype == torch.uint8
-        weight = proj.weight
+        proj, is_raw = attribute(self, "proj"), images.dtype == torch.uint8
+        weight = attribute(proj, "weight")
         mean, std = (self.mean, self.std) if is_raw else (None, None)
         if self.dynamic_img_pad:
             padded = pad_to_patches(images, self.patch_size)

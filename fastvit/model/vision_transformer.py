@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvit.checks import check_tensor, require, shape_of
-from fastvit.guards import full_name, why_not_plain, why_not_plain_tensor, why_observed
+from fastvit.guards import attribute, full_name, why_not_plain, why_not_plain_tensor, why_observed
 from fastvit.model.arguments import check_arguments, check_pool
 from fastvit.model.checkpoints import check_state_dict
 from fastvit.model.initialisation import initialise, trunc_normal_
@@ -360,7 +360,7 @@ class VisionTransformer(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         """Images to the sequence that enters the first block, [B, R+N, D]."""
         keep: Tensor | None = None
-        embed = self.patch_embed
+        embed = attribute(self, "patch_embed")
         if self._is_one_call(embed, images):
             grid = embed.grid_of(images)
             table = self._positions(grid, embed.grid_size)
@@ -387,7 +387,7 @@ class VisionTransformer(nn.Module):
         reason = why_not_plain(embed, PatchEmbed)
         if reason:
             return not is_given_up(f"patch_embed {reason}")
-        norm = embed.norm
+        norm = attribute(embed, "norm")
         if not isinstance(norm, NORMS):
             reason = f"patch_embed.norm is a {full_name(type(norm))}, which may look across patches"
         elif why_observed(norm):
@@ -401,8 +401,8 @@ class VisionTransformer(nn.Module):
     def _why_other_tables(self, lines: int, columns: int) -> str:
         """Why positions, class and register tokens are not what the call takes, "" if they are."""
         rows = 0
-        tables = {"cls_token": self.cls_token, "reg_token": self.reg_token, "pos_embed": self.pos_embed}
-        for name, table in tables.items():
+        for name in ("cls_token", "reg_token", "pos_embed"):
+            table = attribute(self, name)
             if table is None:
                 continue
             reason = why_not_plain_tensor(table)
@@ -418,7 +418,7 @@ class VisionTransformer(nn.Module):
 
     def _choose_patches(self, batch: int, patches: int, device: torch.device) -> Tensor | None:
         """Patches to project, where they can be chosen beforehand: nobody looks at all of them in between."""
-        drop = self.patch_drop
+        drop = attribute(self, "patch_drop")
         if type(drop) is not PatchDropout or why_observed(drop) or not isinstance(self.patch_embed.norm, nn.Identity):
             return None
         return None if why_not_plain(self.pos_drop, nn.Dropout) else drop.choose(batch, patches, device)

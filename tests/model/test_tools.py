@@ -247,7 +247,7 @@ def test_script_is_refused_in_words(tiny):
             torch.jit.script(model)
 
 
-@pytest.mark.filterwarnings("ignore:fastvit. a hook on every module")
+@pytest.mark.filterwarnings("ignore:fastvit. .*a hook on every module")
 def test_the_flop_counter_counts_what_it_counts_of_timm(pair_with_timm):
     from torch.utils.flop_counter import FlopCounterMode
 
