@@ -121,7 +121,7 @@ class Noise(nn.Module):
     """In place of a dropout: other noise for each place."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.linspace(0.5, 2, x.shape[1])[:, None]
+        return x * torch.linspace(0.5, 2, x.shape[1]).view(-1, *[1] * (x.dim() - 2))
 
 
 def projection(change: Callable[[nn.Conv2d], Any]) -> Callable[[Any], Any]:
@@ -274,7 +274,9 @@ def test_surgery_counts_as_on_timm(name, pair):
 
 
 @pytest.mark.parametrize("arguments", [{"dynamic_img_size": True, "dynamic_img_pad": True}, {"patch_drop_rate": 0.5}])
-@pytest.mark.parametrize("name", ["hook_projection", "hook_embedding", "hook_patch_drop", "embedding_wrapped"])
+@pytest.mark.parametrize(
+    "name", ["hook_projection", "hook_embedding", "hook_patch_drop", "embedding_wrapped", "norm_across"]
+)
 def test_surgery_with_other_arguments(arguments, name, pair):
     ours, theirs = pair(**arguments)
     images = raw_images((2, 3, 21, 43) if "dynamic_img_size" in arguments else IMAGES)
