@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fastvit import tuning
 from fastvit.backend import available_backends, reset_launch_counts
 
 # A tuning table of this machine must not choose what the tests run; processes that they start inherit this.
@@ -30,6 +33,31 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def _fresh_state() -> None:
     torch.manual_seed(0)
     reset_launch_counts()
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No tuning table was read before, and none that is read is kept."""
+    tuning.reset()
+    yield
+    tuning.reset()
+
+
+@pytest.fixture
+def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: None) -> Callable[[tuning.Table | str | bytes], Path]:
+    """use(table): the user's tuning table is this, or a file of such contents."""
+    path = tmp_path / "table.json"
+    monkeypatch.setenv("FASTVIT_TUNING", str(path))
+
+    def write(contents: tuning.Table | str | bytes) -> Path:
+        if isinstance(contents, tuning.Table):
+            contents.save(path)
+        else:
+            path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+        tuning.reset()
+        return path
+
+    return write
 
 
 def pytest_runtest_teardown() -> None:

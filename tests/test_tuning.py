@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,32 +46,7 @@ def embed(batch: int, weight: Tensor | None = None, **keywords: Any) -> str:
     return next((backend for op, backend in launch_counts() if op == "patch_embed"), "reference")
 
 
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """Nothing was read before, and nothing that is read is kept."""
-    tuning.reset()
-    yield
-    tuning.reset()
-
-
 Use = Callable[[Table | str | bytes], Path]
-
-
-@pytest.fixture
-def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: None) -> Use:
-    """use(table): the user's file holds it."""
-    path = tmp_path / "table.json"
-    monkeypatch.setenv("FASTVIT_TUNING", str(path))
-
-    def write(contents: Table | str | bytes) -> Path:
-        if isinstance(contents, Table):
-            contents.save(path)
-        else:
-            path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
-        tuning.reset()
-        return path
-
-    return write
 
 
 # Files

@@ -93,12 +93,6 @@ class Case(Generic[Made]):
         """The argument of the call."""
         return DTYPES[self.out] if self.out else None
 
-    def out_dtype(self, compute: torch.dtype) -> torch.dtype:
-        return self.dtype or compute
-
-    def weight_dtype(self, compute: torch.dtype) -> torch.dtype:
-        return torch.float32 if self.parameters == "masters" else compute
-
     def table_dtype(self, compute: torch.dtype) -> torch.dtype:
         """Of bias, positions and prefix."""
         return torch.float32 if self.parameters in ("masters", "mixed") else compute

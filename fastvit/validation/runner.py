@@ -355,7 +355,7 @@ def _hangs_on_few(row: Row, inputs: Inputs) -> bool:
 
 def _judged(inputs: Inputs, quantity: str) -> Tensor:
     """A tensor of the shape and dtype that a quantity must have."""
-    return _known(inputs.grads.get(quantity, inputs.tensors.get(quantity.removeprefix("d_"))))
+    return inputs.grads[quantity] if quantity in inputs.grads else inputs[quantity.removeprefix("d_")]
 
 
 def _three(candidate: Candidate, op: str, inputs: Inputs) -> tuple[Results, Results, Results]:
@@ -441,11 +441,6 @@ def _named(outputs: Outputs, inputs: Inputs) -> Results:
     if len(results) != len(inputs.grads):
         raise ValueError(f"{len(results)} results, expected {', '.join(inputs.grads)}")
     return dict(zip(inputs.grads, results, strict=True))
-
-
-def _known(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
 
 
 def is_interpreted(backend: str, device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -62,26 +62,23 @@ def test_every_case_is_measured_in_both_modes() -> None:
 def one_thread() -> Iterator[None]:
     with tune.steady(CPU, 1):
         yield
-    tuning.reset()
 
 
-def test_calls_follow_what_was_measured(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_follow_what_was_measured(
+    one_thread: None, use: Callable[[Table], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The keys of the table are those that calls look up: each answers with the winner it was given."""
     measured = run()
-    path = tmp_path / "table.json"
-    monkeypatch.setenv("FASTVIT_TUNING", str(path))
     for backend in ("cpu", "reference"):
         times = {"reference": 2.0, backend: 1.0}
         choices = {p: {rows: tuning.Choice(backend, times) for rows in found} for p, found in measured.choices.items()}
-        Table(measured.device, measured.versions, choices).save(path)
-        tuning.reset()
+        use(Table(measured.device, measured.versions, choices))
         used = set()
-        monkeypatch.setattr(tuning, "find", lambda *a, find=tuning.find, used=used: (used.add(a[1]), find(*a))[1])
-        for problem in choices:
-            assert call(problem) == backend, problem
+        with monkeypatch.context() as spied:
+            spied.setattr(tuning, "find", lambda *a, find=tuning.find, used=used: (used.add(a[1]), find(*a))[1])
+            for problem in choices:
+                assert call(problem) == backend, problem
         assert used == set(choices)
-        monkeypatch.undo()
-        monkeypatch.setenv("FASTVIT_TUNING", str(path))
 
 
 def call(problem: tuning.Problem) -> str:
@@ -135,7 +132,7 @@ def test_calls_follow_the_extension_where_it_is_built(
     is_built: bool,
     gpu_backends: tuple[str, ...],
     one_thread: None,
-    tmp_path: Path,
+    use: Callable[[Table], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A table in which it won every case, used where it is there and where it is not."""
@@ -158,9 +155,7 @@ def test_calls_follow_the_extension_where_it_is_built(
     assert {choice.backend for choice in choices} == {"cuda"} == {choice.name for choice in choices}
     assert all(problem.op == "add_position" or next(iter(measured.values())).configuration != tuning.DEFAULT
                for problem, measured in table.choices.items())  # fmt: skip
-    table.save(tmp_path / "table.json")
-    monkeypatch.setenv("FASTVIT_TUNING", str(tmp_path / "table.json"))
-    tuning.reset()
+    use(table)
     if not is_built:
         monkeypatch.setitem(backends._REASONS, "cuda", lambda device_type: "it is not built")
     for problem in table.choices:

@@ -29,16 +29,13 @@ class Recorder:
 
     def __call__(self, entry: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         assert all(size > 0 for size in grid) and grid[0] < 2**31 and max((*grid[1:], 0)) < 2**16
-        function = self.function(entry)
+        from fastvit.kernels.launch import jit_function
+
+        function = jit_function(entry)
         options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
         _, specialisation, _ = self.binder(function)(**arguments, **entry.constants_by_name, **options)
         assert _as_compiled(specialisation, function) == _as_in_manifest(entry, function), entry.name
         self.seen[entry, str(specialisation)] += 1
-
-    def function(self, entry: Any) -> Any:
-        from fastvit.kernels.launch import jit_function
-
-        return jit_function(entry)
 
     def binder(self, function: Any) -> Any:
         from triton.backends.compiler import GPUTarget

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,20 +78,6 @@ def test_the_tiles_to_choose_from(make: Callable) -> None:
     assert of(BF16, FP32, width=256) == ("medium",)
     assert of(BF16, BF16, patch=(14, 14)) == ("medium",)
     assert of(FP32, FP32) == of(BF16, BF16, width=63) == of(BF16, BF16, layout="cropped") == ("generic",)
-
-
-@pytest.fixture
-def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Table], None]]:
-    """use(table): this is the table of the device."""
-    path = tmp_path / "table.json"
-    monkeypatch.setenv("FASTVIT_TUNING", str(path))
-
-    def write(table: Table) -> None:
-        table.save(path)
-        tuning.reset()
-
-    yield write
-    tuning.reset()
 
 
 def test_launchers_follow_the_table(

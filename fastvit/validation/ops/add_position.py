@@ -29,7 +29,7 @@ class AddPositionCase(Case[Inputs]):
                 "tokens": draw.laid_out(shape, self.layout),
                 **tables(draw, self.patches, self.prefix, self.width, self.positions, self.table_dtype(draw.compute)),
             },
-            grad=draw.normal(self.batch, self.prefix + self.patches, self.width, dtype=self.out_dtype(draw.compute)),
+            grad=draw.normal(self.batch, self.prefix + self.patches, self.width, dtype=self.dtype or draw.compute),
             compute=draw.compute,
             dtype=self.dtype,
             copied=self.prefix,

@@ -66,7 +66,8 @@ class PatchEmbedCase(Case[PatchEmbedInputs]):
         shape = (self.batch, self.channels, rows * ph, columns * pw)
         images = draw.laid_out(shape, self.layout, image_dtype, photo=self.source == "photo")
         fan_in = self.channels * ph * pw
-        weight = draw.normal(self.width, self.channels, ph, pw, dtype=self.weight_dtype(compute), scale=fan_in**-0.5)
+        weight_dtype = torch.float32 if self.parameters == "masters" else compute
+        weight = draw.normal(self.width, self.channels, ph, pw, dtype=weight_dtype, scale=fan_in**-0.5)
         if self.weight_channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
         tokens = self.prefix + (self.patches if self.keep is None else self.keep)
@@ -77,7 +78,7 @@ class PatchEmbedCase(Case[PatchEmbedInputs]):
                 "bias": draw.normal(self.width, dtype=table_dtype) if self.bias else None,
                 **tables(draw, self.patches, self.prefix, self.width, self.positions, table_dtype),
             },
-            grad=draw.normal(self.batch, tokens, self.width, dtype=self.out_dtype(compute)),
+            grad=draw.normal(self.batch, tokens, self.width, dtype=self.dtype or compute),
             compute=compute,
             keep=self._keep(draw),
             mean=tuple(IMAGENET_MEAN[c % 3] for c in range(self.channels)) if self.normalise else None,
