@@ -41,7 +41,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
     suites = _suites(rows)
     body = [
         _head(rows),
-        *[_ratios(folder, name, suite) for name, suite in suites.items()],
+        *[ratio_section(folder, name, suite) for name, suite in suites.items()],
         _roofline(folder, rows),
         _batches(folder, suites),
         _all_rows(suites),
@@ -103,7 +103,8 @@ def _head(rows: Sequence[Row]) -> str:
     )
 
 
-def _ratios(folder: Path, name: str, rows: Sequence[Row]) -> str:
+def ratio_section(folder: Path, name: str, rows: Sequence[Row]) -> str:
+    """The section of a suite: its score, its pictures, which are written into `folder`, and its ratios as a table."""
     judged = _judged(rows)
     text = f"<p>{_score(judged)} against the best rival of each case.</p>" if judged else ""
     partial = sorted(yardsticks(rows))

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from fastvit.training.digits import digit_tensors, split_by_class
+from fastvit.training.decoding import decode
+from fastvit.training.digits import digit_tensors
 from fastvit.training.errors import UserError
-from fastvit.training.folder import decode, split_folder
+from fastvit.training.folder import split_folder
+from fastvit.training.image_set import split_by_class
 from fastvit.validation import photographs
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # in the 0..1 scale

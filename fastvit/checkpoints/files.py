@@ -84,7 +84,9 @@ def _read_file(path: Path, allow: Sequence[str]) -> Checkpoint:
     # config.json is of these weights only where both have the names of a model's folder.
     if config is None and path.name in FOLDER_WEIGHTS and (path.parent / CONFIG).is_file():
         config = read_json(path.parent / CONFIG)
-    return _flat(contents, config, kind, str(path))
+    # `fastvit train` keeps the config beside the weights, in the same file.
+    inside = contents.get("config") if config is None and isinstance(contents, dict) else None
+    return _flat(contents, inside if isinstance(inside, dict) and "fastvit" in inside else config, kind, str(path))
 
 
 def _read_folder(folder: Path, source: str, allow: Sequence[str]) -> Checkpoint:

@@ -25,7 +25,7 @@ def demo(
 
       fastvit demo --quick --out /tmp/demo
     """
-    from fastvit.demo import run_demo
+    from fastvit.demo.run import run_demo
 
     if not run_demo(out, quick=quick, console=console()):
         raise typer.Exit(1)

@@ -28,7 +28,9 @@ def train(
         None, help="Share of each class held out, in a folder without train/ and val/.", show_default="0.2"
     ),
     epochs: int | None = typer.Option(None, help="Passes over the data.", show_default="36; folder: 100"),
-    batch_size: int | None = typer.Option(None, help="Images a step in each process.", show_default="32; folder: 64"),
+    batch_size: int | None = typer.Option(
+        None, help="Images a step in each process, at most.", show_default="32; folder: 64"
+    ),
     lr: float | None = typer.Option(None, help="Highest learning rate.", show_default="2e-3; folder: 5e-4"),
     min_lr: float | None = typer.Option(None, help="Learning rate at the end.", show_default="lr / 100"),
     warmup_epochs: float | None = typer.Option(None, help="Linear warm-up.", show_default="a tenth of the epochs"),
@@ -48,7 +50,7 @@ def train(
     threads: int | None = typer.Option(None, help="Threads on a CPU.", show_default="1; folder: as torch chooses"),
     workers: int | None = typer.Option(None, help="Processes that decode images.", show_default="0; folder: 2"),
     init_from: Path | None = typer.Option(
-        None, help="Start from these weights: a state_dict or a checkpoint. Every name and shape must fit."
+        None, help="Start from these weights: whatever load_pretrained reads. Every shape must fit."
     ),
     output: Path | None = typer.Option(None, help="Folder for checkpoints and logs.", show_default="out/train"),
     save_steps: int | None = typer.Option(None, help="Save every so many steps too.", show_default="after each epoch"),
@@ -63,6 +65,9 @@ def train(
 
     AdamW, warm-up and cosine schedule, mixed precision, gradient clipping. After each epoch OUTPUT has last.pt,
     best.pt (each written whole or not at all) and metrics.jsonl. Under torchrun, one process a GPU (or on the CPU).
+
+    A folder is read as by torchvision's ImageFolder, without what is hidden or left over (__MACOSX, ._1.jpg). Images
+    come out upright and without opacity; 16 bits and floats from 0 to 1 are scaled to 8 bits; damaged ones are named.
 
     Examples:
 
@@ -82,7 +87,7 @@ def train(
 def _run(values: dict[str, Any], resumed: str | None) -> None:
     from fastvit.training import TrainOptions, resume_options
     from fastvit.training import train as run
-    from fastvit.training.observers import Observer, ProgressBar, TensorBoard, tensorboard_missing
+    from fastvit.training.observers import Observer, ProgressBar, TensorBoard
 
     out = console()
     is_first = os.environ.get("RANK", "0") == "0"
@@ -93,11 +98,10 @@ def _run(values: dict[str, Any], resumed: str | None) -> None:
         options, checkpoint = resume_options(resumed, values)
     observers: list[Observer] = [ProgressBar(out)]
     if is_first and options.tensorboard:
-        reason = tensorboard_missing()
-        if reason:
-            out.print(f"no TensorBoard logs: {reason}", highlight=False)
-        else:
+        try:
             observers.append(TensorBoard())
+        except ImportError as error:
+            out.print(f"no TensorBoard logs: {error}; `pip install tensorboard` adds them", highlight=False)
     if is_first:
         out.print(
             f"{options.model} on {options.data}, {options.epochs} epochs, batch {options.batch_size}, "
@@ -105,7 +109,7 @@ def _run(values: dict[str, Any], resumed: str | None) -> None:
             highlight=False,
         )
     try:
-        result = run(options, resume=checkpoint, observers=observers)
+        done = run(options, resume=checkpoint, observers=observers)
     except KeyboardInterrupt:
         last = Path(options.output) / "last.pt"
         if is_first and last.exists():
@@ -113,7 +117,7 @@ def _run(values: dict[str, Any], resumed: str | None) -> None:
         raise
     if is_first:
         out.print(
-            f"test accuracy {result.test_accuracy:.2%} after {options.epochs} epochs, {result.seconds:.0f} s; "
-            f"checkpoints and metrics in {result.output}",
+            f"test accuracy {done.test_accuracy:.2%} after {options.epochs} epochs, {done.seconds:.0f} s; "
+            f"checkpoints and metrics in {done.output}",
             highlight=False,
         )

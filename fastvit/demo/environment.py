@@ -6,11 +6,15 @@ import os
 import platform
 import re
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
+import torch
+from rich.table import Table
+
+from fastvit import cuda
+from fastvit._version import __version__
+from fastvit.backend import available_backends
+from fastvit.benchmarks.rows import processor
 
 # First and last minor version that the tests are run with.
 TESTED = {"torch": ((2, 11), (2, 14)), "triton": ((3, 6), (3, 8))}
@@ -19,10 +23,6 @@ PACKAGES = ("fastvit", "torch", "triton", "numpy", "timm", "torchvision", "trans
 
 def collect() -> dict[str, Any]:
     """Everything `fastvit info` shows, as plain values."""
-    import torch
-
-    from fastvit.backend import available_backends
-
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
         "versions": versions(),
@@ -49,14 +49,8 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = ""
-    if not found["fastvit"]:  # an uninstalled checkout
-        from fastvit._version import __version__
-
-        found["fastvit"] = __version__
-    # The distribution's metadata leaves out which build of torch it is.
-    import torch
-
-    found["torch"] = torch.__version__
+    found["fastvit"] = found["fastvit"] or __version__  # of an uninstalled checkout
+    found["torch"] = torch.__version__  # the distribution's metadata leaves out which build it is
     return found
 
 
@@ -71,42 +65,25 @@ def version_warnings(found: dict[str, str]) -> list[str]:
     return warnings
 
 
-def processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[dict[str, Any]]:
-    import torch
-
     if not torch.cuda.is_available():
         return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-            }
-        )
-    return found
+    return [
+        {
+            "name": found.name,
+            "capability": f"{found.major}.{found.minor}",
+            "memory_gib": round(found.total_memory / 2**30, 1),
+        }
+        for found in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
 
 
 def compiled_targets() -> dict[str, str]:
     """For each kind of kernel, the GPU targets it is compiled for, and when."""
-    from fastvit import cuda
-
     return {
         "triton": ", ".join(f"sm_{target}" for target in triton_targets()) + " (compiled at first use)",
         "cuda": ", ".join(cuda.architectures()) if not cuda.why_missing() else "none",
@@ -115,18 +92,13 @@ def compiled_targets() -> dict[str, str]:
 
 def extension() -> dict[str, str]:
     """The library of the C++/CUDA extension, or why there is none and the command that builds it."""
-    from fastvit import cuda
-
     missing = cuda.why_missing()
-    if missing:
-        return {"library": "", "why_missing": missing, "how_to_get": cuda.how_to_get()}
-    return {"library": str(cuda.LIBRARY), "why_missing": "", "how_to_get": ""}
+    how_to_get = cuda.how_to_get() if missing else ""
+    return {"library": "" if missing else str(cuda.LIBRARY), "why_missing": missing, "how_to_get": how_to_get}
 
 
 def extension_warnings() -> list[str]:
     """A line where the library is older than the sources beside it."""
-    from fastvit import cuda
-
     if not cuda.is_outdated():
         return []
     return [f"the C++/CUDA extension was built from other sources than those in csrc/. Run: {cuda.how_to_get()}"]
@@ -143,8 +115,6 @@ def triton_targets() -> tuple[int, ...]:
 
 def tables(found: dict[str, Any]) -> list[Table]:
     """Two tables for the terminal: what is here, and the backends."""
-    from rich.table import Table
-
     about = Table(show_header=False, title="FastViT", title_justify="left")
     for name, value in found["versions"].items():
         about.add_row(name, value or "not installed")

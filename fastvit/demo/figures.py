@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvit.plots import BLUE, COLOURS, GREY, ORANGE, draw_ratios, new_figure, ranked_bars, save, styled
+from fastvit.plots import BLUE, COLOURS, GREY, ORANGE, new_figure, save, styled
 
 
 @styled
@@ -76,24 +75,22 @@ def mean_similarity(positions: Tensor, grid: tuple[int, int]) -> dict[str, float
 @styled
 def draw_positions(path: Path, positions: Tensor, grid: tuple[int, int]) -> Path:
     """The position-embedding similarity map of Dosovitskiy et al. (2021), figure 7, middle."""
-    similarity = position_similarity(positions, grid)
-    figure, axes = new_figure(grid[0], grid[1], (6.4, 5.6))
-    image = None
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            axis = axes[row][column]
-            image = axis.imshow(similarity[row, column].numpy(), cmap="viridis", vmin=-1, vmax=1)
-            axis.grid(False)
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-            if row == grid[0] - 1:
-                axis.set_xlabel(str(column + 1))
-            if column == 0:
-                axis.set_ylabel(str(row + 1), rotation=0, va="center", labelpad=10)
-    figure.supxlabel("input patch column", fontsize=11)
-    figure.supylabel("input patch row", fontsize=11)
-    figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.85)
+    height, width = grid
+    maps = position_similarity(positions, grid).transpose(1, 2).reshape(height * height, width * width)
+    figure, axes = new_figure(1, 1, (6.4, 5.6))
+    axis = axes[0][0]
+    image = axis.imshow(maps.numpy(), cmap="viridis", vmin=-1, vmax=1)
+    for column in range(1, width):
+        axis.axvline(column * width - 0.5, color="white", lw=4)
+    for row in range(1, height):
+        axis.axhline(row * height - 0.5, color="white", lw=4)
+    axis.set_xticks([(column + 0.5) * width - 0.5 for column in range(width)], range(1, width + 1))
+    axis.set_yticks([(row + 0.5) * height - 0.5 for row in range(height)], range(1, height + 1))
+    axis.set(xlabel="input patch column", ylabel="input patch row")
+    axis.tick_params(length=0)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axis, label="cosine similarity", shrink=0.85)
     return save(figure, path)
 
 
@@ -133,15 +130,3 @@ def draw_attention(path: Path, model: nn.Module, images: Tensor, labels: Sequenc
     axes[0][0].set_ylabel("image")
     axes[1][0].set_ylabel("attention")
     return save(figure, path)
-
-
-def draw_benchmark(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """A bar for each case and rival; those that do only a part of the job are muted and come last."""
-    partial = {row["rival"] for row in rows if not row["whole"]}
-    groups = []
-    for row in rows:
-        if row["ratios"]:
-            ms = row["median_us"] / 1000
-            title = f"{row['shape']}, {row['dtype']}, {row['mode']}: {row['provider']} takes {ms:.2f} ms"
-            groups.append((title, ranked_bars(row["ratios"], partial, ms, "{:.2f} ms".format)))
-    return draw_ratios(path, groups)

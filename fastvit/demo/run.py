@@ -6,228 +6,139 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from fastvit.benchmarks.rows import Row, format_table, processor
+from fastvit.training import Run
+from fastvit.training.observers import ProgressBar
+
+from . import figures
+from .checks import Checks, run_checks
 from .environment import collect, tables
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import Tensor
-
-    from fastvit.training import TrainResult
-
-    from .checks import Checks
-    from .training import Comparison
+from .measuring import run_benchmarks
+from .report import seeds_table, write_report
+from .training import LOSS_TOLERANCE, Comparison, compare_with_timm, train_seeds
 
 REQUIRED_ACCURACY = 0.96
 
 
 def run_demo(out: Path, *, quick: bool, console: Console) -> bool:
     """Run everything and write the report to `out`; whether validation, training and the comparison succeeded."""
-    from .checks import run_checks
-    from .measuring import run_benchmarks
-    from .training import compare_with_timm, train_seeds
-
     out.mkdir(parents=True, exist_ok=True)
+    console.rule("0  What is here")
     environment = collect()
-    _print_environment(console, environment)
+    console.print(*tables(environment))
+    for warning in environment["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
 
     console.rule("1  Every backend against float64")
     with _bar(console, "checking") as progress:
         checks = run_checks(quick=quick, progress=progress)
-    _print_checks(console, checks)
+    console.print(checks.table(), *checks.problems)
 
     console.rule("2  Training on handwritten digits")
     started = time.perf_counter()
-    runs = train_seeds(out / "train", quick=quick, observers=_observers(console))
-    train = _train_results(runs, time.perf_counter() - started, judged=not quick)
-    _print_training(console, train)
+    runs = train_seeds(out / "train", quick=quick, observers=[ProgressBar(console, lines=False)])
+    train = train_results(runs, time.perf_counter() - started, judged=not quick)
+    console.print(seeds_table(train))
 
     console.rule("3  The first losses beside timm's")
     comparison = compare_with_timm()
-    _print_comparison(console, comparison)
+    console.print(_compared(comparison), highlight=False)
 
     console.rule("4  Speed, side by side")
     with _bar(console, "measuring") as progress:
-        bench = run_benchmarks(quick=quick, progress=progress)
-    _print_benchmark(console, bench)
+        rows = run_benchmarks(quick=quick, progress=progress)
+    console.print(format_table(rows))
 
     results = {
         "quick": quick,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": "fastvit demo --quick" if quick else "fastvit demo",
-        "environment": {**environment, "device": _device_name(runs[0], environment)},
+        "environment": {**environment, "device": _device(runs[0].team.device)},
         "train": train,
-        "validate": _check_results(checks),
-        "timm": {**comparison.to_dict(), "ok": comparison.ok},
-        "bench": bench,
+        "validate": checks.to_dict(),
+        "timm": comparison.to_dict(),
+        "bench": [asdict(row) for row in rows],
     }
-    _write(out, results, runs[0], {f"seed {run_index}": run.history for run_index, run in enumerate(runs)})
+    _write(out, results, runs, checks, rows)
     return _verdict(console, out, results)
 
 
-def _write(out: Path, results: dict[str, Any], run: TrainResult, histories: dict[str, Any]) -> None:
-    from . import figures
-    from .report import write_report
-
-    model = run.model.eval()
-    device = next(model.parameters()).device
-    images, labels = _one_of_each_class(run)
-    images = images.to(device)
-    grid: Any = model.patch_embed.grid_size  # type: ignore[union-attr]
+def _write(out: Path, results: dict[str, Any], runs: list[Run], checks: Checks, rows: list[Row]) -> None:
+    """The pictures, results.json and the page."""
+    run = runs[0]
+    data, model = run.data, run.model.eval()
+    grid: Any = tuple(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
     positions: Any = model.pos_embed
-    patch_positions = positions[0, -grid[0] * grid[1] :]
-    results["train"]["position_similarity"] = figures.mean_similarity(patch_positions, tuple(grid))
-    names = [run.data.classes[label] for label in labels.tolist()]
+    positions = positions[0, -grid[0] * grid[1] :]
+    results["train"]["position_similarity"] = figures.mean_similarity(positions, grid)
+    labels = data.test.labels.tolist()
+    images, _ = data.test[[labels.index(label) for label in range(len(data.classes))]]  # the first of each class
+    images = images.to(run.team.device)
+    histories: dict[str, Any] = {f"seed {seed}": run.history for seed, run in enumerate(runs)}
     pictures = {
         "curves": figures.draw_curves(out / "curves.png", histories, REQUIRED_ACCURACY),
-        "positions": figures.draw_positions(out / "positions.png", patch_positions, tuple(grid)),
-        "attention": figures.draw_attention(out / "attention.png", model, images, names, run.data.classes),
+        "positions": figures.draw_positions(out / "positions.png", positions, grid),
+        "attention": figures.draw_attention(out / "attention.png", model, images, data.classes, data.classes),
     }
-    if results["timm"]["ours"]:
-        ours, theirs = results["timm"]["ours"], results["timm"]["theirs"]
-        pictures["first_losses"] = figures.draw_first_losses(out / "first_losses.png", ours, theirs)
-    if any(row["ratios"] for row in results["bench"]):
-        pictures["benchmark"] = figures.draw_benchmark(out / "benchmark.png", results["bench"])
+    compared = results["timm"]
+    if compared["ours"]:
+        path = out / "first_losses.png"
+        pictures["first_losses"] = figures.draw_first_losses(path, compared["ours"], compared["theirs"])
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_report(out / "report.html", results, pictures)
+    write_report(out / "report.html", results, checks, rows, pictures)
 
 
-def _one_of_each_class(run: TrainResult) -> tuple[Tensor, Tensor]:
-    """The first test image of each class."""
-    images, labels = run.data.test.load(list(range(len(run.data.test))))
-    first = [int((labels == label).nonzero()[0]) for label in range(len(run.data.classes))]
-    return images[first], labels[first]
-
-
-def _train_results(runs: list[TrainResult], seconds: float, *, judged: bool) -> dict[str, Any]:
-    import torch
-
-    first = torch.load(runs[0].output / "last.pt", map_location="cpu", weights_only=True)
+def train_results(runs: list[Run], seconds: float, *, judged: bool) -> dict[str, Any]:
+    """What came out of the seeds; below the required accuracy it is not ok, where it is `judged`."""
     mean = sum(run.test_accuracy for run in runs) / len(runs)
+    options = asdict(runs[0].options)
     return {
         "test_accuracy": mean,
         "required": REQUIRED_ACCURACY,
         "judged": judged,
         "ok": mean >= REQUIRED_ACCURACY or not judged,
         "seconds": seconds,
-        "model": first["options"]["model"],
-        "epochs": first["options"]["epochs"],
-        "options": first["options"],
+        "model": options["model"],
+        "epochs": options["epochs"],
+        "options": options,
         "parameters": sum(p.numel() for p in runs[0].model.parameters()),
         "train_images": len(runs[0].data.train),
         "test_images": len(runs[0].data.test),
         "seeds": [
-            {"seed": seed, "seconds": run.seconds, **run.history[-1], "history": run.history}
-            for seed, run in enumerate(runs)
+            {"seed": run.options.seed, "seconds": run.seconds, **run.history[-1], "history": run.history}
+            for run in runs
         ],
     }
 
 
-def _check_results(checks: Checks) -> dict[str, Any]:
-    return {
-        **checks.counts,
-        "ok": checks.ok,
-        "problems": checks.problems,
-        "cases": sorted({row["case"] for row in checks.rows if row["status"] != "skipped"}),
-        "summary": checks.summary(),
-        "failures": checks.failures,
-        "not_run": checks.not_run(),
-    }
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"one core of {processor()}"
 
 
-def _device_name(run: TrainResult, environment: dict[str, Any]) -> str:
-    device = next(run.model.parameters()).device
-    if device.type == "cuda":
-        return str(environment["gpus"][device.index or 0]["name"])
-    return f"one core of {environment['system']['processor']}"
-
-
-def _observers(console: Console) -> list[Any]:
-    from fastvit.training.observers import ProgressBar
-
-    return [ProgressBar(console, title="training", lines=False)]
+def _compared(found: Comparison) -> str:
+    if found.skipped:
+        return f"skipped: {found.skipped}"
+    return (
+        f"{len(found.ours)} losses from the same weights, from {found.ours[0]:.6f} and {found.theirs[0]:.6f} to "
+        f"{found.ours[-1]:.6f} and {found.theirs[-1]:.6f}: largest difference {found.largest_difference:.1e} "
+        f"(accepted: {LOSS_TOLERANCE:.0e})"
+    )
 
 
 @contextmanager
 def _bar(console: Console, title: str) -> Iterator[Callable[[int, int, str], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
-
-
-def _print_environment(console: Console, environment: dict[str, Any]) -> None:
-    console.rule("0  What is here")
-    for table in tables(environment):
-        console.print(table)
-    for warning in environment["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
-
-
-def _print_checks(console: Console, checks: Checks) -> None:
-    from rich.table import Table
-
-    table = Table("backend", "on", "op", "compute", title="Error against the float64 reference", title_justify="left")
-    for name in ("cases", "photographs", "passed", "failed", "of bound"):
-        table.add_column(name, justify="right")
-    for line in checks.summary():
-        values = [
-            line[name] for name in ("backend", "device", "op", "dtype", "cases", "photo_cases", "passed", "failed")
-        ]
-        table.add_row(*map(str, values), f"{line['strain']:.0%}", style="red" if line["failed"] else None)
-    console.print(table)
-    for name, reason in checks.not_run().items():
-        console.print(f"{name}: not checked, {reason}", highlight=False)
-    for row in checks.failures[:10]:
-        reason = row["reason"] or f"error {row['error']} over its bound {row['bound']}"
-        console.print(f"failed: {row['backend']} {row['op']} {row['case']} {row['quantity']}: {reason}", style="red")
-    for problem in checks.problems:
-        console.print(problem, style="red")
-    counts = checks.counts
-    console.print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped", highlight=False)
-
-
-def _print_training(console: Console, train: dict[str, Any]) -> None:
-    for seed in train["seeds"]:
-        console.print(
-            f"seed {seed['seed']}: test accuracy {seed['test_accuracy']:.2%} after {train['epochs']} epochs, "
-            f"{seed['seconds']:.0f} s",
-            highlight=False,
-        )
-    needed = f"required: {train['required']:.0%}" if train["judged"] else "not judged in a quick run"
-    console.print(f"mean test accuracy {train['test_accuracy']:.2%} ({needed})", highlight=False)
-
-
-def _print_comparison(console: Console, comparison: Comparison) -> None:
-    if comparison.skipped:
-        console.print(f"skipped: {comparison.skipped}", highlight=False)
-        return
-    console.print(
-        f"{len(comparison.ours)} losses from the same weights: largest difference "
-        f"{comparison.largest_difference:.1e} (accepted: {comparison.to_dict()['tolerance']:.0e}); "
-        f"first {comparison.ours[0]:.6f} and {comparison.theirs[0]:.6f}, "
-        f"last {comparison.ours[-1]:.6f} and {comparison.theirs[-1]:.6f}",
-        highlight=False,
-    )
-
-
-def _print_benchmark(console: Console, bench: list[dict[str, Any]]) -> None:
-    from fastvit.benchmarks.runner import format_table
-
-    from .measuring import as_rows
-
-    console.print(format_table(as_rows(bench)))
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=f"{title} {text}")
 
 
 def _verdict(console: Console, out: Path, results: dict[str, Any]) -> bool:

@@ -1,21 +1,24 @@
 """Training a Vision Transformer on raw uint8 images, from options to checkpoints.
 
 from fastvit.training import TrainOptions, train
-result = train(TrainOptions(data="digits", output="out/train"))
+run = train(TrainOptions(data="digits", output="out/train"))
 """
 
 from __future__ import annotations
 
-from .errors import CheckpointError, DataError, OptionError, TrainingError, UserError
-from .loop import TrainResult, resume_options, train
+from fastvit.checkpoints.errors import CheckpointError
+
+from .errors import DataError, OptionError, TrainingError, UserError
+from .loop import train
 from .options import TrainOptions
+from .run import Run, resume_options
 
 __all__ = [
     "CheckpointError",
     "DataError",
     "OptionError",
+    "Run",
     "TrainOptions",
-    "TrainResult",
     "TrainingError",
     "UserError",
     "resume_options",

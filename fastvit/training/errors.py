@@ -22,9 +22,5 @@ class DataError(UserError):
     """An image or a folder of images that cannot be used; names the file."""
 
 
-class CheckpointError(UserError):
-    """A checkpoint that is missing, truncated, foreign or of other shapes; names the file."""
-
-
 class TrainingError(UserError):
     """Training cannot go on, for example because the loss is no longer a number."""

@@ -1,97 +1,45 @@
-"""A folder of images, one directory a class, decoded to uint8 tensors.
+"""A folder of images, one directory a class, in the order and with the links that torchvision's ImageFolder takes.
 
 FOLDER/cat/1.jpg, FOLDER/dog/7.png …                   a fixed share of each class is held out, or
-FOLDER/train/cat/1.jpg …, FOLDER/val/cat/9.jpg …       (also test/ or validation/)
+FOLDER/train/cat/1.jpg …, FOLDER/val/cat/9.jpg …       (also training/; valid/, validation/, test/ or testing/)
 """
 
 from __future__ import annotations
 
-import math
+import os
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .data import Batch, ImageData, ImageSet, epoch_generator, fingerprint
-from .digits import split_by_class
+from .decoding import decode
 from .errors import DataError, OptionError
+from .image_set import ImageData, ImageSet, fingerprint, split_by_class
 from .options import TrainOptions
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-HELD_OUT_NAMES = ("val", "validation", "test")
+EXTENSIONS = frozenset(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split())
+TRAIN_NAMES = ("train", "training")
+HELD_OUT_NAMES = ("val", "valid", "validation", "test", "testing")
+# What systems and tools leave among images, beside all that is hidden by a dot.
+LEFTOVERS = frozenset({"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information"})
 DEFAULT_SIZE = 224
-CROP_SHARE = 0.875  # of the shorter side that a test image keeps
-CROP_AREA = (0.35, 1.0)  # of a training image's area
-CROP_RATIO = (3 / 4, 4 / 3)
+LISTED = 5  # names in an error, at most
 
 Sample = tuple[Path, int]
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-class FolderSet(ImageSet):
-    """Images on disk, cropped to squares of `size`: at random with a flip (`augment`), else the middle."""
-
-    def __init__(self, samples: list[Sample], *, size: int, channels: int, augment: bool) -> None:
-        self.samples, self.size, self.channels, self.augment = samples, size, channels, augment
-        self.random = torch.zeros(len(samples), 0)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def draw(self, seed: int, epoch: int) -> None:
-        if self.augment:
-            self.random = torch.rand(len(self), 5, generator=epoch_generator(seed, epoch, "augment"))
-
-    def load(self, indices: list[int]) -> Batch:
-        images = torch.stack([self._image(index) for index in indices])
-        return images, torch.tensor([self.samples[index][1] for index in indices])
-
-    def _image(self, index: int) -> Tensor:
-        draws = self.random[index].tolist()
-        return decode(self.samples[index][0], size=self.size, channels=self.channels, draws=draws)
-
-
-def decode(path: Path, *, size: int, channels: int, draws: list[float]) -> Tensor:
-    """The image at `path` as uint8 [channels, size, size]. `draws`: none, or five numbers in [0, 1)."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            image = upright.convert("L" if channels == 1 else "RGB")
-    # Decoders of broken files raise nearly anything: OSError, SyntaxError, ValueError, struct.error …
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: the image cannot be decoded ({reason}); mend or remove it") from error
-    box = random_box(image.width, image.height, draws) if draws else middle_box(image.width, image.height)
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    if draws and draws[4] < 0.5:
-        image = ImageOps.mirror(image)
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
-
-
-def middle_box(width: int, height: int) -> Box:
-    side = CROP_SHARE * min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-def random_box(width: int, height: int, draws: list[float]) -> Box:
-    """A crop of random area, aspect ratio and place (Szegedy et al., 2014), cut down to the image."""
-    area = width * height * (CROP_AREA[0] + draws[0] * (CROP_AREA[1] - CROP_AREA[0]))
-    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
-    ratio = math.exp(low + draws[1] * (high - low))
-    box_width, box_height = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
-    left, top = draws[2] * (width - box_width), draws[3] * (height - box_height)
-    return left, top, left + box_width, top + box_height
+def read_images(paths: list[Path], size: int, channels: int, indices: list[int], random: Tensor) -> Tensor:
+    """Those of `paths`, cropped to squares of `size`: with `random` [B, 5] at random with a flip, else the middle."""
+    drawn = zip(indices, random.tolist(), strict=True)
+    return torch.stack([decode(paths[index], size=size, channels=channels, draws=draws) for index, draws in drawn])
 
 
 def load_folder(options: TrainOptions) -> ImageData:
     """The folder `options.data`. Every class must hold images; the split is the same for every seed."""
-    root = Path(options.data)
+    root = Path(options.data).expanduser()
     if not root.is_dir():
         found = "is a file" if root.is_file() else "does not exist"
         raise OptionError("data", options.data, f"'digits' or a folder with one directory a class; this {found}")
@@ -99,28 +47,37 @@ def load_folder(options: TrainOptions) -> ImageData:
     train, test, classes = split_folder(root, options.validation_share)
     mean, std = ((0.5,), (0.5,)) if channels == 1 else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     names = [f"{path.relative_to(root).as_posix()} {label}" for path, label in [*train, *test]]
+
+    def image_set(samples: list[Sample], draws: int) -> ImageSet:
+        read = partial(read_images, [path for path, _ in samples], size, channels)
+        return ImageSet(read, torch.tensor([label for _, label in samples]), draws)
+
     return ImageData(
-        train=FolderSet(train, size=size, channels=channels, augment=options.augment),
-        test=FolderSet(test, size=size, channels=channels, augment=False),
+        train=image_set(train, 5 * options.augment),
+        test=image_set(test, 0),
         classes=classes,
-        channels=channels,
-        image_size=size,
-        mean=mean,
-        std=std,
+        arguments={"img_size": size, "in_chans": channels, "num_classes": len(classes), "mean": mean, "std": std},
         fingerprint=fingerprint(*classes, str(len(train)), *names),
     )
 
 
 def split_folder(root: Path, share: float) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
-    """Training samples, test samples and class names of `root`."""
-    held_out = [root / name for name in HELD_OUT_NAMES if (root / name).is_dir()]
-    if (root / "train").is_dir() and held_out:
-        train, classes = scan(root / "train")
-        test, test_classes = scan(held_out[0])
-        if classes != test_classes:
-            odd = sorted(set(classes) ^ set(test_classes))
-            raise DataError(f"{held_out[0]}: other classes than in {root / 'train'}: {', '.join(odd[:5])}")
+    """Training samples, test samples and class names of `root`. Raises DataError where it is no such folder."""
+    named = {folder.name.lower(): folder for folder in class_folders(root)}
+    train_root, test_root = (
+        next((named[name] for name in names if name in named), None) for names in (TRAIN_NAMES, HELD_OUT_NAMES)
+    )
+    if train_root and test_root:
+        train, classes = scan(train_root)
+        test, test_classes = scan(test_root, least=1)
+        lacking, odd = set(classes) - set(test_classes), set(test_classes) - set(classes)
+        if lacking or odd:
+            found = " and ".join(_listed("without", lacking) + _listed("with", odd))
+            raise DataError(f"{test_root}: other classes than in {train_root}: {found}")
         return train, test, classes
+    alone = train_root or test_root
+    if alone and class_folders(alone) and not any(_is_image(entry.name) for entry in os.scandir(alone)):
+        raise DataError(f"{alone}: a part of a split without the other; expected FOLDER/train and FOLDER/val")
     samples, classes = scan(root)
     sizes = Counter(label for _, label in samples)
     for label, name in enumerate(classes):
@@ -130,17 +87,48 @@ def split_folder(root: Path, share: float) -> tuple[list[Sample], list[Sample], 
     return [samples[i] for i in kept.tolist()], [samples[i] for i in tested.tolist()], classes
 
 
-def scan(root: Path) -> tuple[list[Sample], tuple[str, ...]]:
+def scan(root: Path, least: int = 2) -> tuple[list[Sample], tuple[str, ...]]:
     """Every image under each class directory of `root`, sorted by name, so that the order is the same everywhere."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = class_folders(root)
     if not folders:
         raise DataError(f"{root}: no class directories; expected FOLDER/<class>/<image>, such as {root}/cat/1.jpg")
-    if len(folders) == 1:
+    if len(folders) < least:
         raise DataError(f"{root}: only one class, {folders[0].name}; at least two are needed")
     samples: list[Sample] = []
     for label, folder in enumerate(folders):
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+        found = sorted(images_under(folder))
         if not found:
             raise DataError(f"{folder}: no images in this class; accepted are {', '.join(sorted(EXTENSIONS))}")
         samples += [(path, label) for path in found]
     return samples, tuple(folder.name for folder in folders)
+
+
+def class_folders(root: Path) -> list[Path]:
+    """The directories of `root`, sorted, without what is hidden or left over."""
+    return sorted(path for path in root.iterdir() if not _is_leftover(path.name) and path.is_dir())
+
+
+def images_under(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The images in `folder` and the directories below it, through links, but not round a circle of links."""
+    above = (*above, os.path.realpath(folder))
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            if not _is_leftover(entry.name) and os.path.realpath(entry) not in above:
+                yield from images_under(folder / entry.name, above)
+        elif _is_image(entry.name):
+            if not entry.is_file():
+                raise DataError(f"{entry.path}: no file, or a link to nothing; mend or remove it")
+            yield folder / entry.name
+
+
+def _is_image(name: str) -> bool:
+    return not _is_leftover(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _is_leftover(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def _listed(word: str, names: set[str]) -> list[str]:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return [f"{word} {', '.join(sorted(names)[:LISTED])}{more}"] if names else []

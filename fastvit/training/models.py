@@ -6,42 +6,30 @@ from typing import Any
 
 from torch import nn
 
-from .data import ImageData
+from fastvit.model import VisionTransformer
+from fastvit.model.variants import variant_arguments
+
 from .errors import OptionError
-from .options import DIGITS_MODEL, TrainOptions
+from .options import DIGITS_MODEL
 
-DIGITS_ARGUMENTS: dict[str, Any] = {
-    "patch_size": 2,
-    "embed_dim": 64,
-    "depth": 3,
-    "num_heads": 4,
-    "mlp_ratio": 2.0,
-}
+DIGITS_ARGUMENTS: dict[str, Any] = {"patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0}
 
 
-def model_arguments(options: TrainOptions, data: ImageData) -> dict[str, Any]:
-    """What the data fixes about a model: its size, channels, classes and normalisation."""
-    return {
-        "img_size": data.image_size,
-        "in_chans": data.channels,
-        "num_classes": len(data.classes),
-        "mean": data.mean,
-        "std": data.std,
-        "drop_path_rate": options.drop_path,
-    }
+def model_arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the model called `name`, with `given` on top. Raises OptionError."""
+    try:
+        return {**(DIGITS_ARGUMENTS if name == DIGITS_MODEL else variant_arguments(name)), **given}
+    except ValueError as error:
+        raise OptionError("model", name, f"{DIGITS_MODEL}, or a model that FastViT has; {error}") from error
 
 
 def build_model(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model called `name` with `arguments`, freshly initialised from torch's global random numbers."""
-    import fastvit
-
+    """A model with all its `arguments`, freshly initialised from torch's global random numbers. Raises OptionError."""
     try:
-        if name == DIGITS_MODEL:
-            return initialise_narrow(fastvit.VisionTransformer(**{**DIGITS_ARGUMENTS, **arguments}))
-        return fastvit.create_model(name, **arguments)
-    except (ValueError, TypeError, KeyError, AssertionError) as error:
-        reason = str(error) or type(error).__name__
-        raise OptionError("model", name, f"a model that fits the data; {reason}") from error
+        model = VisionTransformer(**arguments)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise OptionError("model", name, f"a model that fits the data; {str(error) or type(error).__name__}") from error
+    return initialise_narrow(model) if name == DIGITS_MODEL else model
 
 
 def initialise_narrow(model: nn.Module) -> nn.Module:

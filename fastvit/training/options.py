@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import OptionError
@@ -51,13 +51,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         self._fill_defaults()
         for name, accepted, good in _RULES:
-            value = getattr(self, name)
-            try:
-                ok = good(value)
-            except TypeError:
-                ok = False
-            if not ok:
-                raise OptionError(name, value, accepted)
+            if not good(getattr(self, name)):
+                raise OptionError(name, getattr(self, name), accepted)
         if self.min_lr > self.lr:
             raise OptionError("min_lr", self.min_lr, f"a number from 0 to the learning rate, {self.lr:g}")
         if self.warmup_epochs > self.epochs:
@@ -65,31 +60,25 @@ class TrainOptions:
 
     def _fill_defaults(self) -> None:
         """Put what depends on the data in the place of each placeholder, so that a checkpoint stores real values."""
-        for name, placeholder, for_digits, for_folder in _DEFAULTS:
-            if getattr(self, name) == placeholder and not isinstance(getattr(self, name), bool):
-                object.__setattr__(self, name, for_digits if self.is_digits else for_folder)
-        if self.min_lr == -1 and _number(self.lr):
-            object.__setattr__(self, "min_lr", self.lr / 100)
-        if self.warmup_epochs == -1 and _number(self.epochs):
-            object.__setattr__(self, "warmup_epochs", self.epochs / 10)
+        defaults = {name: values[not self.is_digits] for name, values in _DEFAULTS.items()}
+        for name in defaults:
+            if type(getattr(self, name)) is bool or getattr(self, name) != self.__dataclass_fields__[name].default:
+                defaults[name] = getattr(self, name)
+        if self.min_lr == -1 and _number(defaults["lr"]):
+            defaults["min_lr"] = defaults["lr"] / 100
+        if self.warmup_epochs == -1 and _number(defaults["epochs"]):
+            defaults["warmup_epochs"] = defaults["epochs"] / 10
+        self.__dict__.update(defaults)  # frozen: no attribute can be set
 
     @property
     def is_digits(self) -> bool:
         return self.data == DIGITS
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainOptions:
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
     def resumed_with(self, given: dict[str, Any]) -> TrainOptions:
         """These options with those in `given`; one that would change what is trained is refused."""
         for name, value in given.items():
-            if name not in FREE_ON_RESUME and value != getattr(self, name):
-                stored = getattr(self, name)
+            stored = getattr(self, name)
+            if name not in FREE_ON_RESUME and value != stored:
                 raise OptionError(name, value, f"{stored!r} when resuming, as in the checkpoint (leave it out)")
         return replace(self, **given)
 
@@ -102,15 +91,15 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# Field, placeholder, default for the digits, default for a folder.
-_DEFAULTS: tuple[tuple[str, Any, Any, Any], ...] = (
-    ("model", "", DIGITS_MODEL, FOLDER_MODEL),
-    ("epochs", 0, 36, 100),
-    ("batch_size", 0, 32, 64),
-    ("lr", 0.0, 2e-3, 5e-4),
-    ("threads", -1, 1, 0),
-    ("workers", -1, 0, 2),
-)
+# Where a field has its placeholder: the default for the digits, and for a folder.
+_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "model": (DIGITS_MODEL, FOLDER_MODEL),
+    "epochs": (36, 100),
+    "batch_size": (32, 64),
+    "lr": (2e-3, 5e-4),
+    "threads": (1, 0),
+    "workers": (0, 2),
+}
 
 _RULES: tuple[tuple[str, str, Any], ...] = (
     ("data", "'digits' or a folder with one directory of images for each class", lambda v: bool(v)),

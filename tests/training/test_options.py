@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 import fastvit
 from fastvit.training import OptionError, TrainOptions
-from fastvit.training.schedule import learning_rate, parameter_groups
+from fastvit.training.schedule import learning_rate, make_optimizer
 
 
 def test_defaults_follow_the_data() -> None:
@@ -17,7 +18,7 @@ def test_defaults_follow_the_data() -> None:
     assert (digits.model, digits.epochs, digits.batch_size, digits.workers) == ("vit_digits", 36, 32, 0)
     assert (folder.model, folder.epochs, folder.batch_size, folder.workers) == ("vit_tiny_patch16_224", 100, 64, 2)
     assert digits.min_lr == digits.lr / 100 and digits.warmup_epochs == 3.6
-    assert TrainOptions.from_dict(digits.to_dict()) == digits
+    assert TrainOptions(**asdict(digits)) == digits
 
 
 @pytest.mark.parametrize(
@@ -59,12 +60,13 @@ def test_bad_values_are_named_with_what_is_accepted(name: str, value: Any) -> No
 
 
 def test_schedule_rises_then_falls_to_the_lowest() -> None:
-    rates = [learning_rate(s, total=100, warmup=10, lr=1.0, min_lr=0.01) for s in range(100)]
+    options = TrainOptions(epochs=10, warmup_epochs=1, lr=1.0, min_lr=0.01)
+    rates = [learning_rate(step, 10, options) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True))
     assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
     assert rates[-1] == pytest.approx(0.01)
-    assert learning_rate(0, total=1, warmup=0, lr=1.0, min_lr=0.0) == 1.0
+    assert learning_rate(0, 1, TrainOptions(epochs=1, warmup_epochs=0, lr=1.0)) == 1.0
 
 
 def test_what_decays_is_what_timm_decays() -> None:
@@ -80,7 +82,7 @@ def test_what_decays_is_what_timm_decays() -> None:
     expected = param_groups_weight_decay(theirs, 0.05, no_weight_decay_list=theirs.no_weight_decay())
     names = {id(p): n for n, p in theirs.named_parameters()}
     own_names = {id(p): n for n, p in ours.named_parameters()}
-    found = parameter_groups(ours, 0.05)
+    found = make_optimizer(ours, lr=1.0, weight_decay=0.05).param_groups
     for group, reference in zip(found, expected, strict=True):
         assert group["weight_decay"] == reference["weight_decay"]
         assert {own_names[id(p)] for p in group["params"]} == {names[id(p)] for p in reference["params"]}  # type: ignore

@@ -1,0 +1,78 @@
+"""From an image file to a square of raw uint8 pixels."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .errors import DataError
+
+CROP_SHARE = 0.875  # of the shorter side that a test image keeps
+CROP_AREA = (0.35, 1.0)  # of a training image's area
+CROP_RATIO = (3 / 4, 4 / 3)
+BITS, PHOTOMETRIC = 258, 262  # TIFF tags
+
+
+def decode(path: Path, *, size: int, channels: int, draws: list[float]) -> Tensor:
+    """The image at `path` as uint8 [channels, size, size], upright, in grey or RGB; opacity is dropped.
+
+    16 bits a channel and floats from 0 to 1 are scaled to 8 bits. `draws`: none, or five numbers in [0, 1).
+
+    Raises:
+        DataError: unreadable, damaged, or with pixels whose white is not known; names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            with suppress(Exception):  # a damaged EXIF block beside whole pixels; most images are upright
+                ImageOps.exif_transpose(image, in_place=True)
+            image = in_eight_bits(image).convert("L" if channels == 1 else "RGB")
+    # Decoders of broken files raise nearly anything: OSError, SyntaxError, ValueError, struct.error …
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: the image cannot be decoded ({reason}); mend or remove it") from error
+    square, bicubic = (size, size), Image.Resampling.BICUBIC
+    if not draws:
+        image = ImageOps.fit(image, square, bicubic, bleed=(1 - CROP_SHARE) / 2)
+    else:
+        image = image.resize(square, bicubic, box=random_box(image.width, image.height, draws))
+        image = ImageOps.mirror(image) if draws[4] < 0.5 else image
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """`image`, where its pixels are deeper than 8 bits scaled from the format's range: Pillow would cut them off."""
+    if image.mode == "P":
+        return image.convert("RGBA")
+    if image.mode[0] not in "IF":
+        return image
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        white = 1.0
+    elif image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        white = 2.0 ** tags.get(BITS, (16,))[0] - 1
+    else:
+        raise ValueError("32-bit or signed integers, whose white is not known; accepted are 8 bits, 16 bits and floats")
+    pixels = np.asarray(image)
+    if not (pixels.min() >= 0 and pixels.max() <= white):  # or NaN
+        raise ValueError(f"values from {pixels.min():g} to {pixels.max():g}; accepted are 0 to {white:g}")
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds in 8 bits alone
+        pixels = white - pixels
+    return Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))
+
+
+def random_box(width: int, height: int, draws: list[float]) -> tuple[float, float, float, float]:
+    """A crop of random area, aspect ratio and place (Szegedy et al., 2014): left, top, right, bottom, in the image."""
+    area = width * height * (CROP_AREA[0] + draws[0] * (CROP_AREA[1] - CROP_AREA[0]))
+    low, high = map(math.log, CROP_RATIO)
+    ratio = math.exp(low + draws[1] * (high - low))
+    box_width, box_height = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
+    left, top = draws[2] * (width - box_width), draws[3] * (height - box_height)
+    return left, top, left + box_width, top + box_height
