@@ -164,6 +164,8 @@ class _Whole(Fused):
 
     def why_not_of(self, images: Tensor) -> str:
         embed, prefix = attribute(self, "patch_embed"), self._prefix()
+        if embed.why_not_of(images):
+            return embed.why_not_of(images)
         is_dynamic = bool(attribute(self, "dynamic_img_size"))
         is_map = embed.output_fmt == Format.NHWC and not embed.flatten
         if is_map != is_dynamic or embed.output_fmt in (Format.NCHW, Format.NCL) and not embed.flatten:

@@ -175,6 +175,24 @@ def test_changed_projection(name: str, change: Change, monkeypatch: pytest.Monke
     assert str(outcome(name, model, floats)) == str(outcome(name, untouched, floats))
 
 
+@pytest.mark.parametrize("name", PROJECTION)
+def test_projection_of_other_patches(name: str):
+    """Which neither overlap nor lie apart, but are not those that the host counts."""
+    model, untouched = pair(name, mean=MEAN, std=STD)
+    for side in (model, untouched):
+        torch.manual_seed(6)
+        old = side.get_submodule(PROJECTION[name])
+        size = old.kernel_size[0] // 2
+        side.set_submodule(PROJECTION[name], nn.Conv2d(3, old.out_channels, size, size))
+    want = outcome(name, untouched, normalised(raw_images(), MEAN, STD))
+    assert name != "timm-vit-dynamic-size" or not isinstance(want, str)
+    for images in (raw_images(), normalised(raw_images(), MEAN, STD)):
+        got = outcome(name, model, images)
+        assert isinstance(got, str) == isinstance(want, str), (got, want)
+        if not isinstance(want, str):
+            expect_close(got, want)
+
+
 class Stem(nn.Module):
     """Somebody's own patch embedding."""
 
