@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.backend import check_known
-from fastvit.checks import FLOAT_DTYPES, normalisation
+from fastvit.checks import FLOAT_DTYPES, check_scale, normalisation
 from fastvit.guards import full_name, why_no_projection
 from fastvit.interop.host import Settings, fused
 from fastvit.interop.planning import Model, Step, check_module, first_convolution, plan, put_in, restore
@@ -121,6 +121,7 @@ def _normalisation(
         if channels is not None:
             means, stds = normalisation(mean, std, channels)
     assert means is not None and stds is not None
+    check_scale(means, stds)
     return tuple(means), tuple(stds)
 
 

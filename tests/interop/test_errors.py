@@ -127,6 +127,7 @@ def test_no_module(function, value):
         ({"mean": MEAN[:2], "std": STD[:2]}, ValueError, "mean: 2 values, expected 3"),
         ({"mean": MEAN, "std": (0.0, 1.0, 1.0)}, ValueError, "std: .* must be greater than zero"),
         ({"mean": (float("nan"), 0.0, 0.0), "std": STD}, ValueError, "mean: .* must be finite"),
+        ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, ValueError, r"mean: .*0\.\.1 scale"),
         ({"mean": "imagenet", "std": STD}, TypeError, "mean: expected 3 floats"),
         ({"backend": "xla"}, ValueError, "backend: unknown backend 'xla'; known: reference, cpu"),
         (
