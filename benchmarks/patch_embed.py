@@ -16,16 +16,7 @@ import torch
 from fastvit import tuning
 from fastvit.benchmarks import rivals, tune
 from fastvit.benchmarks.contenders import Make, Task, timed_call
-from fastvit.benchmarks.problem import (
-    CHANNELS_LAST,
-    COMPILED,
-    FORWARD,
-    MAX_AUTOTUNE,
-    WIDTHS,
-    Contender,
-    Plan,
-    Problem,
-)
+from fastvit.benchmarks.problem import CHANNELS_LAST, COMPILED, FORWARD, MAX_AUTOTUNE, WIDTHS, Contender, Plan, Problem
 from fastvit.benchmarks.timing import Call
 from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
 from fastvit.tuning import Configuration

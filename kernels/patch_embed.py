@@ -18,12 +18,7 @@ from fastvit.kernels import launch
 from fastvit.kernels.add_position import supported
 from fastvit.kernels.layout import INT32_LIMIT, VARIANTS, KOrder, PatchLayout, cdiv, k_order, read_layout
 from fastvit.kernels.manifest import Entry
-from fastvit.kernels.normalisation import (
-    UINT8_SCALE,
-    channel_constants,
-    constants_on_device,
-    image_gradient_constants,
-)
+from fastvit.kernels.normalisation import UINT8_SCALE, channel_constants, constants_on_device, image_gradient_constants
 from fastvit.kernels.patch_embed_backward import ENTRIES as GRADIENTS
 from fastvit.kernels.patch_embed_backward import IMAGE, REDUCE, WEIGHT
 from fastvit.kernels.patch_embed_forward import entry_for, tiles_for
@@ -252,12 +247,7 @@ def _weight_gradient(
 
 
 def _image_gradient(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    std: Normalisation,
-    keep: Tensor | None,
-    prefix_rows: int,
+    grad: Tensor, images: Tensor, weight: Tensor, std: Normalisation, keep: Tensor | None, prefix_rows: int
 ) -> Tensor:
     """[B, C, H, W] in the images' dtype; zero where a patch was not kept."""
     d_images = torch.empty_like(images)
