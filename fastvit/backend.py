@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import operator
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,6 @@ BACKENDS = ("reference", "cpu", "triton", "cuda", "emulated")
 
 MIN_CAPABILITY = (8, 0)  # the oldest GPU the kernels are compiled for
 
-# Plain module globals: torch.compile guards on them, and backward threads never read them, because the
-# resolved name travels to the forward and the backward op as an argument.
-_forced: str | None = None
 _environment: str | None = os.environ.get("FASTVIT_BACKEND") or None
 
 Constant = TypeVar("Constant", str, bool)
@@ -45,22 +43,56 @@ def reset_launch_counts() -> None:
     _launches.clear()
 
 
+class _Scopes:
+    """The scopes open in one thread, the innermost last, and what they force."""
+
+    def __init__(self) -> None:
+        self.open: list[list[str | None]] = []
+        self.forced: str | None = None
+
+    def enter(self, scope: list[str | None]) -> None:
+        self.open.append(scope)
+        self.forced = scope[0]
+
+    def leave(self, scope: list[str | None]) -> None:
+        """Scopes in generators may end in any order, and in another thread: each takes away itself alone."""
+        self.open = [other for other in self.open if other is not scope]
+        self.forced = self.open[-1][0] if self.open else None
+
+
+# torch.compile guards on what a plain `threading.local` holds as on any other attribute, and reads it in the thread
+# that calls; of a subclass, or a ContextVar, it would keep what it saw while tracing. Backward threads never read it:
+# the resolved name travels to the forward and the backward op as an argument.
+_thread = threading.local()
+_thread.scopes = _Scopes()  # others get theirs with their first scope
+
+
+def _forced() -> str | None:
+    scopes = getattr(_thread, "scopes", None)
+    return None if scopes is None else scopes.forced
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force every op inside the `with` block to one backend; None restores the automatic choice.
+    """Force every op that this thread calls inside the `with` block to one backend; None restores the automatic choice.
+
+    Other threads choose for themselves. A backward pass uses its forward's backend, wherever it runs.
 
     Raises:
         ValueError: `name` is not a known backend. Whether it can run is checked where it is used, since that
             depends on the device of the tensors.
     """
-    global _forced
     if name is not None:
         check_known(name, "use_backend(name)")
-    previous, _forced = _forced, name
+    scopes = getattr(_thread, "scopes", None)
+    if scopes is None:
+        scopes = _thread.scopes = _Scopes()
+    scope = [name]
+    scopes.enter(scope)
     try:
         yield
     finally:
-        _forced = previous
+        scopes.leave(scope)
 
 
 def available_backends(device: str | torch.device | None = None) -> dict[str, str]:
@@ -82,8 +114,11 @@ def resolve(requested: str | None, device_type: str, float64: bool) -> str:
         ValueError: the name is unknown.
         RuntimeError: the forced backend can't run on this device.
     """
-    source = "backend" if requested is not None else "use_backend" if _forced is not None else "FASTVIT_BACKEND"
-    name = requested or _forced or _environment
+    source, name = "backend", requested
+    if name is None:
+        source, name = "use_backend", _forced()
+    if name is None:
+        source, name = "FASTVIT_BACKEND", _environment
     if name is None:
         return "reference" if float64 else _automatic(device_type, False)
     check_known(name, source)
@@ -110,7 +145,7 @@ def choose(
     Raises:
         ValueError, RuntimeError: as :func:`resolve`.
     """
-    if float64 or requested or _forced or _environment:
+    if float64 or is_forced(requested):
         return resolve(requested, device.type, float64)
     if rows is not None:
         name = _usable(tuning.find(device, problem, rows), device)
@@ -122,6 +157,11 @@ def choose(
     else:
         name = ""
     return name or _automatic(device.type, _suits_triton(problem, rows) and _is_hopper(device))
+
+
+def is_forced(requested: str | None) -> bool:
+    """Whether somebody has said which backend: the argument, a scope of this thread, or FASTVIT_BACKEND."""
+    return requested is not None or _forced() is not None or _environment is not None
 
 
 def multiplies_at_tf32(compute_dtype: torch.dtype) -> bool:
@@ -140,6 +180,12 @@ def _constant_when_traced(function: Callable[..., Constant]) -> Callable[..., Co
     # What torch.compiler.assume_constant_result does, without importing the compiler (and Triton with it) for it.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@_constant_when_traced
+def under_transforms() -> bool:
+    """Whether torch.func transforms (grad, vmap, jvp) are at work; compiled code is guarded against others."""
+    return torch._C._are_functorch_transforms_active()
 
 
 @_constant_when_traced

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastvit import backend as backends
-from fastvit import checks, ops, reference
+from fastvit import checks, ops
+from fastvit.ops import Op
 from fastvit.tuning import FORWARD, TRAINING
 
 __all__ = ["add_position", "patch_embed"]
+
+_PATCH_EMBED, _ADD_POSITION = ops.OPS["patch_embed"], ops.OPS["add_position"]
 
 
 def patch_embed(
@@ -49,7 +53,8 @@ def patch_embed(
             device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     uint8 pixels are always divided by 255, before mean and std; floats are not. The projection is computed at the
-    weight's precision, or autocast's. Differentiable once in images (floats), weight, bias, pos_embed and prefix.
+    weight's precision, or autocast's. Differentiable, any number of times, in images (floats), weight, bias, pos_embed
+    and prefix. Under torch.func's transforms and forward-mode AD the reference runs, where no backend is forced.
 
     Returns:
         [B, R+N, D], or [B, R+N_keep, D] with `keep`.
@@ -58,7 +63,7 @@ def patch_embed(
         ValueError: a shape, value or device that does not fit; the message names the argument. An index in `keep`
             that is out of range raises on a CPU; on a GPU, where looking would mean waiting, its token is NaN.
         TypeError: an unsupported dtype or kind of argument.
-        RuntimeError: the forced backend can't run here.
+        RuntimeError: the forced backend can't run here, or not under torch.func's transforms and forward-mode AD.
     """
     checks.check_images_and_weight(images, weight, bias)
     batch, channels, height, width = images.shape
@@ -73,19 +78,10 @@ def patch_embed(
     compute_dtype = _autocast_dtype(weight) or weight.dtype
     dtype = _token_dtype(dtype, compute_dtype)
 
-    device = images.device
-    mode = _mode(weight, images, bias, pos_embed, prefix)
-    problem = ("patch_embed", mode, images.dtype, compute_dtype, dtype, shape, keep is not None)
-    rows = None if torch.compiler.is_compiling() else batch * (patches if keep is None else keep.shape[1])
-    float64 = _any_float64(images, weight, bias, pos_embed, prefix, dtype)
-    name = _choose(backend, device, float64, problem, rows)
-    if name == "reference":
-        if keep is not None and device.type == "cpu" and not torch.compiler.is_compiling():
-            checks.check_keep_range(keep, patches)
-        return ops.plain_patch_embed(images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype)
-    is_plain = mode == FORWARD and ops.is_plain(images, weight, bias, pos_embed, prefix, keep)
-    run = ops.run_patch_embed if is_plain else ops.patch_embed
-    return run(images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype, name)
+    problem = (images.dtype, compute_dtype, dtype, shape, keep is not None)
+    rows = batch * (patches if keep is None else keep.shape[1])
+    arguments = (images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype)
+    return _run(_PATCH_EMBED, arguments, backend, problem, rows)
 
 
 def add_position(
@@ -107,7 +103,7 @@ def add_position(
             device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     Returns:
-        [B, R+N, D]. Differentiable once in tokens, pos_embed and prefix.
+        [B, R+N, D]. Differentiable, any number of times, in tokens, pos_embed and prefix.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
@@ -124,32 +120,56 @@ def add_position(
     checks.check_positions(table, prefix, patches)
     dtype = _token_dtype(dtype, _autocast_dtype(tokens) or tokens.dtype)
 
-    mode = _mode(tokens, table, prefix)
-    problem = ("add_position", mode, tokens.dtype, table.dtype, dtype, (dim,), False)
-    rows = None if torch.compiler.is_compiling() else batch * patches
-    name = _choose(backend, tokens.device, _any_float64(tokens, table, prefix, dtype), problem, rows)
+    problem = (tokens.dtype, table.dtype, dtype, (dim,), False)
+    return _run(_ADD_POSITION, (tokens, table, prefix, dtype), backend, problem, batch * patches)
+
+
+def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tuple[Any, ...], rows: int) -> Tensor:
+    """Choose a backend, and take the shortest way to it.
+
+    Args:
+        arguments: the op's, but for the backend: tensors first, the result's dtype last.
+        requested: a backend's name; None: whichever suits.
+        problem: the fields of :class:`fastvit.tuning.Problem` behind op and mode.
+        rows: of tokens, in the batch.
+    """
+    tensors = arguments[: op.tensors]
+    mode = _mode(tensors)
+    name = _choose(tensors, arguments[-1], requested, (op.name, mode, *problem), rows)
     if name == "reference":
-        return reference.add_position(tokens, table, prefix=prefix, dtype=dtype)
-    is_plain = mode == FORWARD and ops.is_plain(tokens, table, prefix)
-    run = ops.run_add_position if is_plain else ops.add_position
-    return run(tokens, table, prefix, dtype, name)
+        if ops.is_plain(*tensors):
+            op.check(*arguments, name)
+        return op.plain(*arguments, name)
+    run = op.run if mode == FORWARD and ops.is_plain(*tensors) else op.call
+    return run(*arguments, name)
 
 
 def _choose(
-    backend: str | None, device: torch.device, float64: bool, problem: tuple[Any, ...], rows: int | None
+    tensors: tuple[Tensor, ...], dtype: torch.dtype, requested: str | None, problem: tuple[Any, ...], rows: int | None
 ) -> str:
-    if rows is None and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        return "reference"  # a file of ONNX knows standard operators alone
-    name = backends.choose(backend, device, float64, problem, rows)
-    if name != "reference" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            return "reference"  # a file of ONNX knows standard operators alone
+        rows, is_transformed = None, backends.under_transforms()
+    else:
+        is_transformed = torch._C._are_functorch_transforms_active()
+    name = backends.choose(requested, tensors[0].device, _any_float64(tensors, dtype), problem, rows)
+    if name == "reference" or not (is_transformed or forward_ad._current_level >= 0 and _any_dual(tensors)):
+        return name
+    if backends.is_forced(requested):
         raise RuntimeError(
-            f"backend {name!r} does not work under torch.func transforms (grad, vmap, jvp, per-sample gradients); "
-            "backend='reference' does"
+            f"backend {name!r} does not work under torch.func transforms (grad, vmap, jvp, per-sample gradients) "
+            "or forward-mode AD; backend='reference' does, and is chosen where none is forced"
         )
-    return name
+    return "reference"
 
 
-def _mode(*tensors: Tensor | None) -> str:
+def _any_dual(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a tensor has a tangent, which only torch's own ops hand on."""
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _mode(tensors: tuple[Tensor | None, ...]) -> str:
     """Whether gradients will be wanted: the fastest forward need not have the fastest backward."""
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -173,8 +193,8 @@ def _token_dtype(dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype
     return dtype
 
 
-def _any_float64(*items: Tensor | torch.dtype | None) -> bool:
-    for item in items:
-        if item is not None and (item if isinstance(item, torch.dtype) else item.dtype) == torch.float64:
+def _any_float64(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> bool:
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
             return True
-    return False
+    return dtype == torch.float64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,95 +17,69 @@ from fastvit.kernels.normalisation import channel_constants, constants_on_device
 Normalisation = Sequence[float] | None
 
 
-def forward(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    mean: Normalisation,
-    std: Normalisation,
-    keep: Tensor | None,
-    compute_dtype: torch.dtype,
-    dtype: torch.dtype,
-) -> Tensor:
+def forward(*arguments: Any) -> Tensor:
     """[B, C, H, W] images, [D, C, P_h, P_w] weight → [B, R+N, D] tokens in dtype; [B, R+N_keep, D] with keep.
 
-    Arguments as in `fastvit.functional.patch_embed`, already checked. An index in `keep` that is out of range gives a
-    row of NaN.
+    Arguments as in `fastvit.functional.patch_embed`, already checked, in the order of the op. An index in `keep` that
+    is out of range gives a row of NaN.
     """
-    ops = torch.ops.fastvit
-    return run_forward(
-        ops.patch_embed_cuda,
-        images,
-        weight,
-        bias,
-        pos_embed,
-        prefix,
-        mean,
-        std,
-        keep,
-        compute_dtype,
-        dtype,
-        tf32=multiplies_at_tf32(compute_dtype),
-    )
+    return run_forward(torch.ops.fastvit.patch_embed_cuda, multiplies_at_tf32, *arguments)
 
 
-def backward(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    mean: Normalisation,
-    std: Normalisation,
-    keep: Tensor | None,
-    compute_dtype: torch.dtype,
-    prefix_rows: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of images, weight, bias and table rows, each where needs has it, else of size 0.
 
     grad is [B, R+N, D], or [B, R+N_keep, D] with keep. d_images and d_weight have the shape and dtype of images and
     weight; d_bias is [D] and d_rows [R+N, D], both float32: the gradient summed over patches, and over the batch.
     """
-    op, tf32 = torch.ops.fastvit.patch_embed_backward_cuda, multiplies_at_tf32(compute_dtype)
-    return run_backward(op, grad, images, weight, mean, std, keep, compute_dtype, prefix_rows, needs, tf32=tf32)
+    return run_backward(torch.ops.fastvit.patch_embed_backward_cuda, multiplies_at_tf32, *arguments)
 
 
 def run_forward(
     op: Any,
+    multiplies_at_tf32: Callable[[torch.dtype], bool],
     images: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     pos_embed: Tensor | None,
     prefix: Tensor | None,
+    keep: Tensor | None,
     mean: Normalisation,
     std: Normalisation,
-    keep: Tensor | None,
     compute_dtype: torch.dtype,
     dtype: torch.dtype,
-    *,
-    tf32: bool,
 ) -> Tensor:
     """`forward` through `op`: the library's, or the emulated one."""
     patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
     _check_sizes(images, weight, max(patches, 0 if keep is None else keep.shape[1]), prefix)
     constants = _constants(mean, std, images, compute_dtype)
-    return call(op, images, weight, bias, pos_embed, prefix, keep, constants, compute_dtype, dtype, tf32)
+    return call(
+        op,
+        images,
+        weight,
+        bias,
+        pos_embed,
+        prefix,
+        keep,
+        constants,
+        compute_dtype,
+        dtype,
+        multiplies_at_tf32(compute_dtype),
+    )
 
 
 def run_backward(
     op: Any,
+    multiplies_at_tf32: Callable[[torch.dtype], bool],
     grad: Tensor,
     images: Tensor,
     weight: Tensor,
+    keep: Tensor | None,
     mean: Normalisation,
     std: Normalisation,
-    keep: Tensor | None,
     compute_dtype: torch.dtype,
     prefix_rows: int,
     needs: Sequence[bool],
-    *,
-    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`backward` through `op`: the library's, or the emulated one."""
     need_images, need_weight, _, _ = needs
@@ -126,7 +100,7 @@ def run_backward(
         of_images,
         compute_dtype,
         prefix_rows,
-        tf32,
+        multiplies_at_tf32(compute_dtype),
         mean is not None,
         list(needs),
     )

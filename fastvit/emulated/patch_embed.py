@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvit.cuda.patch_embed import run_backward, run_forward
@@ -13,9 +14,13 @@ from fastvit.emulated.call import current
 
 def forward(*arguments: Any) -> Tensor:
     """As `fastvit.cuda.patch_embed.forward`, on the CPU."""
-    return run_forward(ops.patch_embed, *arguments, tf32=current().tf32)
+    return run_forward(ops.patch_embed, _multiplies_at_tf32, *arguments)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `fastvit.cuda.patch_embed.backward`, on the CPU."""
-    return run_backward(ops.patch_embed_backward, *arguments, tf32=current().tf32)
+    return run_backward(ops.patch_embed_backward, _multiplies_at_tf32, *arguments)
+
+
+def _multiplies_at_tf32(_: torch.dtype) -> bool:
+    return current().tf32

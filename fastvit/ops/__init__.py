@@ -1,22 +1,19 @@
-"""The registered torch ops: schema, fake, autograd, and the step from an op to the backend named in its call."""
+"""The registered torch ops, `torch.ops.fastvit.*`: one file each, with its schema, fake, gradients and decomposition.
+
+Each is declared by `registry.define` in a file of this folder, and found by that alone.
+"""
 
 from __future__ import annotations
 
-from fastvit.ops.add_position import add_position
-from fastvit.ops.add_position import run_forward as run_add_position
-from fastvit.ops.decompositions import decompositions, plain_patch_embed
-from fastvit.ops.patch_embed import patch_embed
-from fastvit.ops.patch_embed import run_forward as run_patch_embed
-from fastvit.ops.prepare_weight import prepare_weight
-from fastvit.ops.registry import is_plain
+import importlib
+import pkgutil
 
-__all__ = [
-    "add_position",
-    "decompositions",
-    "is_plain",
-    "patch_embed",
-    "plain_patch_embed",
-    "prepare_weight",
-    "run_add_position",
-    "run_patch_embed",
-]
+from fastvit.ops.decompositions import decompositions
+from fastvit.ops.registry import OPS, Op, is_plain
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+# An op, rather than the file of its name, is what users look for here.
+globals().update({name: op.call for name, op in OPS.items()})
+
+__all__ = ["OPS", "Op", "decompositions", "is_plain", *OPS]

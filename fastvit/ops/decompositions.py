@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvit import reference
 from fastvit.ops import registry
-from fastvit.ops.add_position import add_position
-from fastvit.ops.patch_embed import patch_embed
+from fastvit.ops.registry import Channels
 
-__all__ = ["by_channel", "decompositions", "normalised", "plain_patch_embed"]
+__all__ = ["by_channel", "decompositions", "normalised"]
 
 
 def decompositions() -> dict[Any, Callable[..., Tensor]]:
@@ -23,68 +21,20 @@ def decompositions() -> dict[Any, Callable[..., Tensor]]:
     :func:`torch.export.default_decompositions`. The program left needs no FastViT to be loaded, run or converted.
     Backward ops have no decomposition: an exported program has none.
     """
-    return {patch_embed.default: _patch_embed, add_position.default: _add_position}
+    return {op.call.default: _laid_out(op.plain) for op in registry.OPS.values() if op.plain is not None}
 
 
-def plain_patch_embed(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    keep: Tensor | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    compute_dtype: torch.dtype,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The op `patch_embed` by its reference, at the precision asked for."""
-    with registry.without_autocast(images.device.type):
-        if compute_dtype is not torch.float64:  # the reference copies mean and std from the host: never in a graph
-            images, mean, std = normalised(images, mean, std, compute_dtype), None, None
-        return reference.patch_embed(
-            images,
-            weight.to(compute_dtype),
-            None if bias is None else bias.to(compute_dtype),
-            pos_embed=pos_embed,
-            prefix=prefix,
-            mean=mean,
-            std=std,
-            keep=keep,
-            dtype=dtype,
-        )
+def _laid_out(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """In the layout that an op promises, which a convolution's result, turned to tokens, does not have."""
+    return lambda *args, **kwargs: plain(*args, **kwargs).contiguous()
 
 
-def _patch_embed(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    keep: Tensor | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    compute_dtype: torch.dtype,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    images = normalised(images, mean, std, compute_dtype)
-    tokens = plain_patch_embed(images, weight, bias, pos_embed, prefix, keep, None, None, compute_dtype, dtype)
-    # In the layout that the op promises, which a convolution's result, turned to tokens, does not have.
-    return tokens.contiguous()
-
-
-def _add_position(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
-    return reference.add_position(tokens, pos_embed, prefix=prefix, dtype=dtype).contiguous()
-
-
-def normalised(
-    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Pixels for code that takes them normalised: at float32, and rounded to `dtype` once, as loaders do it."""
+def normalised(images: Tensor, mean: Channels, std: Channels, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pixels for code that takes them normalised: at float32 or better, and rounded to `dtype` once, as loaders do."""
     is_uint8 = images.dtype == torch.uint8
     if is_uint8 or mean is not None:
-        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        wide = torch.promote_types(dtype, torch.float32)
+        images = images.to(wide if is_uint8 else torch.promote_types(images.dtype, wide))
     if is_uint8:
         images = images / 255
     if mean is not None and std is not None:
@@ -92,7 +42,8 @@ def normalised(
     return images.to(dtype)
 
 
-def by_channel(values: Sequence[float], images: Tensor) -> Tensor:
+def by_channel(values: Channels, images: Tensor) -> Tensor:
     """[C, 1, 1], by ops that a graph can hold, an exported one or CUDA's: neither knows tensors from lists, which are
     copied from the host."""
+    assert values is not None
     return torch.stack([images.new_full((1, 1), value) for value in values])

@@ -7,7 +7,7 @@ exact than eager autocast). Backends call their own version inside `patch_embed`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,39 +15,32 @@ from torch import Tensor
 from fastvit.backend import count_launch
 from fastvit.cpu.prepare_weight import prepare_weight as prepare
 from fastvit.ops import registry
+from fastvit.ops.registry import Channels
 
 
-def _run(
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    is_uint8: bool,
-    compute_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+class Arguments(NamedTuple):
+    """Weight [D, C, P_h, P_w] and bias [D], and how pixels are normalised."""
+
+    weight: Tensor
+    bias: Tensor | None
+    mean: Channels
+    std: Channels
+    is_uint8: bool
+    compute_dtype: torch.dtype
+
+
+def _run(call: Arguments) -> tuple[Tensor, Tensor]:
     count_launch("prepare_weight", "cpu")
-    with registry.without_autocast(weight.device.type):
-        return prepare(weight, bias, mean, std, is_uint8, compute_dtype)
+    with registry.without_autocast(call.weight.device.type):
+        return prepare(*call)
 
 
-def _fake(
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    is_uint8: bool,
-    compute_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    dim = weight.shape[0]
+def _fake(call: Arguments) -> tuple[Tensor, Tensor]:
+    weight, dim = call.weight, call.weight.shape[0]
     return (
-        weight.new_empty((dim, weight[0].numel()), dtype=compute_dtype),
+        weight.new_empty((dim, weight[0].numel()), dtype=call.compute_dtype),
         weight.new_empty(dim, dtype=torch.float32),
     )
 
 
-prepare_weight = registry.define(
-    "prepare_weight(Tensor weight, Tensor? bias, float[]? mean, float[]? std, bool is_uint8, "
-    "ScalarType compute_dtype) -> (Tensor, Tensor)",
-    _run,
-    _fake,
-)
+registry.define("prepare_weight", Arguments, "(Tensor, Tensor)", _fake, run=_run)

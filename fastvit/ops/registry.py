@@ -1,30 +1,140 @@
-"""What the registrations share: the library, and the rules that hold for every op."""
+"""What the declarations of ops share: the library, the form of a declaration, and the rules that hold for every op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
+
+from fastvit.backend import count_launch, implementation
 
 LIBRARY = torch.library.Library("fastvit", "DEF")
 NAMESPACE = "fastvit"
 PLAIN = (Tensor, torch.nn.Parameter)
 
+Channels: TypeAlias = Sequence[float] | None  # a value a channel
+Needs: TypeAlias = tuple[bool, bool, bool, bool]  # which of four gradients are wanted
 
-def define(schema: str, run: Callable, fake: Callable) -> Any:
-    """Register an op: its schema, the function that runs it on any device, and its fake for tracing.
+# What a schema calls an argument of a declaration, by its annotation.
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "Channels": "float[]?",
+    "Needs": "bool[4]",
+    "torch.dtype": "ScalarType",
+    "bool": "bool",
+    "int": "SymInt",
+    "str": "str",
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op, as the layers above know it."""
+
+    name: str
+    tensors: int  # so many of its arguments are tensors; they come first
+    call: Any  # torch.ops.fastvit.NAME
+    run: Callable[..., Any]  # what that runs in the end, for calls that nothing watches on the way (see `is_plain`)
+    check: Callable[..., None]  # of values that are only looked at where that needs no wait
+    plain: Any  # the same by PyTorch's own ops, a function; None for an op that no caller of the library's makes
+
+
+OPS: dict[str, Op] = {}
+
+
+def _nothing_to_check(*arguments: Any) -> None:
+    pass
+
+
+def define(
+    name: str,
+    arguments: type[Any],
+    returns: str,
+    fake: Callable[[Any], Any],
+    *,
+    run: Callable[[Any], Any] | None = None,
+    check: Callable[..., None] = _nothing_to_check,
+    plain: Callable[[Any], Tensor] | None = None,
+) -> Op:
+    """Register an op.
 
     Batching over it raises: a batch is what the ops already work on, and torch's fallback would loop in silence.
+
+    Args:
+        arguments: a NamedTuple, the one list of what the op takes: its fields become the schema, and the functions
+            below are given one. Tensors stand first, and the name of the backend, where there is one, last.
+        returns: the schema's result.
+        fake: the results without their values, for tracing.
+        run: what it runs on any device; default: `forward`, or for a name in `_backward` `backward`, of the file of
+            its name in the backend, which takes the arguments in this order.
+        check: is given the arguments one by one; raises for values that don't fit, before a backend runs.
+        plain: the op in terms of PyTorch's own, for exported programs and where no backend may run.
     """
-    name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+    def apply(function: Callable[[Any], Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: function(arguments(*args, **kwargs))
+
+    types = [_SCHEMA_TYPES[annotation] for annotation in _annotations(arguments)]
+    listed = ", ".join(f"{kind} {field}" for kind, field in zip(types, arguments._fields, strict=True))
+    LIBRARY.define(f"{name}({listed}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    runs = apply(run) if run else _run_by_backend(name, check)
+    LIBRARY.impl(name, runs, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", apply(fake), lib=LIBRARY)
     torch.library.register_vmap(f"{NAMESPACE}::{name}", _no_vmap(name), lib=LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name)
+    tensors = sum(kind.startswith("Tensor") for kind in types)
+    call = getattr(getattr(torch.ops, NAMESPACE), name)
+    OPS[name] = Op(name, tensors, call, runs, check, apply(plain) if plain else None)
+    return OPS[name]
+
+
+def differentiate(
+    op: Op, arguments: type[Any], save: Callable[[Any, Any], None], gradients: Callable[..., tuple[Tensor | None, ...]]
+) -> None:
+    """Give an op its derivative.
+
+    Args:
+        save: is given the context and the arguments, and keeps of them what the backward needs.
+        gradients: is given the context and the gradients of the results; returns those of the first arguments, as
+            many as can have one.
+    """
+    count = len(arguments._fields)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        save(ctx, arguments(*inputs))
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = gradients(ctx, *grads)
+        return (*found, *(None,) * (count - len(found)))
+
+    torch.library.register_autograd(f"{NAMESPACE}::{op.name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def _annotations(arguments: type[Any]) -> list[str]:
+    """As they are written: the files of ops put off their evaluation."""
+    written = (arguments.__annotations__[field] for field in arguments._fields)
+    return [getattr(annotation, "__forward_arg__", annotation) for annotation in written]
+
+
+def _run_by_backend(name: str, check: Callable[..., None]) -> Callable[..., Any]:
+    op, is_backward = name.removesuffix("_backward"), name.endswith("_backward")
+
+    def run(*arguments: Any) -> Any:
+        check(*arguments)
+        backend = arguments[-1]
+        count_launch(name, backend)
+        function = implementation(backend, op)[is_backward]
+        device_type = arguments[0].device.type
+        if torch.is_autocast_enabled(device_type):
+            with without_autocast(device_type):
+                return function(*arguments[:-1])
+        return function(*arguments[:-1])
+
+    return run
 
 
 def _no_vmap(name: str) -> Callable:
@@ -35,15 +145,6 @@ def _no_vmap(name: str) -> Callable:
         )
 
     return refuse
-
-
-def once_differentiable(name: str) -> None:
-    """Make a backward op refuse a second derivative, instead of returning zeros without a word."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise RuntimeError(f"fastvit::{name} has no derivative: second derivatives need backend='reference'")
-
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=LIBRARY)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -106,11 +106,11 @@ def call(
     pos, first = torch.empty(patches, width), torch.empty(prefix, width) if prefix else None
     indices = torch.zeros(batch * keep + 1, dtype=torch.int64)[1:].view(batch, keep) if keep is not None else None
     mean = [0.5] * channels
-    tokens = patch_embed.forward(images, kernel, torch.empty(width), pos, first, mean, mean, indices, compute, out)
+    tokens = patch_embed.forward(images, kernel, torch.empty(width), pos, first, indices, mean, mean, compute, out)
     assert tokens.dtype == out
     gradient = torch.empty(tokens.numel() + offset, dtype=grad)[offset:].view(tokens.shape)
     needs = (images.is_floating_point(), True, True, True)
-    patch_embed.backward(gradient, images, kernel, mean, mean, indices, compute, prefix, needs)
+    patch_embed.backward(gradient, images, kernel, indices, mean, mean, compute, prefix, needs)
     add_position.forward(
         gradient[:, prefix:] if keep is None else gradient,
         torch.empty(tokens.shape[1] - (prefix if keep is None else 0), width),

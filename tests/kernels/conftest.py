@@ -85,7 +85,7 @@ def run_backward(
     images, weight = inputs["images"], inputs["weight"]
     normalisation = inputs.mean, inputs.std
     with poisoned():
-        return patch_embed.backward(grad, images, weight, *normalisation, inputs.keep, compute, inputs.copied, needs)
+        return patch_embed.backward(grad, images, weight, inputs.keep, *normalisation, compute, inputs.copied, needs)
 
 
 def check_patch_embed(inputs: PatchEmbedInputs) -> None:

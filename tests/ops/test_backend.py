@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import fastvit
+from fastvit import backend as backends
 from fastvit import functional
-from fastvit.backend import BACKENDS, launch_counts, triton_is_interpreted, use_backend
+from fastvit.backend import BACKENDS, launch_counts, reset_launch_counts, triton_is_interpreted, use_backend
 from fastvit.validation import PatchEmbedCase, make_inputs
 from fastvit.validation.runner import Candidate, backend_candidate, check_inputs
 
@@ -55,6 +58,69 @@ def test_scopes_nest_and_end_on_errors(device: str) -> None:
             raise KeyError
     run(device)
     assert sum(launch_counts().values()) == 2
+
+
+def test_a_scope_belongs_to_its_thread(backend: str, device: str) -> None:
+    """Two that overlap, each ending after the other began; compiled code too, which each thread reads anew."""
+    torch._dynamo.reset()
+    images, weight = torch.randn(1, 3, 4, 4, device=device), torch.randn(8, 3, 4, 4, device=device)
+    compiled = torch.compile(lambda x: functional.patch_embed(x, weight), fullgraph=True, backend="eager")
+    steps = [threading.Event() for _ in range(3)]
+    seen: dict[str, list[int]] = {"first": [], "second": []}
+
+    def count(thread: str) -> None:
+        for call in (lambda: run(device), lambda: compiled(images)):
+            reset_launch_counts()
+            call()
+            seen[thread].append(launch_counts().get(("patch_embed", backend), 0))
+
+    def first() -> None:
+        with use_backend(backend):
+            count("first")
+            steps[0].set()
+            steps[1].wait(60)
+            count("first")
+        steps[2].set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    steps[0].wait(60)
+    with use_backend("reference"):
+        count("second")
+        steps[1].set()
+        steps[2].wait(60)
+        count("second")
+    thread.join()
+    assert seen == {"first": [1] * 4, "second": [0] * 4}
+    assert backends._forced() is None
+
+
+def test_scopes_of_generators_end_in_any_order_and_thread(device: str) -> None:
+    def scope(name: str) -> Iterator[None]:
+        with use_backend(name):
+            yield
+
+    one, two = scope("reference"), scope("cpu")
+    next(one), next(two)
+    one.close()  # before the one inside it
+    assert backends._forced() == "cpu"
+    thread = threading.Thread(target=two.close)
+    thread.start()
+    thread.join()
+    assert backends._forced() is None
+
+
+def test_a_scope_inside_compiled_code(device: str) -> None:
+    torch._dynamo.reset()
+    images, weight = torch.randn(1, 3, 4, 4, device=device), torch.randn(8, 3, 4, 4, device=device)
+
+    def inside(images: torch.Tensor) -> torch.Tensor:
+        with use_backend("reference"):
+            first = functional.patch_embed(images, weight)
+        return first + functional.patch_embed(images, weight)
+
+    torch.compile(inside, fullgraph=True, backend="eager")(images)
+    assert sum(launch_counts().values()) == 1 and backends._forced() is None
 
 
 def test_float64_goes_to_the_reference(device: str) -> None:
@@ -108,6 +174,7 @@ def test_an_unknown_backend_lists_the_known_ones(device: str) -> None:
 def test_environment_variable(value: str, expected: str) -> None:
     program = """
 import torch
+from fastvit import backend as backends
 from fastvit import functional
 from fastvit.backend import launch_counts
 try:

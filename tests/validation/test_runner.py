@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
@@ -11,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastvit import reference
+from fastvit.ops import registry
 from fastvit.validation import Inputs, PatchEmbedCase, cases_for, make_inputs, poisoned, validate, validate_function
 from fastvit.validation import runner as runner_module
 from fastvit.validation.cases import DTYPES
@@ -55,16 +55,14 @@ def test_progress_and_dtypes() -> None:
 
 
 def test_a_backend_that_did_not_launch_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    op_module = importlib.import_module("fastvit.ops.add_position")
-    monkeypatch.setattr(op_module, "count_launch", lambda op, backend: None)
+    monkeypatch.setattr(registry, "count_launch", lambda op, backend: None)
     report = validate(["cpu"], ["add_position"], ["fp32"], quick=True)
     assert report.failed and "did not launch add_position" in report.failures[0].reason
 
 
 def test_a_silent_fallback_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    op_module = importlib.import_module("fastvit.ops.patch_embed")
-    count = op_module.count_launch
-    monkeypatch.setattr(op_module, "count_launch", lambda op, backend: count(op, "triton"))
+    count = registry.count_launch
+    monkeypatch.setattr(registry, "count_launch", lambda op, backend: count(op, "triton"))
     report = validate(["cpu"], ["patch_embed"], ["fp32"], quick=True)
     assert report.failed and "but triton did" in report.failures[0].reason
 
