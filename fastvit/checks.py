@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,10 +130,7 @@ def normalisation(
         return None, None
     if mean is None or std is None:
         raise ValueError(f"mean, std: give both or neither, got mean={mean!r}, std={std!r}")
-    means, stds = _floats("mean", mean, channels), _floats("std", std, channels)
-    if any(value <= 0 for value in stds):
-        raise ValueError(f"std: {stds} must be greater than zero in every channel")
-    return means, stds
+    return _floats("mean", mean, channels), _floats("std", std, channels, positive=True)
 
 
 def check_scale(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
@@ -141,24 +140,39 @@ def check_scale(mean: Sequence[float] | None, std: Sequence[float] | None) -> No
         require(largest <= 1.0, f"{name}: in the 0..1 scale; {largest:g} looks like the 0..255 scale: divide by 255")
 
 
-def _floats(name: str, values: Sequence[float] | Tensor, channels: int) -> list[float]:
+def _floats(name: str, values: Sequence[float] | Tensor, channels: int, positive: bool = False) -> list[float]:
     largest = sys.float_info.max
+    least = sys.float_info.min if positive else -largest
     if type(values) in (list, tuple) and len(values) == channels:  # what is usual, and costs every call some time
         for value in values:
-            if type(value) is not float or not -largest <= value <= largest:
+            if type(value) is not float or not least <= value <= largest:
                 break
         else:
             return list(values)
-    if isinstance(values, Tensor):
+    if hasattr(values, "tolist"):  # a tensor, or an array of numpy's
         if torch.compiler.is_compiling():
             raise ValueError(f"{name}: inside torch.compile or torch.export give Python floats, not a tensor")
-        values = values.detach().flatten().tolist()
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
+        values = values.detach().flatten().tolist() if isinstance(values, Tensor) else values.tolist()
+    if not isinstance(values, (list, tuple)):
         raise TypeError(f"{name}: expected {channels} floats, one a channel, got {values!r}")
     if len(values) != channels:
         raise ValueError(f"{name}: {len(values)} values, expected {channels}, one a channel")
-    floats = [float(value) for value in values]
-    # A comparison rather than math.isfinite, which torch.compile can't trace for a float it keeps dynamic.
-    if not all(-largest <= value <= largest for value in floats):
-        raise ValueError(f"{name}: {floats} must be finite")
+    floats = [_float(name, place, value) for place, value in enumerate(values)]
+    for place, value in enumerate(floats):
+        # A comparison rather than math.isfinite, which torch.compile can't trace for a float it keeps dynamic.
+        if not -largest <= value <= largest:
+            raise ValueError(f"{name}: {value} of channel {place} must be finite")
+        if positive and value <= 0:
+            raise ValueError(f"{name}: {value} of channel {place} must be greater than zero")
     return floats
+
+
+def _float(name: str, place: int, value: Any) -> float:
+    """A number of Python's, of numpy's, or a tensor that is one; neither a truth value nor a word that spells one."""
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool:
+        if torch.compiler.is_compiling():
+            raise ValueError(f"{name}: inside torch.compile or torch.export give Python floats, not a tensor")
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name}: {value!r} of channel {place} is no number; expected floats, one a channel")
+    return float(value)

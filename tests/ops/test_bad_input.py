@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from fastvit import functional
+from fastvit import checks, functional
 from fastvit.backend import launch_counts
 
 B, C, D, N = 2, 3, 16, 6
@@ -59,9 +61,16 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"keep": keep(2)}, ValueError, r"keep: expected shape \[2, N_keep\], got \[2\]"),
     ({"mean": (0.5,) * 3}, ValueError, "mean, std: give both or neither"),
     ({"std": (0.5,) * 3}, ValueError, "mean, std: give both or neither"),
-    ({"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, ValueError, r"std: \[0.5, 0.0, 0.5\] must be greater than zero"),
+    ({"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, ValueError, "std: 0.0 of channel 1 must be greater than zero"),
+    ({"mean": (0.5,) * 3, "std": (0.5, 0.5, -1)}, ValueError, "std: -1.0 of channel 2 must be greater than zero"),
     ({"mean": (0.5,) * 2, "std": (0.5,) * 3}, ValueError, "mean: 2 values, expected 3"),
-    ({"mean": (0.5,) * 3, "std": (0.5, float("nan"), 0.5)}, ValueError, "std: .* must be finite"),
+    ({"mean": (0.5,) * 3, "std": (0.5, float("nan"), 0.5)}, ValueError, "std: nan of channel 1 must be finite"),
+    ({"mean": (0.5, 0.5, -float("inf")), "std": (0.5,) * 3}, ValueError, "mean: -inf of channel 2 must be finite"),
+    ({"mean": ("0.5", 0.5, 0.5), "std": (0.5,) * 3}, TypeError, "mean: '0.5' of channel 0 is no number"),
+    ({"mean": (0.5, None, 0.5), "std": (0.5,) * 3}, TypeError, "mean: None of channel 1 is no number"),
+    ({"mean": (0.5,) * 3, "std": (0.5, True, 0.5)}, TypeError, "std: True of channel 1 is no number"),
+    ({"mean": (0.5,) * 3, "std": (torch.ones(2), 0.5, 0.5)}, TypeError, "std: tensor.* of channel 0 is no number"),
+    ({"mean": (0.5,) * 3, "std": (0.5, np.bool_(True), 0.5)}, TypeError, "std: .*True.* of channel 1 is no number"),
     ({"mean": 0.5, "std": 0.5}, TypeError, "mean: expected 3 floats, one a channel, got 0.5"),
     ({"dtype": torch.int64}, TypeError, "dtype: dtype torch.int64 is not supported; accepted"),
 ]  # fmt: skip
@@ -86,6 +95,18 @@ def test_keep_out_of_range_on_a_cpu(index: int, name: str) -> None:
     bad = torch.tensor([[0, 1], [2, index]])
     with pytest.raises(ValueError, match=f"keep: index {index} is out of range; accepted: 0 to {N - 1}"):
         functional.patch_embed(arguments.pop("images"), arguments.pop("weight"), **arguments, keep=bad, backend=name)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [np.float32, np.float64, torch.tensor, int, lambda value: value],
+    ids=["float32", "float64", "tensor", "int", "float"],
+)
+@pytest.mark.parametrize("container", [list, tuple, np.array], ids=lambda container: container.__name__)
+def test_numbers_of_all_kinds(of: Callable[[float], Any], container: Callable[[list[Any]], Any]) -> None:
+    means, stds = checks.normalisation(container([of(0.5)] * 3), container([of(2.5)] * 3), 3)
+    assert means == [float(of(0.5))] * 3 and stds == [float(of(2.5))] * 3
+    assert {type(value) for value in (*means, *stds)} == {float}
 
 
 def test_mean_as_a_tensor_is_read_outside_graphs_only() -> None:
