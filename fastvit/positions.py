@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["resample_pos_embed", "sincos_2d"]
+__all__ = ["numbers_where_traced", "resample_pos_embed", "sincos_2d"]
 
 
 def sincos_2d(
@@ -94,7 +95,7 @@ def resample_pos_embed(
             interpolation=interpolation,
             antialias=antialias,
         )[0]
-    new_rows, new_columns = _grid("new_grid", new_grid)
+    new_rows, new_columns = _grid("new_grid", numbers_where_traced(new_grid))
     patches = pos_embed.shape[1] - num_prefix_tokens
     if old_grid is None:
         side = math.isqrt(max(patches, 0))
@@ -119,6 +120,16 @@ def resample_pos_embed(
     )
     table = image.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)  # [1, new_rows · new_columns, D]
     return torch.cat([prefix, table], dim=1) if num_prefix_tokens else table
+
+
+def numbers_where_traced(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes to resample to, as numbers where torch.compile traces for training: a graph for each size of images.
+
+    torch has no gradient of an antialiased resampling to a size that is a symbol (an assertion about lists fails).
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled():
+        return tuple([operator.index(size) for size in sizes])
+    return tuple(sizes)
 
 
 def _grid(name: str, grid: Sequence[int]) -> tuple[int, int]:

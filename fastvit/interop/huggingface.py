@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastvit.guards import attribute
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_table
+from fastvit.positions import numbers_where_traced
 
 __all__ = ["MIXINS"]
 
@@ -92,7 +93,8 @@ class Embeddings(Fused):
     def interpolated(self, table: Tensor, images: Tensor, prefix_rows: int) -> Tensor:
         """The table for images of this size, by the host's own function, which looks at the number of tokens only."""
         rows = prefix_rows + self._patches(images)
-        return self.interpolate_pos_encoding(table[:, :1].expand(-1, rows, -1), images.shape[2], images.shape[3])
+        height, width = numbers_where_traced(images.shape[2:])
+        return self.interpolate_pos_encoding(table[:, :1].expand(-1, rows, -1), height, width)
 
     def _patches(self, images: Tensor) -> int:
         height, width = self.projection(self).stride

@@ -17,6 +17,7 @@ from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, 
 from fastvit.interop.surgery import own_class
 from fastvit.model.layers import autocast_dtype
 from fastvit.model.patch_embed import pad_to_patches
+from fastvit.positions import numbers_where_traced
 
 __all__ = ["MIXINS"]
 
@@ -206,7 +207,7 @@ class _Whole(Fused):
             return self.pos_embed
         return resample_abs_pos_embed(
             self.pos_embed,
-            new_size=grid,
+            new_size=numbers_where_traced(grid),
             old_size=self.patch_embed.grid_size,
             num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
         )
@@ -373,7 +374,7 @@ class NaFlexEmbeds(Fused):
         dtype = autocast_dtype(self.proj.weight.device) or self.proj.weight.dtype
         table = self.proj.weight.new_zeros(1, grid[0] * grid[1], self.embed_dim, dtype=dtype)
         add = self._apply_learned_pos_embed if self.pos_embed_type == "learned" else self._apply_factorized_pos_embed
-        add(table, grid_size=grid)
+        add(table, grid_size=torch.Size(numbers_where_traced(grid)))
         return table
 
 
