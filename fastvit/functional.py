@@ -133,6 +133,8 @@ def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tup
         problem: the fields of :class:`fastvit.tuning.Problem` behind op and mode.
         rows: of tokens, in the batch.
     """
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        ops.tell_counter()  # which may be what watches
     tensors = arguments[: op.tensors]
     mode = _mode(tensors)
     name = _choose(tensors, arguments[-1], requested, (op.name, mode, *problem), rows)

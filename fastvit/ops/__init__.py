@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 
 from fastvit.ops.decompositions import decompositions
+from fastvit.ops.flops import tell_counter
 from fastvit.ops.registry import OPS, Op, is_plain
 
 for _file in pkgutil.iter_modules(__path__):
@@ -16,4 +17,4 @@ for _file in pkgutil.iter_modules(__path__):
 # An op, rather than the file of its name, is what users look for here.
 globals().update({name: op.call for name, op in OPS.items()})
 
-__all__ = ["OPS", "Op", "decompositions", "is_plain", *OPS]
+__all__ = ["OPS", "Op", "decompositions", "is_plain", "tell_counter", *OPS]

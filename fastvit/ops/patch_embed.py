@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,17 @@ def _plain(call: Arguments) -> Tensor:
         )
 
 
-patch_embed = registry.define("patch_embed", Arguments, "Tensor", _fake, check=_check, plain=_plain)
+def _product(images: Any, weight: Any, keep: Any) -> int:
+    """From shapes: a multiplication and an addition for every value of the weight and every patch."""
+    patches = images[0] * (images[2] // weight[2]) * (images[3] // weight[3]) if keep is None else math.prod(keep)
+    return 2 * patches * math.prod(weight)
+
+
+def _flops(call: Any) -> int:
+    return _product(call.images, call.weight, call.keep)
+
+
+patch_embed = registry.define("patch_embed", Arguments, "Tensor", _fake, check=_check, plain=_plain, flops=_flops)
 
 
 class BackwardArguments(NamedTuple):
@@ -91,8 +102,17 @@ def _backward_fake(call: BackwardArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     )
 
 
+def _backward_flops(call: Any) -> int:
+    need_images, need_weight, *_ = call.needs
+    return _product(call.images, call.weight, call.keep) * (need_images + need_weight)
+
+
 patch_embed_backward = registry.define(
-    "patch_embed_backward", BackwardArguments, "(Tensor, Tensor, Tensor, Tensor)", _backward_fake
+    "patch_embed_backward",
+    BackwardArguments,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+    flops=_backward_flops,
 )
 
 

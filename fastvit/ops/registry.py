@@ -42,6 +42,7 @@ class Op:
     run: Callable[..., Any]  # what that runs in the end, for calls that nothing watches on the way (see `is_plain`)
     check: Callable[..., None]  # of values that are only looked at where that needs no wait
     plain: Any  # the same by PyTorch's own ops, a function; None for an op that no caller of the library's makes
+    flops: Callable[..., int]  # of its products, from its arguments with shapes in the place of tensors
 
 
 OPS: dict[str, Op] = {}
@@ -49,6 +50,10 @@ OPS: dict[str, Op] = {}
 
 def _nothing_to_check(*arguments: Any) -> None:
     pass
+
+
+def _no_products(call: Any) -> int:
+    return 0
 
 
 def define(
@@ -60,6 +65,7 @@ def define(
     run: Callable[[Any], Any] | None = None,
     check: Callable[..., None] = _nothing_to_check,
     plain: Callable[[Any], Tensor] | None = None,
+    flops: Callable[[Any], int] = _no_products,
 ) -> Op:
     """Register an op.
 
@@ -74,6 +80,7 @@ def define(
             its name in the backend, which takes the arguments in this order.
         check: is given the arguments one by one; raises for values that don't fit, before a backend runs.
         plain: the op in terms of PyTorch's own, for exported programs and where no backend may run.
+        flops: how many its products take, from shapes in the place of tensors.
     """
 
     def apply(function: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -88,7 +95,11 @@ def define(
     torch.library.register_vmap(f"{NAMESPACE}::{name}", _no_vmap(name), lib=LIBRARY)
     tensors = sum(kind.startswith("Tensor") for kind in types)
     call = getattr(getattr(torch.ops, NAMESPACE), name)
-    OPS[name] = Op(name, tensors, call, runs, check, apply(plain) if plain else None)
+
+    def count(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return flops(arguments(*args, **kwargs))
+
+    OPS[name] = Op(name, tensors, call, runs, check, apply(plain) if plain else None, count)
     return OPS[name]
 
 
