@@ -105,6 +105,22 @@ def test_compiled_as_often_as_the_library(name):
     assert counts[0] == counts[1] == 2
 
 
+@pytest.mark.parametrize("name", ["timm-vit-dynamic-size", "transformers-vit-interpolated", "transformers-dinov2"])
+def test_trained_at_several_sizes(name):
+    """By the compiler's own partitioning, which needs a gradient of the resampling that it can trace."""
+    model, untouched = pair(name, mean=MEAN, std=STD)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    for batch, height, width in ((2, 32, 32), (3, 40, 56), (2, 64, 32)):
+        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        got = entry(name).outputs(compiled, images)
+        want = entry(name).outputs(untouched, normalised(images, MEAN, STD))
+        expect_close(got, want)
+        found, wanted = gradients(model, got), gradients(untouched, want)
+        # A graph has zeros for what its outputs do not depend on.
+        expect_same_gradients({key: found[key] for key in wanted}, wanted)
+        assert not any(found[key].any() for key in found.keys() - wanted.keys())
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_classes_compile_whole(name):
     model, untouched = pair(name)

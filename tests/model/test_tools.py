@@ -257,3 +257,28 @@ def test_the_flop_counter_counts_what_it_counts_of_timm(pair_with_timm):
             model(torch.randn(2, 3, 24, 32)).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def test_compiled_and_trained_at_several_sizes(tiny):
+    """The positions of each are resampled, and have a gradient."""
+    model = tiny(dynamic_img_size=True)
+    compiled = torch.compile(model, backend="aot_eager")
+    for batch, height, width in ((2, 24, 32), (3, 40, 16), (2, 32, 32)):
+        images = torch.randn(batch, 3, height, width)
+        for got, want in zip(step(compiled, images), step(model, images), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_a_sample(tiny):
+    """By torch.func: as many calls of one image give the same."""
+    model, images = tiny(), torch.randn(3, 3, 24, 32)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for number, image in enumerate(images):
+        want = torch.autograd.grad(model(image[None]).square().sum(), list(model.parameters()))
+        for one, other in zip(found.values(), want, strict=True):
+            torch.testing.assert_close(one[number], other, rtol=1e-3, atol=1e-5)
