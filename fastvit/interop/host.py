@@ -171,11 +171,13 @@ class Fused(Mixin):
             ValueError: they have other channels than mean and std; or they are floats, and raw pixels still.
         """
         mean = self.fastvit_settings.mean
-        if mean is None:
+        if mean is None and not isinstance(images, RawPixels):
             return images
         if not self.is_raw(images):
             self._look_at(images)
             return images
+        if mean is None or (isinstance(images, RawPixels) and images.trail.mean != mean):
+            raise RuntimeError("mean, std: a part and the model around it were accelerated apart, with others of them")
         images = upright(images, len(mean))
         if images.dim() == 4 and images.shape[1] != len(mean):
             raise ValueError(f"images: {images.shape[1]} channels, but mean and std have {len(mean)}")
@@ -184,18 +186,21 @@ class Fused(Mixin):
     def _look_at(self, images: Any) -> None:
         """Refuse raw pixels that were cast to floats on their way: at the first batch of floats, and where a part of
         the model has taken raw pixels as numbers since. Looking waits for the device."""
-        if self.__dict__.get("fastvit_looked") == RawPixels.floats_left or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.__dict__.get("fastvit_looked") == RawPixels.floats_left:
             return
         if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
             return
         if images.is_meta or isinstance(images, FakeTensor) or not _may_wait(images) or _is_transformed():
             return
-        self.fastvit_looked = RawPixels.floats_left
         settings = self.fastvit_settings
         assert settings.mean is not None and settings.std is not None
         usual = max(max(mean, 1 - mean) / std for mean, std in zip(settings.mean, settings.std, strict=True))
-        largest = float(images.detach().amax())
-        if largest > FAR_OUTSIDE * usual:
+        low, high = (float(value) for value in images.detach().aminmax())
+        largest = max(-low, high)
+        if low < 0 < high and largest <= FAR_OUTSIDE * usual:
+            self.fastvit_looked = RawPixels.floats_left
+        are_bytes = low >= 0 and high > 1 and bool((images == images.round()).all())
+        if largest > FAR_OUTSIDE * usual or are_bytes:
             raise ValueError(
                 f"images: floats up to {largest:.0f}, where normalised ones end at {usual:.1f}: raw pixels that were "
                 "cast before they came here would be taken as normalised. Give fastvit.accelerate the outermost "

@@ -8,7 +8,7 @@ What stands between (a wrapper that casts, a head that reads the images' size) w
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,8 +27,13 @@ LAYOUT = frozenset(
     "split squeeze transpose unbind unflatten unsqueeze view".split()
 )
 CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
-PRODUCTS = frozenset("conv1d conv2d conv3d linear matmul mm bmm einsum".split())
-JOINS = frozenset("cat concat stack hstack vstack flip roll".split())
+PRODUCTS = frozenset("conv1d conv2d conv3d linear matmul mm bmm einsum batch_norm instance_norm group_norm".split())
+JOINS = frozenset("cat concat concatenate stack".split())
+# What says nothing of their values.
+FACTS = frozenset(
+    "is_cuda is_cpu is_meta is_sparse is_quantized requires_grad grad layout names numel nelement is_contiguous stride "
+    "get_device element_size storage_offset is_leaf is_pinned new_zeros new_ones new_empty new_full new_tensor".split()
+)
 
 Move = Callable[[Tensor], Any]
 
@@ -41,6 +46,12 @@ class Trail:
         self.std = std
         self.embedded = False  # a projection took them as raw pixels, and normalised them
         self.numbers = ""  # what calculated with them before that
+        self.parts: tuple[Trail, ...] = ()  # of those that were joined to these
+
+    def embed(self) -> None:
+        self.embedded = True
+        for part in self.parts:
+            part.embed()
 
 
 class RawPixels:
@@ -128,7 +139,15 @@ class RawPixels:
             return lambda *_, **__: self.to(CASTS[name])
         if name in LAYOUT:
             return lambda *args, **kwargs: self._moved(lambda tensor: getattr(tensor, name)(*args, **kwargs))
-        return getattr(self.values(name), name)
+        if name in FACTS:
+            return getattr(self.images, name)
+        if name == "type_as":
+            return lambda other: self.to(other.dtype)
+        found = getattr(self.values(name), name)
+        return (lambda *args, **kwargs: self._calculated(found(*args, **kwargs))) if callable(found) else found
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError("raw pixels can't be written to: clone the images before the model, or give it floats")
 
     def __getitem__(self, index: Any) -> Any:
         return self._moved(lambda tensor: tensor[index])
@@ -139,13 +158,20 @@ class RawPixels:
             return RawPixels(result, self.trail, self.dtype, self.origin, (*self.moves, move))
         return tuple(self._moved(_numbered(move, number)) for number in range(len(result)))
 
+    def _calculated(self, result: Any) -> Any:
+        """What was made of 0..255 and looks like raw pixels still goes on as such, for its projection to refuse."""
+        if isinstance(result, Tensor) and result.dtype == torch.uint8 and result.dim() >= 3 and not self.trail.embedded:
+            return RawPixels(result, self.trail)
+        return result
+
     def values(self, used_by: str) -> Tensor:
         """The tensor that `used_by` calculates with."""
         if not self.trail.embedded and used_by not in PRODUCTS:
             self.trail.numbers = used_by
-            RawPixels.floats_left += 1
+            if not torch.compiler.is_compiling():  # where it would be a guard
+                RawPixels.floats_left += 1
             return self.images.to(self.dtype)
-        self.take(used_by)
+        self._embed(used_by)
         dtype = self.dtype if self.dtype.is_floating_point else torch.float32
         tensor = normalised(self.origin, self.trail.mean, self.trail.std, dtype)
         for move in self.moves:
@@ -156,22 +182,61 @@ class RawPixels:
         """The raw images for what normalises them itself.
 
         Raises:
-            RuntimeError: something has calculated with them before.
+            RuntimeError: something has calculated with them before, or moved their channels.
         """
+        self._embed(used_by)
+        if self.moves and not torch.compiler.is_compiling() and self._moves_channels():
+            raise RuntimeError(
+                f"raw pixels had their channels moved before {used_by} normalised them, with the mean and std of other "
+                "channels: give this model floats, normalised as ever"
+            )
+        return self.images
+
+    def _embed(self, used_by: str) -> None:
         if self.trail.numbers and not self.trail.embedded:
             raise RuntimeError(
                 f"raw pixels, 0..255, went into {self.trail.numbers} before {used_by} normalised them: what comes of "
                 "that is not what normalised images give. Give this model floats, normalised as ever"
             )
-        self.trail.embedded = True
-        return self.images
+        self.trail.embed()
+
+    def _moves_channels(self) -> bool:
+        if len({*zip(self.trail.mean, self.trail.std, strict=True)}) == 1:
+            return False
+        channels = torch.arange(len(self.trail.mean), dtype=torch.uint8)[:, None, None]
+        moved = channels.expand(self.origin.shape)
+        for move in self.moves:
+            moved = move(moved)
+        return moved.shape[-3:-2] != channels.shape[:1] or not bool((moved.cpu() == channels).all())
 
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", str(func))
-        return func(*_plain(name, args), **{key: _plain(name, value) for key, value in (kwargs or {}).items()})
+        given = kwargs or {}
+        first = args[0] if args else None
+        if name in LAYOUT and isinstance(first, RawPixels):
+            return first._moved(lambda tensor: func(tensor, *args[1:], **given))
+        if name in JOINS and isinstance(first, (tuple, list)) and all(_is_raw(one) for one in first):
+            return _joined([one for one in first if isinstance(one, RawPixels)], func, first, args[1:], given)
+        pixels = [one for one in _leaves((args, given)) if isinstance(one, RawPixels)]
+        result = func(*_plain(name, args), **{key: _plain(name, value) for key, value in given.items()})
+        return pixels[0]._calculated(result) if pixels else result
+
+
+def _is_raw(one: Any) -> bool:
+    return isinstance(one, (RawPixels, Tensor)) and one.dtype == torch.uint8
+
+
+def _joined(pixels: list[RawPixels], func: Callable, all_of: Any, args: Any, kwargs: Any) -> RawPixels:
+    """Raw images put together are raw images; what becomes of them becomes of those they were."""
+    trail = Trail(pixels[0].trail.mean, pixels[0].trail.std)
+    trail.parts = tuple(one.trail for one in pixels)
+    trail.numbers = next((part.numbers for part in trail.parts if part.numbers), "")
+    return RawPixels(
+        func([one.images if isinstance(one, RawPixels) else one for one in all_of], *args, **kwargs), trail
+    )
 
 
 def _numbered(move: Move, number: int) -> Move:
@@ -181,18 +246,24 @@ def _numbered(move: Move, number: int) -> Move:
 
 def _plain(used_by: str, value: Any) -> Any:
     if isinstance(value, RawPixels):
-        # Put together as they are, they are raw pixels, in a tensor that says so by its dtype.
-        return value.images if used_by in JOINS and value.dtype == torch.uint8 else value.values(used_by)
+        return value.values(used_by)
     if type(value) in (tuple, list):
         return type(value)(_plain(used_by, one) for one in value)
     return value
 
 
 def _add_operators() -> None:
-    for name in "add sub mul truediv floordiv pow matmul eq ne lt le gt ge neg".split():
+    def operation(name: str) -> Callable:
         function = getattr(operator, f"__{name}__")
-        setattr(RawPixels, f"__{name}__", lambda self, *others, f=function, n=name: f(self.values(n), *others))
-        setattr(RawPixels, f"__r{name}__", lambda self, other, f=function, n=name: f(other, self.values(n)))
+        return lambda self, *others: self._calculated(function(self.values(name), *_plain(name, others)))
+
+    def reflected(name: str) -> Callable:
+        function = getattr(operator, f"__{name}__")
+        return lambda self, other: self._calculated(function(other, self.values(name)))
+
+    for name in "add sub mul truediv floordiv mod pow matmul and or xor eq ne lt le gt ge neg invert abs".split():
+        setattr(RawPixels, f"__{name}__", operation(name))
+        setattr(RawPixels, f"__r{name}__", reflected(name))
 
 
 _add_operators()
@@ -230,20 +301,50 @@ class Door:
         Raises:
             ValueError: its first tensor is one of raw images with other channels.
         """
-        values = (*args, *kwargs.values())
-        found = [self._welcomed(value) for value in values]
-        if all(one is value for one, value in zip(found, values, strict=True)):
-            first = next((value for value in values if isinstance(value, Tensor)), None)
-            if first is not None and _may_be_raw(first):
-                raise ValueError(f"images: {first.shape[-3]} channels, but mean and std have {self.channels}")
+        images = next((one for one in _tensors((args, kwargs)) if one.dim() >= 4), None)
+        if images is None or images.dtype != torch.uint8:  # floats, normalised; bytes beside them are a mask
             return args, kwargs
-        return tuple(found[: len(args)]), dict(zip(kwargs, found[len(args) :], strict=True))
+        welcomed = self._welcomed((args, kwargs))
+        if not any(isinstance(one, RawPixels) for one in _leaves(welcomed)):
+            raise ValueError(f"images: {images.shape[-3]} channels, but mean and std have {self.channels}")
+        return welcomed
 
     def _welcomed(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not _may_be_raw(value):
-            return value
-        images = upright(value, self.channels)
-        return RawPixels(images, Trail(self.mean, self.std)) if images.shape[-3] == self.channels else value
+        if isinstance(value, Tensor) and _may_be_raw(value):
+            images = upright(value, self.channels)
+            return RawPixels(images, Trail(self.mean, self.std)) if images.shape[-3] == self.channels else value
+        if type(value) is dict:
+            return {key: self._welcomed(one) for key, one in value.items()}
+        return type(value)(map(self._welcomed, value)) if type(value) in (tuple, list) else value
+
+
+class Exit:
+    """A hook that gives a wrapper that splits or moves tensors the raw images as one."""
+
+    def put_in(self, module: nn.Module) -> None:
+        Door.put_in(self, module)  # type: ignore[arg-type]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _unwrapped(args), {key: _unwrapped(value) for key, value in kwargs.items()}
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, RawPixels):
+        return value.take("a wrapper that splits batches")
+    return type(value)(map(_unwrapped, value)) if type(value) in (tuple, list) else value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What tuples, lists and dictionaries hold, whatever is in what."""
+    if type(value) in (tuple, list, dict):
+        for one in value.values() if type(value) is dict else value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (one for one in _leaves(value) if isinstance(one, Tensor))
 
 
 def _may_be_raw(images: Tensor) -> bool:
@@ -253,7 +354,13 @@ def _may_be_raw(images: Tensor) -> bool:
 class Entrances(Mixin):
     """Other methods that take images, of a module around accelerated ones: through its door, as its forward."""
 
-    overrides = ("forward_features", "forward_intermediates", "get_intermediate_layers", "get_image_features")
+    overrides = (
+        "forward_features",
+        "forward_intermediates",
+        "get_intermediate_layers",
+        "get_image_features",
+        "encode_image",
+    )
 
     fastvit_door: Door
 
@@ -274,7 +381,10 @@ def open_doors(model: nn.Module, inside: Iterable[nn.Module], mean: Sequence[flo
     """Give every module of `model` around one of those `inside` a door."""
     parts = {id(module) for module in inside}
     for module in model.modules():
-        if id(module) in parts or _scatters(module) or not any(id(inner) in parts for inner in module.modules()):
+        if id(module) in parts or not any(id(inner) in parts for inner in module.modules()):
+            continue
+        if _scatters(module):
+            Exit().put_in(module)
             continue
         door = Door(mean, std)
         door.put_in(module)

@@ -170,7 +170,7 @@ class _Whole(Fused):
         is_dynamic = bool(attribute(self, "dynamic_img_size"))
         is_map = embed.output_fmt == Format.NHWC and not embed.flatten
         if is_map != is_dynamic or embed.output_fmt in (Format.NCHW, Format.NCL) and not embed.flatten:
-            return f"patch_embed gives {embed.output_fmt.value}"
+            return f"patch_embed gives {embed.output_fmt}"
         for name, table in prefix.items():
             if why_not_table(name, table):
                 return why_not_table(name, table)
@@ -196,10 +196,13 @@ class _Whole(Fused):
         prefix = cat_rows(*self._prefix().values())
         return self.embed(images, proj.weight, proj.bias, pos_embed=self._positions(grid), prefix=prefix), grid
 
+    def prefix_names(self) -> tuple[str, ...]:
+        """What the host puts before its patches, in order."""
+        return ("cls_token", "reg_token")
+
     def _prefix(self) -> dict[str, Tensor]:
         """Class token and register or distillation tokens, by name."""
-        last = "reg_token" if attribute(self, "dist_token") is None else "dist_token"
-        found = {name: attribute(self, name) for name in ("cls_token", last)}
+        found = {name: attribute(self, name) for name in self.prefix_names()}
         return {name: table for name, table in found.items() if table is not None}
 
     def _positions(self, grid: list[int]) -> Tensor | None:
@@ -232,6 +235,10 @@ class VisionTransformer(_InPosEmbed):
         "timm.models.vision_transformer.VisionTransformer",
         "timm.models.deit.VisionTransformerDistilled",
     )
+
+    def prefix_names(self) -> tuple[str, ...]:
+        is_distilled = any(full_name(base) == self.hosts[1] for base in self._own_class.__mro__)
+        return ("cls_token", "dist_token" if is_distilled else "reg_token")
 
     def _pos_embed(self, x: Any) -> Tensor:
         if not isinstance(x, Deferred):
@@ -275,6 +282,9 @@ class Beit(_Whole):
 
     hosts = ("timm.models.beit.Beit",)
     overrides = ("forward", "forward_features", "forward_intermediates")
+
+    def prefix_names(self) -> tuple[str, ...]:
+        return ("cls_token",)
 
     def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return super().forward_intermediates(self._for_patch_embed(self.upright(x)), *args, **kwargs)

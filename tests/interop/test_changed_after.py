@@ -335,6 +335,15 @@ def test_a_class_token_a_sample(name: str):
     expect_the_library_s(name, model, untouched, launches=1 if name.startswith("timm") else 0)
 
 
+def test_a_token_that_the_host_does_not_read():
+    model, untouched = pair("timm-vit-registers", mean=MEAN, std=STD)
+    for side in (model, untouched):
+        torch.manual_seed(6)
+        side.dist_token = nn.Parameter(torch.randn(1, 1, 48))
+    expect = entry("timm-vit-registers").outputs(untouched, normalised(raw_images(), MEAN, STD))
+    expect_close(entry("timm-vit-registers").outputs(model, raw_images()), expect)
+
+
 @pytest.mark.parametrize("name", ["transformers-clip", "transformers-siglip"])
 def test_other_position_ids(name: str):
     """In another order they are looked up, by the host's module; a row for every sample is the host's alone."""

@@ -104,8 +104,8 @@ def test_floats_that_were_cast_before_the_door(name: str):
 def test_normalised_images_are_not_looked_at_twice(monkeypatch: pytest.MonkeyPatch):
     model, _ = pair("timm-vit", mean=MEAN, std=STD)
     looks = []
-    amax = Tensor.amax
-    monkeypatch.setattr(Tensor, "amax", lambda self, *args, **kwargs: looks.append(1) or amax(self, *args, **kwargs))
+    aminmax = Tensor.aminmax
+    monkeypatch.setattr(Tensor, "aminmax", lambda self: looks.append(1) or aminmax(self))
     for _ in range(3):
         model(entry("timm-vit").images())
     assert len(looks) == 1
@@ -243,6 +243,100 @@ def test_images_that_are_overwritten_before_the_backward(name: str):
     outputs = entry(name).outputs(model, torch.from_numpy(buffer))
     buffer[...] = 0
     expect_same_gradients(gradients(model, outputs), want)
+
+
+FRONTS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "masked": (lambda x: x.masked_fill(torch.arange(32) > 16, 0), "went into masked_fill"),
+    "padded": (lambda x: F.pad(x, (0, 1))[..., :32], "went into pad"),
+    "times a mask": (lambda x: x * (torch.arange(32) > 16), "went into mul"),
+    "chosen": (lambda x: torch.where(torch.arange(32) > 16, x, 0), "went into where"),
+    "negated": (lambda x: -x, "went into neg"),
+    "empty": (lambda x: torch.zeros_like(x), "went into zeros_like"),
+    "BGR": (lambda x: x[:, [2, 1, 0]], "channels moved"),
+    "channels flipped": (lambda x: x.flip(1), "channels moved"),
+    "one channel thrice": (lambda x: x[:, :1].expand(-1, 3, -1, -1), "channels moved"),
+    "written to": (lambda x: x.__setitem__((0,), 0), "can't be written to"),
+}
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_calculated_with_as_bytes_in_front(front: str):
+    """What comes out looks like raw pixels, and is not what the same makes of normalised ones."""
+    change, message = FRONTS[front]
+    model = fastvit.accelerate(Around(build("timm-vit"), change), mean=MEAN, std=STD)
+    with pytest.raises(RuntimeError, match=message):
+        model(raw_images())
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x: torch.flip(x, [3]),
+        lambda x: torch.clone(x),
+        lambda x: torch.cat([x[:1], x[1:]]),
+        lambda x: torch.flatten(torch.stack([x[:1], x[1:]]), 0, 1),
+        lambda x: torch.cat(list(x.chunk(2, dim=3)), dim=3),
+    ],
+)
+def test_a_loss_on_what_was_joined(join: Callable[[Any], Any]):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = build("timm-vit")
+
+        def forward(self, images: Any) -> Tensor:
+            return (self.vit(join(images)).mean() - images).square().mean()
+
+    untouched = Model()
+    model = fastvit.accelerate(copy.deepcopy(untouched), mean=MEAN, std=STD)
+    expect_close([model(raw_images())], [untouched(normalised(raw_images(), MEAN, STD))])
+
+
+def test_dark_images_that_were_cast():
+    """Neither a batch of zeros nor one of small numbers passes for normalised."""
+    model = Around(build("timm-vit"), lambda x: x.float())
+    fastvit.accelerate(model.model, mean=MEAN, std=STD)
+    model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    for images in (raw_images() // 8, raw_images()):
+        with pytest.raises(ValueError, match="raw pixels that were cast"):
+            model(images)
+
+
+def test_images_in_a_dictionary():
+    model = fastvit.accelerate(Around(build("timm-vit"), lambda batch: batch["image"].float()), mean=MEAN, std=STD)
+    want = model({"image": normalised(raw_images(), MEAN, STD)})
+    expect_close([model({"image": raw_images().permute(0, 2, 3, 1), "label": [3]})], [want])
+
+
+def test_parts_that_were_accelerated_apart():
+    model = fastvit.accelerate(Around(build("timm-vit"), lambda x: x), mean=MEAN, std=STD)
+    apart: tuple[dict[str, Any], ...] = ({}, {"mean": STD, "std": MEAN})
+    for arguments in apart:
+        fastvit.accelerate(model.model, **arguments)
+        with pytest.raises(RuntimeError, match="were accelerated apart"):
+            model(raw_images())
+
+
+def test_a_wrapper_that_splits_batches():
+    """It gets a tensor, which it knows how to split."""
+    seen: list[type] = []
+    model = Around(build("timm-vit"), lambda x: x)
+    model.model = nn.DataParallel(model.model)
+    model.model.register_forward_pre_hook(lambda _, args: seen.append(type(args[0])))
+    fastvit.accelerate(model, mean=MEAN, std=STD)
+    expect_close([model(raw_images())], [model(normalised(raw_images(), MEAN, STD))])
+    assert seen == [Tensor, Tensor]
+    fastvit.restore(model)
+    assert len(model.model._forward_pre_hooks) == 1
+
+
+def test_own_normalisation_compiles_once():
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    model = fastvit.accelerate(Around(build("timm-vit"), lambda x: (x.float() / 255 - mean) / std), mean=MEAN, std=STD)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(12):
+        got = compiled(raw_images())
+    expect_close([got], [model(raw_images())])
 
 
 def doors(model: nn.Module) -> list[str]:
