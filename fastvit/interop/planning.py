@@ -93,6 +93,7 @@ def restore(model: Model) -> Model:
 
 
 def check_module(model: object) -> None:
+    """Raise TypeError unless this is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 

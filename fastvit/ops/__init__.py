@@ -17,4 +17,5 @@ for _file in pkgutil.iter_modules(__path__):
 # An op, rather than the file of its name, is what users look for here.
 globals().update({name: op.call for name, op in OPS.items()})
 
-__all__ = ["OPS", "Op", "decompositions", "is_plain", "tell_counter", *OPS]
+__all__ = ["OPS", "Op", "decompositions", "is_plain", "tell_counter"]
+__all__ += list(OPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from fastvit import backend as backends
+from fastvit import functional
 from fastvit.backend import BACKENDS
 from fastvit.benchmarks import problem
 from fastvit.benchmarks.campaign import correctness, output, sanitize, tiny
@@ -82,7 +84,7 @@ def test_each_test_becomes_a_row_and_one_that_hangs_or_breaks_cuda_does_not_hold
     started = [row["test"].split("::test_")[-1] for row in rows if row["status"] == "started"]
     assert sorted(started) == ["after", "bad", "breaks_cuda", "good", "hung", "later", "set_up"]
     assert started.index("breaks_cuda") < max(map(started.index, ("good", "after"))), "which need a CUDA that works"
-    ended = [(row["test"].split("::")[-1], row) for row in rows if row["status"] != "started"]
+    ended = [(row["test"].split("::")[-1].rpartition("/")[2], row) for row in rows if row["status"] != "started"]
     assert sorted((name, row["status"]) for name, row in ended) == [
         ("test_after", "passed"), ("test_bad", "failed"),
         ("test_breaks_cuda", "failed"), ("test_breaks_cuda", "passed"),  # it showed after the test's own call
@@ -250,6 +252,7 @@ def test_the_validator_runs_an_op_at_a_time(tmp_path: Path, capsys: pytest.Captu
 def test_a_broken_cuda_leaves_the_rows_of_what_it_broke(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    @functools.wraps(functional.add_position)  # by whose arguments it is called
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 

@@ -102,6 +102,7 @@ def expected_gradients(grad: Tensor, images: Tensor, weight: Tensor, keep: Tenso
 
 # Layouts that mean the same tensor
 
+
 def sliced(tensor: Tensor) -> Tensor:
     """As every second of a tensor twice as wide."""
     wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)
@@ -128,6 +129,7 @@ LAYOUTS = (Tensor.contiguous, sliced, spread, transposed, channels_last)
 
 
 # add_position
+
 
 @pytest.mark.parametrize("out", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -180,6 +182,7 @@ def test_add_position_backward_of_nothing(ops: Any, shape: tuple[int, ...]) -> N
 
 
 # patch_embed
+
 
 @pytest.mark.parametrize("out", FLOATS)
 @pytest.mark.parametrize("compute", FLOATS)
@@ -312,6 +315,7 @@ def test_tf32_rounds_operands(ops: Any) -> None:
 
 # Messages: the argument, its value and what is accepted
 
+
 def call_add_position(ops: Any, **changes: Any) -> Tensor:
     arguments = {"tokens": torch.randn(2, 5, 8), "pos_embed": torch.randn(5, 8), "prefix": None, "dtype": F32}
     return ops.add_position_cuda(*(arguments | changes).values())
@@ -443,6 +447,7 @@ def test_run_primitive(ops: Any) -> None:
 
 
 # What the library leaves behind, and what it is made of
+
 
 @pytest.mark.parametrize("tokens", [torch.randn(2, 5, 8), torch.randn(2, 4, 8)], ids=["result", "error"])
 def test_no_reference_is_kept(ops: Any, tokens: Tensor) -> None:
