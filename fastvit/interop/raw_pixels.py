@@ -328,6 +328,17 @@ class Exit:
         return _unwrapped(args), {key: _unwrapped(value) for key, value in kwargs.items()}
 
 
+class Refusal(Exit):
+    """A hook on what passes over, in silence, whatever is no tensor or image: torchvision's transforms."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(isinstance(one, RawPixels) for one in _leaves((args, kwargs))):
+            raise RuntimeError(
+                f"raw pixels reached {type(module).__name__}, in front of the projection that normalises them: what it "
+                "makes of bytes is not what it makes of normalised images. Give this model floats, normalised as ever"
+            )
+
+
 def _unwrapped(value: Any) -> Any:
     if isinstance(value, RawPixels):
         return value.take("a wrapper that splits batches")
@@ -381,6 +392,8 @@ def open_doors(model: nn.Module, inside: Iterable[nn.Module], mean: Sequence[flo
     """Give every module of `model` around one of those `inside` a door."""
     parts = {id(module) for module in inside}
     for module in model.modules():
+        if any(base.__module__.startswith("torchvision.transforms.") for base in type(module).__mro__):
+            Refusal().put_in(module)
         if id(module) in parts or not any(id(inner) in parts for inner in module.modules()):
             continue
         if _scatters(module):

@@ -330,6 +330,23 @@ def test_a_wrapper_that_splits_batches():
     assert len(model.model._forward_pre_hooks) == 1
 
 
+def test_transforms_of_torchvision_inside_the_model():
+    """They pass over what is no image, so that nothing would be cropped."""
+    try:
+        transforms: Any = import_peer("torchvision.transforms.v2")
+    except ImportError as error:
+        pytest.skip(str(error))
+    model = nn.Sequential(transforms.CenterCrop(32), build("timm-vit"))
+    untouched = copy.deepcopy(model)
+    fastvit.accelerate(model, mean=MEAN, std=STD)
+    with pytest.raises(RuntimeError, match="raw pixels reached CenterCrop"):
+        model(raw_images(size=40))
+    images = normalised(raw_images(size=40), MEAN, STD)
+    expect_close([model(images)], [untouched(images)])
+    fastvit.restore(model)
+    assert not model[0]._forward_pre_hooks
+
+
 def test_own_normalisation_compiles_once():
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     model = fastvit.accelerate(Around(build("timm-vit"), lambda x: (x.float() / 255 - mean) / std), mean=MEAN, std=STD)
