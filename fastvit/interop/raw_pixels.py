@@ -277,8 +277,19 @@ def upright(images: Any, channels: int) -> Any:
     return images.movedim(-1, -3) if is_nhwc else images
 
 
-class Door:
-    """What brings raw images in at a module around accelerated ones: a hook that runs before its forward."""
+class Hook:
+    """One of ours on a module, which runs before its forward."""
+
+    def put_in(self, module: nn.Module) -> None:
+        """Before every other hook, by a name of its own: numbers are given out again in another process."""
+        hooks: Any = module._forward_pre_hooks
+        hooks[HOOK] = self
+        hooks.move_to_end(HOOK, last=False)
+        module._forward_pre_hooks_with_kwargs[HOOK] = True  # type: ignore[index]
+
+
+class Door(Hook):
+    """What brings raw images in at a module around accelerated ones."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = mean
@@ -287,13 +298,6 @@ class Door:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.welcomed(args, kwargs)
-
-    def put_in(self, module: nn.Module) -> None:
-        """Before every other hook, by a name of its own: numbers are given out again in another process."""
-        hooks: Any = module._forward_pre_hooks
-        hooks[HOOK] = self
-        hooks.move_to_end(HOOK, last=False)
-        module._forward_pre_hooks_with_kwargs[HOOK] = True  # type: ignore[index]
 
     def welcomed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a call, the raw images among them wrapped.
@@ -318,18 +322,15 @@ class Door:
         return type(value)(map(self._welcomed, value)) if type(value) in (tuple, list) else value
 
 
-class Exit:
-    """A hook that gives a wrapper that splits or moves tensors the raw images as one."""
-
-    def put_in(self, module: nn.Module) -> None:
-        Door.put_in(self, module)  # type: ignore[arg-type]
+class Exit(Hook):
+    """What gives a wrapper that splits or moves tensors the raw images as one."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _unwrapped(args), {key: _unwrapped(value) for key, value in kwargs.items()}
 
 
-class Refusal(Exit):
-    """A hook on what passes over, in silence, whatever is no tensor or image: torchvision's transforms."""
+class Refusal(Hook):
+    """What stops them before what passes over, in silence, whatever is no tensor or image: torchvision's transforms."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(isinstance(one, RawPixels) for one in _leaves((args, kwargs))):

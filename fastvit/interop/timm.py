@@ -165,15 +165,17 @@ class _Whole(Fused):
 
     def why_not_of(self, images: Tensor) -> str:
         embed, prefix = attribute(self, "patch_embed"), self._prefix()
-        if embed.why_not_of(images):
-            return embed.why_not_of(images)
+        reason = embed.why_not_of(images)
+        if reason:
+            return reason
         is_dynamic = bool(attribute(self, "dynamic_img_size"))
         is_map = embed.output_fmt == Format.NHWC and not embed.flatten
         if is_map != is_dynamic or embed.output_fmt in (Format.NCHW, Format.NCL) and not embed.flatten:
             return f"patch_embed gives {embed.output_fmt}"
         for name, table in prefix.items():
-            if why_not_table(name, table):
-                return why_not_table(name, table)
+            reason = why_not_table(name, table)
+            if reason:
+                return reason
         rows, columns = embed.grid_of(images)
         positioned = 0 if attribute(self, "no_embed_class") else sum([table.shape[1] for table in prefix.values()])
         return why_not_table(
