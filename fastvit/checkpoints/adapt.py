@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvit.checkpoints.arguments import grid_of, plain_size
 from fastvit.checkpoints.configs import is_flexi
 from fastvit.checkpoints.errors import CheckpointError
+from fastvit.checkpoints.layouts import FLAX
 from fastvit.checkpoints.recognition import Recognised
 from fastvit.model.patch_embed import pair, resample_patch_weight
 from fastvit.positions import resample_pos_embed
@@ -38,7 +39,7 @@ def adapt(recognised: Recognised, wanted: Mapping[str, Any]) -> Recognised:
             arguments[name] = plain_size(pair(name, wanted[name]))
     weight = adapt_channels(state["patch_embed.proj.weight"], wanted.get("in_chans", arguments["in_chans"]))
     arguments["in_chans"] = weight.shape[1]
-    is_bilinear = recognised.schema in ("jax", "big_vision") or is_flexi(recognised.config)
+    is_bilinear = recognised.schema in FLAX or is_flexi(recognised.config)
     resize: dict[str, Any] = {"interpolation": "bilinear" if is_bilinear else "bicubic", "antialias": not is_bilinear}
     patch_size = pair("patch_size", arguments["patch_size"])
     state["patch_embed.proj.weight"] = resample_patch_weight(weight, patch_size, **resize)

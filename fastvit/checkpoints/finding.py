@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvit.checkpoints.errors import CheckpointError, listed
 from fastvit.checkpoints.layouts import LAYOUTS
-from fastvit.checkpoints.naming import Layout, State, names_of
+from fastvit.checkpoints.naming import Layout, State
 
 ROOT = "."  # what a model is called that stands in the checkpoint by itself
 
@@ -33,19 +33,23 @@ class Model:
 
     Attributes:
         root: what all of its names begin with, "state_dict.model." for example.
-        layout: its names. prefix: before the encoder's, behind the root.
+        layout: its names.
         state: its tensors, without the root.
     """
 
     root: str
     layout: Layout
-    prefix: str
     state: State = field(default_factory=dict)
+
+    @property
+    def start(self) -> str:
+        """What the names of its encoder begin with."""
+        return self.root + self.layout.prefix
 
     @property
     def path(self) -> str:
         """What to call it."""
-        return (self.root + self.prefix)[:-1] or ROOT
+        return self.start[:-1] or ROOT
 
     @property
     def is_self_supervised(self) -> bool:
@@ -66,13 +70,13 @@ def find_models(state: Mapping[str, Tensor]) -> list[Model]:
     """Every Vision Transformer, by the names of its patches' projection and its blocks."""
     best: dict[str, tuple[tuple[int, int], Model]] = {}
     for layout in LAYOUTS:
-        for prefix in layout.prefixes:
-            for root in _roots(state, names_of(layout, prefix, "patch_embed.proj.weight")[0]):
-                places = [place for name in state if (place := _place(name, root, layout, prefix))]
-                score, model = (len(places), len(prefix)), Model(root, layout, prefix)
-                has_blocks = any(ours.startswith("blocks.") for ours, _ in places)
-                if has_blocks and (model.path not in best or score > best[model.path][0]):
-                    best[model.path] = score, model
+        for root in _roots(state, layout.names_of("patch_embed.proj.weight")[0]):
+            inside = [name.removeprefix(root) for name in state if name.startswith(root)]
+            places = [place for name in inside if (place := layout.find(name))]
+            score, model = (len(places), len(layout.prefix)), Model(root, layout)
+            has_blocks = any(ours.startswith("blocks.") for ours, _ in places)
+            if has_blocks and (model.path not in best or score > best[model.path][0]):
+                best[model.path] = score, model
     models = [model for _, model in best.values()]
     return [replace(model, state=_state_of(model, models, state)) for model in models]
 
@@ -82,15 +86,10 @@ def _roots(names: Iterable[str], anchor: str) -> list[str]:
     return [root for root in ends if root == "" or root[-1] in "./"]
 
 
-def _place(name: str, root: str, layout: Layout, prefix: str) -> tuple[str, int] | None:
-    return layout.find(name[len(root) :], prefix) if name.startswith(root) else None
-
-
 def _state_of(model: Model, models: Sequence[Model], state: Mapping[str, Tensor]) -> State:
     """What stands under a model's root, without the models that stand there too."""
-    own = model.root + model.prefix
-    others = [other.root if len(other.root) > len(model.root) else other.root + other.prefix for other in models]
-    inside = tuple(other for other in others if other.startswith(model.root) and not own.startswith(other))
+    others = [other.root if len(other.root) > len(model.root) else other.start for other in models]
+    inside = tuple(other for other in others if other.startswith(model.root) and not model.start.startswith(other))
     return {
         name[len(model.root) :]: tensor
         for name, tensor in state.items()
@@ -135,7 +134,7 @@ def _rank(model: Model) -> int:
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Of the tensors that the layout knows, less the head's, which only one of a pair may have."""
-    places = {name: model.layout.find(name, model.prefix) for name in model.state}
+    places = {name: model.layout.find(name) for name in model.state}
     return {
         place[0]: tuple(model.state[name].shape)
         for name, place in places.items()

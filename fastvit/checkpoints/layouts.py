@@ -5,7 +5,8 @@ Our names are timm's. A table gives the library's name for each of them; `Table`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,11 +18,8 @@ NO_POOLING = "FastViT has no attention pooling"
 NO_REPRESENTATION = "FastViT has no layer between pooling and head"
 NO_SECOND_HEAD = "FastViT has one head, not a second one on the distillation token"
 TWO_PARTS = "FastViT's head reads one pooled token, this one class token and mean together"
-
-
-def takes_head(reason: str) -> bool:
-    """Whether the head behind a refused part means nothing without it."""
-    return reason in (NO_POOLING, NO_REPRESENTATION, TWO_PARTS)
+# Parts without which the head behind them means nothing.
+TAKE_HEAD = (NO_POOLING, NO_REPRESENTATION, TWO_PARTS)
 
 
 def _table(outside: Table, block: str, inside: Table) -> Table:
@@ -115,7 +113,6 @@ def _vit(schema: str, block: str, mlp: Table) -> Layout:
         schema,
         "vit",
         _table(outside, block, inside),
-        prefixes=("", "vit.", "deit."),
         older={"cls_classifier.*": "head.*"},  # DeiT's, where it has a second head
         others={
             **dict.fromkeys(("embeddings.mask_token", "pooler.dense.*"), UNUSED),
@@ -152,7 +149,6 @@ def _dinov2(schema: str, mlp: Table) -> Layout:
         schema,
         "dinov2",
         _table(outside, "encoder.layer.#", inside),
-        prefixes=("", "dinov2.", "dinov2_with_registers."),
         others={"embeddings.mask_token": UNUSED},
         fixed={"global_pool": "token"},
         assumed={"norm_eps": 1e-6, "act_layer": "gelu"},
@@ -175,28 +171,42 @@ def _clip(schema: str, prefix: str) -> Layout:
         schema,
         "clip",
         _table(outside, "encoder.layers.#", inside),
-        prefixes=(prefix,),
+        prefix,
         others=dict.fromkeys(("embeddings.position_ids", "text_model.**", "text_projection.weight"), BESIDE),
         fixed={"global_pool": "token"},
         assumed={"norm_eps": 1e-5, "act_layer": "quick_gelu"},
-        projection=True,
     )
 
 
 VIT, VIT_V5 = _vit("huggingface", "encoder.layer.#", _VIT_MLP), _vit("huggingface-v5", "layers.#", _MLP)
 CLIP = _clip("huggingface", "vision_model.")
-CLIP_V5 = _clip("huggingface-v5", "")  # CLIPVisionModel; with a projection the prefix stays
+# Each by its schema and its kind of model; where they are read, the encoder's names may stand behind these prefixes.
+HUGGINGFACE = {
+    ("huggingface", "vit"): VIT,
+    ("huggingface-v5", "vit"): VIT_V5,
+    **{(schema, "dinov2"): _dinov2(schema, _MLP) for schema in _ATTENTION},
+    **{(schema, "dinov2-swiglu"): _dinov2(schema, mlp) for schema, mlp in _SWIGLU.items()},
+    ("huggingface", "clip"): CLIP,
+    ("huggingface-v5", "clip"): _clip("huggingface-v5", ""),  # CLIPVisionModel; with a projection the prefix stays
+}
+_PREFIXES = {"vit": ("", "vit.", "deit."), "dinov2": ("", "dinov2.", "dinov2_with_registers.")}
 
 # ---- JAX -------------------------------------------------------------------------------------------------------------
 # Flax keeps convolutions as [P_h, P_w, C, D], linear layers as [in, out], and attention with the heads apart:
 # query, key and value as [D, heads, D/heads], the output as [heads, D/heads, D].
 
-
-def _flax(name: str) -> Stored:
-    return reshaped(name, lambda kernel: kernel.T if kernel.dim() == 2 else kernel.permute(3, 2, 0, 1))
+FLAX = ("jax", "big_vision")  # their schemas
 
 
-def _flax_qkv(attention: str, kind: str) -> Stored:
+def _norm(ours: str, theirs: str) -> Table:
+    return {f"{ours}.weight": f"{theirs}/scale", f"{ours}.bias": f"{theirs}/bias"}
+
+
+def _layer(ours: str, theirs: str, read: Callable[[Tensor], Tensor]) -> Table:
+    return {f"{ours}.weight": reshaped(f"{theirs}/kernel", read), f"{ours}.bias": f"{theirs}/bias"}
+
+
+def _qkv(attention: str, kind: str) -> Stored:
     def read(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([part.flatten(1).T if part.dim() == 3 else part.flatten() for part in parts])
 
@@ -207,25 +217,24 @@ def _jax(schema: str, positions: str, attention: int, mlp: int, norm2: int) -> L
     """The layout with the numbers that Flax gave to the parts of a block."""
     block = "Transformer/encoderblock_#"
     attended, mixed = f"{block}/MultiHeadDotProductAttention_{attention}", f"{block}/MlpBlock_{mlp}"
-    table: dict[str, str | Stored] = {"cls_token": "cls", "pos_embed": positions}
-    norms = {"blocks.#.norm1": "LayerNorm_0", "blocks.#.norm2": f"LayerNorm_{norm2}"}
-    norms = {"norm": "Transformer/encoder_norm"} | {ours: f"{block}/{theirs}" for ours, theirs in norms.items()}
-    layers = {"blocks.#.mlp.fc1": f"{mixed}/Dense_0", "blocks.#.mlp.fc2": f"{mixed}/Dense_1"}
-    for ours, theirs in norms.items():
-        table |= {f"{ours}.weight": f"{theirs}/scale", f"{ours}.bias": f"{theirs}/bias"}
-    for ours, theirs in {"patch_embed.proj": "embedding", "head": "head", **layers}.items():
-        table |= {f"{ours}.weight": _flax(f"{theirs}/kernel"), f"{ours}.bias": f"{theirs}/bias"}
-    table |= {
-        f"blocks.#.attn.qkv.{ours}": _flax_qkv(attended, kind)
-        for ours, kind in (("weight", "kernel"), ("bias", "bias"))
+    table: Table = {
+        "cls_token": "cls",
+        "pos_embed": positions,
+        **_layer("patch_embed.proj", "embedding", lambda kernel: kernel.permute(3, 2, 0, 1)),
+        **_norm("blocks.#.norm1", f"{block}/LayerNorm_0"),
+        "blocks.#.attn.qkv.weight": _qkv(attended, "kernel"),
+        "blocks.#.attn.qkv.bias": _qkv(attended, "bias"),
+        **_layer("blocks.#.attn.proj", f"{attended}/out", lambda kernel: kernel.flatten(0, 1).T),
+        **_norm("blocks.#.norm2", f"{block}/LayerNorm_{norm2}"),
+        **_layer("blocks.#.mlp.fc1", f"{mixed}/Dense_0", torch.t),
+        **_layer("blocks.#.mlp.fc2", f"{mixed}/Dense_1", torch.t),
+        **_norm("norm", "Transformer/encoder_norm"),
+        **_layer("head", "head", torch.t),
     }
-    table["blocks.#.attn.proj.weight"] = reshaped(f"{attended}/out/kernel", lambda kernel: kernel.flatten(0, 1).T)
-    table["blocks.#.attn.proj.bias"] = f"{attended}/out/bias"
     return Layout(
         schema,
         "vit",
         table,
-        head_has_prefix=True,
         others={"pre_logits/**": NO_REPRESENTATION, "MAPHead_0/**": NO_POOLING},
         assumed={"norm_eps": 1e-6, "act_layer": "gelu_tanh"},  # JAX's gelu is the approximation by tanh
     )
@@ -234,18 +243,11 @@ def _jax(schema: str, positions: str, attention: int, mlp: int, norm2: int) -> L
 LAYOUTS = (
     TIMM,
     TORCHVISION,
-    VIT,
-    VIT_V5,
-    *(_dinov2(schema, _MLP) for schema in _ATTENTION),
-    *(_dinov2(schema, mlp) for schema, mlp in _SWIGLU.items()),
-    CLIP,
-    CLIP_V5,
+    *(
+        replace(layout, prefix=prefix)
+        for layout in HUGGINGFACE.values()
+        for prefix in _PREFIXES.get(layout.family, (layout.prefix,))
+    ),
     _jax("jax", "Transformer/posembed_input/pos_embedding", attention=1, mlp=3, norm2=2),
     _jax("big_vision", "pos_embedding", attention=0, mlp=0, norm2=1),
 )
-
-
-def layout_named(schema: str, family: str, swiglu: bool = False) -> Layout:
-    """The layout of a schema for a family."""
-    found = [layout for layout in LAYOUTS if layout.schema == schema and layout.family == family]
-    return found[1] if swiglu else found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -55,44 +55,50 @@ class Layout:
     Attributes:
         schema: "timm", "torchvision", "huggingface", "huggingface-v5", "jax" or "big_vision".
         family: what the model is where nothing says more.
-        table: its names; those of the encoder stand behind one of `prefixes`, those of the head do not, unless
-            `head_has_prefix`.
+        table: its names; those of the encoder, but not those of the head, stand behind `prefix`.
         older: names of earlier versions or of a model's own code, and ours for them.
         others: names that are understood and not the model's: `UNUSED`, `BESIDE`, or why FastViT has no place for them.
         fixed: arguments that its classes have in any case.
         assumed: arguments that its code takes where nothing says otherwise.
-        projection: the head has no bias.
     """
 
     schema: str
     family: str
     table: Table
-    prefixes: tuple[str, ...] = ("",)
-    head_has_prefix: bool = False
+    prefix: str = ""
     older: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     assumed: Mapping[str, Any] = field(default_factory=dict)
-    projection: bool = False
 
-    def find(self, name: str, prefix: str) -> tuple[str, int] | None:
+    def find(self, name: str) -> tuple[str, int] | None:
         """Our name for a file's tensor, and which part of it that is; None if it has no place."""
-        for pattern, ours, part in _rows(self, prefix):
+        for pattern, ours, part in _rows(self):
             if match := pattern.fullmatch(name):
                 return _filled(ours, match), part
         return None
 
-    def stored(self, ours: str, prefix: str) -> tuple[Stored, list[str]] | None:
-        """How our tensor is stored, and its names in a file; None: it can't be."""
+    def stored(self, ours: str) -> Stored | None:
+        """How our tensor is stored, under its full names in a file; None: it can't be."""
         for pattern, where in self.table.items():
             if match := _pattern(pattern).fullmatch(ours):
                 stored = _as_stored(where)
-                return stored, [_filled(self.join(ours, name, prefix), match) for name in stored.names]
+                return replace(stored, names=tuple(_filled(self.full(ours, name), match) for name in stored.names))
         return None
 
-    def join(self, ours: str, name: str, prefix: str) -> str:
+    def names_of(self, ours: str) -> tuple[str, ...]:
+        """What our tensor is called in a file; our own name where the layout has none."""
+        stored = self.stored(ours)
+        return (ours,) if stored is None else stored.names
+
+    def meaning(self, name: str) -> str:
+        """What `others` says of a file's tensor; "" where it is unknown."""
+        short = name.removeprefix(self.prefix)
+        return next((meaning for key, meaning in self.others.items() if _pattern(key).fullmatch(short)), "")
+
+    def full(self, ours: str, name: str) -> str:
         """The full name in a file."""
-        return name if ours.startswith("head.") and not self.head_has_prefix else prefix + name
+        return name if ours.startswith("head.") else self.prefix + name
 
 
 @dataclass(frozen=True)
@@ -118,22 +124,18 @@ class Names:
     misshapen: list[str] = field(default_factory=list)
 
 
-def read_names(layout: Layout, prefix: str, state: Mapping[str, Tensor]) -> Names:
+def read_names(layout: Layout, state: Mapping[str, Tensor]) -> Names:
     """Sort a file's tensors; those of the model come in our names and our arrangement."""
     found = Names()
     parts: dict[str, dict[int, str]] = {}
     for name, tensor in state.items():
-        short = name.removeprefix(prefix)
-        place = layout.find(name, prefix)
-        if place is not None:
+        if place := layout.find(name):
             ours, part = place
             first = parts.setdefault(ours, {}).setdefault(part, name)
             if first != name:
                 found.misshapen.append(f"{name}: {first} is the same tensor by another name")
-            continue
-        meaning = next((why for key, why in layout.others.items() if _pattern(key).fullmatch(short)), "")
-        if meaning == UNUSED:
-            found.unused[short] = tensor
+        elif (meaning := layout.meaning(name)) == UNUSED:
+            found.unused[name.removeprefix(layout.prefix)] = tensor
         elif meaning == BESIDE:
             found.beside.append(name)
         elif meaning:
@@ -141,22 +143,18 @@ def read_names(layout: Layout, prefix: str, state: Mapping[str, Tensor]) -> Name
         else:
             found.unknown.append(name)
     for ours, names in parts.items():
-        _assemble(layout, prefix, ours, names, state, found)
+        _assemble(layout, ours, names, state, found)
     return found
 
 
-def _assemble(
-    layout: Layout, prefix: str, ours: str, names: Mapping[int, str], state: Mapping[str, Tensor], found: Names
-) -> None:
+def _assemble(layout: Layout, ours: str, names: Mapping[int, str], state: Mapping[str, Tensor], found: Names) -> None:
     """Put our tensor together from its parts in the file."""
-    where = layout.stored(ours, prefix)
-    if where is None:
-        raise CheckpointError(f"{ours}: the table of {layout.schema} names it only in one direction")
-    stored, whole = where
-    if len(names) < len(whole):
-        found.missing.extend(name for part, name in enumerate(whole) if part not in names)
+    stored = layout.stored(ours)
+    assert stored is not None, f"{ours}: the table of {layout.schema} names it only in one direction"
+    if len(names) < len(stored.names):
+        found.missing.extend(name for part, name in enumerate(stored.names) if part not in names)
         return
-    in_order = {names[part]: state[names[part]] for part in range(len(whole))}
+    in_order = {names[part]: state[names[part]] for part in range(len(names))}
     try:
         found.state[ours] = stored.read(list(in_order.values()))
     except Refusal as refusal:
@@ -167,40 +165,33 @@ def _assemble(
 
 
 def write_names(layout: Layout, prefix: str, state: Mapping[str, Tensor]) -> State:
-    """Our tensors in a library's names and arrangement.
+    """Our tensors in a library's names, the encoder's behind `prefix`, and in its arrangement.
 
     Raises:
         CheckpointError: the library has no place for a tensor; names all of them.
     """
+    layout = replace(layout, prefix=prefix)
     out: State = {}
     lost: list[str] = []
     for ours, tensor in state.items():
-        where = layout.stored(ours, prefix)
-        if where is None or where[0].write is None:
+        stored = layout.stored(ours)
+        if stored is None or stored.write is None:
             lost.append(ours)
             continue
-        for name, part in zip(where[1], where[0].write(tensor), strict=True):
-            out[name] = part.contiguous()
+        out |= {name: part.contiguous() for name, part in zip(stored.names, stored.write(tensor), strict=True)}
     if lost:
         raise CheckpointError(f"{layout.schema}: has no place for {', '.join(lost)}")
     return out
 
 
-def names_of(layout: Layout, prefix: str, ours: str) -> list[str]:
-    """What our tensor is called in a file; our own name where the layout has none."""
-    where = layout.stored(ours, prefix)
-    return [ours] if where is None else where[1]
-
-
 @cache
-def _rows(layout: Layout, prefix: str) -> list[tuple[re.Pattern[str], str, int]]:
+def _rows(layout: Layout) -> list[tuple[re.Pattern[str], str, int]]:
     """The table with patterns of a file's names first, older names too: pattern, our name, part."""
     rows = [
-        (_pattern(layout.join(ours, name, prefix)), ours, part)
-        for ours, where in layout.table.items()
-        for part, name in enumerate(_as_stored(where).names)
+        (name, ours, part) for ours, where in layout.table.items() for part, name in enumerate(_as_stored(where).names)
     ]
-    return rows + [(_pattern(layout.join(ours, name, prefix)), ours, 0) for name, ours in layout.older.items()]
+    rows += [(name, ours, 0) for name, ours in layout.older.items()]
+    return [(_pattern(layout.full(ours, name)), ours, part) for name, ours, part in rows]
 
 
 def _as_stored(where: str | Stored) -> Stored:

@@ -16,8 +16,8 @@ from fastvit.checkpoints.errors import CheckpointError, listed
 from fastvit.checkpoints.files import Checkpoint
 from fastvit.checkpoints.finding import Model, choose, find_models, normalised
 from fastvit.checkpoints.foreign import DEQUANTISE, QUANTISED, foreign_features, foreign_model
-from fastvit.checkpoints.layouts import LAYOUTS, MANY_LAYERS, takes_head
-from fastvit.checkpoints.naming import Layout, Names, State, names_of, read_names
+from fastvit.checkpoints.layouts import FLAX, LAYOUTS, MANY_LAYERS, TAKE_HEAD
+from fastvit.checkpoints.naming import Layout, Names, State, read_names
 
 KEPT = "unused."  # FastViT's own folders keep what the model does not use under this
 
@@ -91,12 +91,12 @@ def _recognise(checkpoint: Checkpoint, key: str | None, known: Mapping[str, Any]
     layout = model.layout
     kept = {name.removeprefix(KEPT): tensor for name, tensor in model.state.items() if name.startswith(KEPT)}
     state = {name: tensor for name, tensor in model.state.items() if not name.startswith(KEPT)}
-    found = read_names(layout, model.prefix, state)
+    found = read_names(layout, state)
     _set_aside(model, found)
     _refuse_integers(found.state)
     if "patch_embed.proj.weight" not in found.state:  # its name is there, so that only its shape can be wrong
         raise CheckpointError("; ".join(found.misshapen))
-    if layout.projection and "head.weight" in found.state:
+    if "head.weight" in found.state and layout.stored("head.bias") is None:
         weight = found.state["head.weight"]
         found.state["head.bias"] = torch.zeros(weight.shape[:1], dtype=weight.dtype)
     family = family or _family(model, state, found)
@@ -119,7 +119,7 @@ def _recognise(checkpoint: Checkpoint, key: str | None, known: Mapping[str, Any]
         source=checkpoint.source,
         notes=notes,
     )
-    _compare(recognised, layout, model.prefix)
+    _compare(recognised, layout)
     return recognised
 
 
@@ -137,8 +137,7 @@ def _model_of(state: State, others: Sequence[str], key: str | None) -> tuple[Mod
     if not models:
         raise CheckpointError(_nothing_found(names))
     model = choose(models, key)
-    start = model.root + model.prefix
-    strange = foreign_features([name.removeprefix(model.root) for name in names if name.startswith(start)])
+    strange = foreign_features([name.removeprefix(model.root) for name in names if name.startswith(model.start)])
     if strange:
         raise CheckpointError(strange)
     beside = list(dict.fromkeys(_apart(name, model.root) for name in names if not name.startswith(model.root)))
@@ -168,11 +167,10 @@ def _nothing_found(names: Sequence[str]) -> str:
     """What a checkpoint without a Vision Transformer seems to be."""
     if strange := foreign_model(names):
         return strange
-    places = {layout: [place for name in names if (place := layout.find(name, ""))] for layout in LAYOUTS}
+    places = {layout: [place for name in names if (place := layout.find(name))] for layout in LAYOUTS}
     layout = max(places, key=lambda layout: len(places[layout]))
     if any(ours.startswith("blocks.") for ours, _ in places[layout]):  # which a text model may name as a ViT does
-        patches = names_of(layout, "", "patch_embed.proj.weight")[0]
-        return f"has {layout.schema}'s names of a ViT, but no {patches}"
+        return f"has {layout.schema}'s names of a ViT, but no {layout.names_of('patch_embed.proj.weight')[0]}"
     return f"no names of a Vision Transformer's patches and blocks; it has {', '.join(names[:3])}"
 
 
@@ -197,7 +195,7 @@ def _family(model: Model, state: State, found: Names) -> str:
         table = ours.get("pos_embed")
         is_dino = "mask_token" in found.unused or "reg_token" in ours or table is None or _is_odd_square(table)
         return "dinov2" if is_dino else "deit3"
-    return "deit" if model.prefix == "deit." else "vit"
+    return "deit" if layout.prefix == "deit." else "vit"
 
 
 def _is_odd_square(table: Tensor) -> bool:
@@ -208,23 +206,21 @@ def _is_odd_square(table: Tensor) -> bool:
 
 def _heads_of_flax(layout: Layout, state: State) -> dict[str, Any]:
     """Flax stores the heads apart, so that a file says how many there are."""
-    kernel = state.get(names_of(layout, "", "blocks.0.attn.qkv.weight")[0])
-    has_heads = layout.head_has_prefix and kernel is not None and kernel.dim() == 3
-    return {"num_heads": kernel.shape[1]} if has_heads and kernel is not None else {}
+    kernel = state.get(layout.names_of("blocks.0.attn.qkv.weight")[0]) if layout.schema in FLAX else None
+    return {} if kernel is None or kernel.dim() != 3 else {"num_heads": kernel.shape[1]}
 
 
 def _set_aside(model: Model, found: Names) -> None:
     """Take out what goes with a part that FastViT lacks, and what only stands beside the model."""
-    reason = next((reason for reason in found.refused.values() if takes_head(reason)), "")
+    reason = next((reason for reason in found.refused.values() if reason in TAKE_HEAD), "")
     for ours in [name for name in found.state if reason and name.startswith("head.")]:
         del found.state[ours]
-        names = names_of(model.layout, model.prefix, ours)
-        found.refused.update(dict.fromkeys(names, f"reads what was refused; {reason}"))
+        found.refused.update(dict.fromkeys(model.layout.names_of(ours), f"reads what was refused; {reason}"))
     projection = [name for name, why in found.refused.items() if why == MANY_LAYERS and model.is_self_supervised]
     outside = [
         name
         for name in found.unknown  # where a number of no dimension counts something
-        if _BESIDE.match(name) or not name.startswith(model.prefix) or model.state[name].dim() == 0
+        if _BESIDE.match(name) or not name.startswith(model.layout.prefix) or model.state[name].dim() == 0
     ]
     for name in projection:
         del found.refused[name]
@@ -258,13 +254,13 @@ def fitting(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> St
     return {name: t for name, t in state.items() if shapes.get(name) == t.shape and t.is_floating_point()}
 
 
-def _compare(recognised: Recognised, layout: Layout, prefix: str) -> None:
+def _compare(recognised: Recognised, layout: Layout) -> None:
     """Fill in what is unknown, missing or misshapen, under the checkpoint's own names."""
     shapes = expected_shapes(recognised.arguments)
     already = set(recognised.missing)
     troubled = " ".join(recognised.misshapen)
     for ours, shape in shapes.items():
-        names = names_of(layout, prefix, ours)
+        names = layout.names_of(ours)
         tensor, called = recognised.state.get(ours), " + ".join(names)
         if tensor is None:
             # of parts, those that are there were never put together
@@ -275,5 +271,5 @@ def _compare(recognised: Recognised, layout: Layout, prefix: str) -> None:
         elif tensor.shape != shape:
             recognised.misshapen.append(f"{called}: shape {list(tensor.shape)}, expected {list(shape)} as {ours}")
     for ours in recognised.state.keys() - shapes.keys():
-        recognised.unknown.extend(names_of(layout, prefix, ours))
+        recognised.unknown.extend(layout.names_of(ours))
     recognised.unknown.sort()

@@ -12,7 +12,7 @@ from fastvit._version import __version__
 from fastvit.checkpoints.arguments import NORM_EPS, plain_size
 from fastvit.checkpoints.configs import PLAIN, huggingface_class, huggingface_config, timm_config
 from fastvit.checkpoints.errors import CheckpointError, listed
-from fastvit.checkpoints.layouts import CLIP, TIMM, TORCHVISION, layout_named
+from fastvit.checkpoints.layouts import CLIP, HUGGINGFACE, TIMM, TORCHVISION
 from fastvit.checkpoints.naming import UNUSED, State, write_names
 from fastvit.checkpoints.recognition import KEPT, Recognised
 
@@ -85,7 +85,7 @@ def _huggingface(recognised: Recognised, schema: str) -> tuple[State, dict[str, 
     kind = huggingface_class(recognised.family, arguments)
     name = f"transformers' {kind.name_for(arguments)}"
     _check(kind.limits, name, arguments)
-    layout = layout_named(schema, kind.layout, arguments["mlp_layer"] == "swiglu")
+    layout = HUGGINGFACE[schema, kind.layout + ("-swiglu" if arguments["mlp_layer"] == "swiglu" else "")]
     state = _with_class_position(recognised)
     for size in ("img_size", "patch_size"):
         if kind.layout != "vit" and not isinstance(plain_size(arguments[size]), int):
@@ -94,7 +94,7 @@ def _huggingface(recognised: Recognised, schema: str) -> tuple[State, dict[str, 
         layout = CLIP  # CLIPVisionModelWithProjection has version 4's names in version 5 too
         if not _is_zero(state.pop("head.bias")):
             raise CheckpointError(f"head.bias: {name} has a projection without a bias")
-    prefix = layout.prefixes[0] if kind.layout == "clip" else kind.prefix_for(arguments)
+    prefix = layout.prefix if kind.layout == "clip" else kind.prefix_for(arguments)
     out = write_names(layout, prefix, state)
     for own, tensor in recognised.unused.items():
         theirs = "embeddings.mask_token" if own == "mask_token" else own
