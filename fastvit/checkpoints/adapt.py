@@ -36,7 +36,7 @@ def adapt(recognised: Recognised, wanted: Mapping[str, Any]) -> Recognised:
     old_grid = grid_of(arguments)
     for name in ("img_size", "patch_size"):
         if name in wanted:
-            arguments[name] = plain_size(pair(name, wanted[name]))
+            arguments[name] = plain_size(name, wanted[name])
     weight = adapt_channels(state["patch_embed.proj.weight"], wanted.get("in_chans", arguments["in_chans"]))
     arguments["in_chans"] = weight.shape[1]
     is_bilinear = recognised.schema in FLAX or is_flexi(recognised.config)

@@ -79,7 +79,7 @@ def arguments_of(
             assumed.append(f"{name}={value!r}{why}")
 
     assume("img_size", None if "img_size" in found else _image_size(found, state, known.get("no_embed_class"), sizes))
-    found["img_size"] = plain_size(pair("img_size", found["img_size"]))
+    found |= {name: plain_size(name, found[name]) for name in ("img_size", "patch_size")}
     prefix = int(found["class_token"]) + found["reg_tokens"]
     if prefix and _rows(state) == math.prod(grid_of(found)):
         assume("no_embed_class", True, " (as many positions as patches)")
@@ -108,7 +108,7 @@ def _from_shapes(state: State) -> dict[str, Any]:
     has_gate = fc2 is not None and fc2.dim() == 2 and 2 * fc2.shape[1] == hidden
     head = state.get("head.weight")
     return {
-        "patch_size": plain_size(patch),
+        "patch_size": patch,
         "in_chans": channels,
         "num_classes": 0 if head is None else head.shape[0] if head.dim() == 2 else 1,
         "embed_dim": width,
@@ -135,9 +135,9 @@ def mlp_ratio_of(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def plain_size(size: int | Sequence[int]) -> int | list[int]:
+def plain_size(name: str, size: Any) -> int | list[int]:
     """One number for a square, else [height, width]."""
-    height, width = pair("size", list(size) if isinstance(size, Sequence) else size)
+    height, width = pair(name, size)
     return height if height == width else [height, width]
 
 
@@ -163,7 +163,7 @@ def _image_size(found: Mapping[str, Any], state: State, told: bool | None, sizes
     sides = {extra: math.isqrt(max(rows - extra, 0)) for extra in positioned}
     squares = {extra: side for extra, side in sides.items() if side and side * side == rows - extra}
     fitting = {
-        extra: plain_size(size)
+        extra: plain_size("img_size", size)
         for size in reversed(sizes)
         for extra in reversed(positioned)
         if rows - extra == math.prod(grid_of({"img_size": size, "patch_size": patch}))
@@ -173,7 +173,9 @@ def _image_size(found: Mapping[str, Any], state: State, told: bool | None, sizes
             f"pos_embed: {rows} rows may be a square of patches or those of {list(fitting.values())[0]}; "
             "say which, with no_embed_class=True or False"
         )
-    for size in (*(plain_size((side * patch[0], side * patch[1])) for side in squares.values()), *fitting.values()):
+    for side in squares.values():
+        return plain_size("img_size", (side * patch[0], side * patch[1]))
+    for size in fitting.values():
         return size
     raise CheckpointError(
         f"pos_embed: {rows} rows, {max(positioned)} of them of class and register tokens, leave no square of patches; "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastvit.checkpoints.arguments import NORM_EPS, nearest_variant, plain_size
+from fastvit.checkpoints.arguments import NORM_EPS, nearest_variant
 from fastvit.checkpoints.errors import CheckpointError
 from fastvit.model.arguments import POOLS
 from fastvit.model.variants import list_models, variant_arguments
@@ -114,7 +114,6 @@ def _of_images(config: Mapping[str, Any]) -> dict[str, Any]:
 def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     names = {**_NAMES, "no_embed_class": "no_embed_class"}
     known = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
-    known |= {name: plain_size(known[name]) for name in ("img_size", "patch_size") if name in known}
     activation = config.get("hidden_act")
     if activation is not None and not config.get("use_swiglu_ffn"):
         if activation not in _ACTIVATIONS:
@@ -141,7 +140,6 @@ def huggingface_config(
         config.pop(outdated, None)
     config.update(architectures=[kind.name_for(arguments)], model_type=kind.model_type)
     config.update({theirs: arguments[ours] for ours, theirs in _NAMES.items()})
-    config.update({theirs: plain_size(config[theirs]) for theirs in ("image_size", "patch_size")})
     activation = next((theirs for theirs, ours in _ACTIVATIONS.items() if ours == arguments["act_layer"]), "")
     if not activation:
         raise CheckpointError(f"act_layer: {arguments['act_layer']!r} has no name in transformers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from .errors import CheckpointError, listed
 from .formats import CONFIG, FOLDER_WEIGHTS, read_file, read_json
-from .hub import download, hub_name
 
 # Files of folders that have weights of another kind.
 _FOREIGN_FOLDERS = {
@@ -20,6 +20,17 @@ _FOREIGN_FOLDERS = {
     ".metadata": "shards of torch.distributed.checkpoint; its format_utils.dcp_to_torch_save makes one file of them",
 }
 DEPTH = 8  # dictionaries inside each other, at most
+
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:", "hf://")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+# What a file is called that was meant by "folder/file".
+_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".json", ".ckpt")
+
+# The first that has weights: a repository often holds the same ones several times.
+_HUB_WEIGHTS = (
+    ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
+)
 
 
 @dataclass(frozen=True)
@@ -103,31 +114,25 @@ def _read_folder(folder: Path, source: str, allow: Sequence[str]) -> Checkpoint:
 
 
 def _read_shards(index: Path, allow: Sequence[str]) -> dict[str, Any]:
-    gathered: dict[str, Any] = {}
-    for path, expected in _shards(index).items():
-        _, contents, _ = read_file(path, allow)
-        found = set(contents) if isinstance(contents, Mapping) else set()
-        if found != expected:
-            differing = listed(sorted(map(str, found ^ expected)))
-            raise CheckpointError(f"{path}: differs from what {index.name} says is in it: {differing}")
-        gathered.update(contents)
-    return gathered
-
-
-def _shards(index: Path) -> dict[Path, set[str]]:
-    """The files that an index names, with the names of the tensors in each."""
+    """The contents of the files that an index names; each has to be what the index says."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise CheckpointError(f"{index}: expected a weight_map from names of tensors to files")
-    shards: dict[Path, set[str]] = {}
-    for file in dict.fromkeys(names.values()):
-        path = index.parent / file
+    shards = list(dict.fromkeys(names.values()))
+    for file in shards:
         if Path(file).name != file:
             raise CheckpointError(f"{index}: {file!r} is not a file of this folder")
-        if not path.is_file():
+        if not (index.parent / file).is_file():
             raise CheckpointError(f"{index}: the shard {file} is missing")
-        shards[path] = {name for name, where in names.items() if where == file}
-    return shards
+    gathered: dict[str, Any] = {}
+    for file in shards:
+        contents = read_file(index.parent / file, allow)[1]
+        found = set(contents) if isinstance(contents, Mapping) else set()
+        if differing := found ^ {name for name, where in names.items() if where == file}:
+            what = listed(sorted(map(str, differing)))
+            raise CheckpointError(f"{index.parent / file}: differs from what {index.name} says is in it: {what}")
+        gathered.update(contents)
+    return gathered
 
 
 def _flat(contents: Any, config: dict[str, Any] | None, kind: str, source: str) -> Checkpoint:
@@ -155,3 +160,52 @@ def _flat(contents: Any, config: dict[str, Any] | None, kind: str, source: str) 
     if not state:
         raise CheckpointError(f"{source}: no weights in it; it {'has ' + listed(others) if others else 'is empty'}")
     return Checkpoint(state, config, kind, source, tuple(others))
+
+
+def hub_name(source: str) -> str:
+    """`source` as "owner/name" or "owner/name@revision" where it can be a name on the hub, else ""."""
+    for prefix in _HUB_PREFIXES:
+        if source.startswith(prefix):
+            return source.removeprefix(prefix)
+    return source if _HUB_NAME.fullmatch(source) and not source.endswith(_FILE_SUFFIXES) else ""
+
+
+def download(name: str) -> Path:
+    """The folder with config.json and the weights of `name`, from the hub or from its cache.
+
+    Raises:
+        CheckpointError: the name is no name, is not there, or neither hub nor cache has it within reach.
+        ImportError: huggingface_hub is not installed.
+    """
+    if not _HUB_NAME.fullmatch(name):
+        raise CheckpointError(f"{name}: not a name on the hub; accepted is owner/name or owner/name@revision")
+    try:
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise ImportError(f"{name}: a name on the hub needs huggingface_hub (pip install huggingface_hub)") from error
+    repository, _, revision = name.partition("@")
+    for weights in _HUB_WEIGHTS:
+        try:
+            folder = hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=["config.json", *weights]
+            )
+        # The hub's own errors, the network library's (it differs by version), the cache's.
+        except Exception as error:
+            raise CheckpointError(_reason(name, error)) from error
+        if any((Path(folder) / file).is_file() for file in FOLDER_WEIGHTS):
+            return Path(folder)
+    raise CheckpointError(
+        f"{name}: the repository has no weights that can be read (model.safetensors, pytorch_model.bin)"
+    )
+
+
+def _reason(name: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if kind == "GatedRepoError":
+        return f"{name}: the repository asks for access; request it on the hub and log in with `hf auth login`"
+    if kind in ("RepositoryNotFoundError", "RevisionNotFoundError"):
+        return f"{name}: no such file or folder, and no such repository or revision on the hub"
+    if kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+        return f"{name}: no such file or folder, and the hub can't be reached and its cache has no copy"
+    return f"{name}: no such file or folder, and the hub gave {kind}: {text[:160]}"

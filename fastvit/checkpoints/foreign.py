@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 QUANTISED = "a model with quantised weights"
 DEQUANTISE = "dequantise it first, and save its state_dict()"
@@ -16,7 +16,7 @@ _NOT_READ = "FastViT does not read these names; convert it to timm's first"
 
 # Names are searched for these from top to bottom, the particular before the general.
 # These appear among names that a plain ViT has too, and change what the model computes:
-_FEATURES = (
+FEATURES = (
     (r"\.(lora_\w+|base_layer|ia3_l|hada_\w+|lokr_\w+|[bh]?oft_\w+|vera_lambda_\w+|modules_to_save)(\.|$)",
      "an adapter such as LoRA that is not merged into its model",
      "merge it first, with peft's merge_and_unload(), and save the state_dict() of what that returns"),
@@ -35,8 +35,8 @@ _FEATURES = (
     (r"mlp\.fc1_[gx]\.", "a ViT with a gated MLP in two parts", "FastViT's gated MLP has one first layer"),
 )  # fmt: skip
 
-# These are recognised where no names of a ViT's patches, or of its blocks, were found:
-_MODELS = (
+# These too are looked for where no names of a ViT's patches, or of its blocks, were found:
+MODELS = FEATURES + (
     (r"(^|\.)visual\.(conv1|transformer)", "a CLIP in OpenAI's names", _NOT_READ),
     (r"(^|\.)_?flat_param(_\d+)?$", "a part of a model that FSDP holds in shards", "save its full state_dict instead"),
     (r"downsample_layers\.|\.dwconv\.|conv_dw\.weight|dwconv\.weight", "a ConvNeXt or MobileNet", _ONLY_PATCHES),
@@ -49,18 +49,8 @@ _MODELS = (
 )  # fmt: skip
 
 
-def foreign_features(names: Iterable[str]) -> str:
-    """What a model is that has a ViT's names and more, and why FastViT can't express it; "" if nothing was found."""
-    return _first(_FEATURES, names)
-
-
-def foreign_model(names: Iterable[str]) -> str:
-    """What a model is that lacks a ViT's names, and why FastViT can't express it; "" if nothing was found."""
-    return _first(_FEATURES + _MODELS, names)
-
-
-def _first(table: tuple[tuple[str, str, str], ...], names: Iterable[str]) -> str:
-    names = list(names)
+def found_in(table: tuple[tuple[str, str, str], ...], names: Sequence[str]) -> str:
+    """What a model with these names is, and why FastViT can't express it; "" if nothing of `table` was found."""
     for pattern, model, reason in table:
         name = next((name for name in names if re.search(pattern, name)), None)
         if name is not None:

@@ -18,7 +18,7 @@ from fastvit.checkpoints.errors import CheckpointError, listed
 from fastvit.checkpoints.files import Checkpoint, read_checkpoint
 from fastvit.checkpoints.recognition import Recognised, expected_shapes, fitting, recognise
 from fastvit.checkpoints.targets import SCHEMAS, remarks, to_schema
-from fastvit.checkpoints.writing import write_checkpoint
+from fastvit.checkpoints.writing import TORCH_SUFFIXES, is_folder_name, write_checkpoint
 from fastvit.model import VisionTransformer
 
 LISTED = 20  # names in an error, at most
@@ -123,11 +123,10 @@ def convert(
     strange = sorted(overrides.keys() - set(_CONVERTED))
     if strange:
         raise TypeError(f"{strange[0]}: is no property of a checkpoint; accepted: {', '.join(_CONVERTED)}")
-    suffix = Path(destination).suffix.lower()
-    is_file = suffix in (".safetensors", ".pth", ".pt")
-    if to.startswith("huggingface") and is_file:
+    is_folder = is_folder_name(Path(destination))
+    if to.startswith("huggingface") and not is_folder:
         raise CheckpointError(f"{destination}: names a file; Hugging Face's format is a folder, with config.json in it")
-    if to == "torchvision" and not is_file:
+    if to == "torchvision" and is_folder:
         raise CheckpointError(f"{destination}: names a folder; torchvision has files alone: .pth, .pt or .safetensors")
     recognised = _recognised(read_checkpoint(source, allow=allow), key, overrides)
     whole = adapt_head(recognised, overrides.get("num_classes"))
@@ -138,7 +137,7 @@ def convert(
     fitted = replace(fitted, arguments=arguments)
     expected_shapes(arguments)
     state, config = to_schema(fitted, to)
-    if suffix in (".pth", ".pt"):
+    if Path(destination).suffix.lower() in TORCH_SUFFIXES:
         config = None
     write_checkpoint(destination, state, config, overwrite=overwrite)
     return [

@@ -15,9 +15,10 @@ from fastvit.checkpoints.configs import family_of, known_from, sizes_from
 from fastvit.checkpoints.errors import CheckpointError, listed
 from fastvit.checkpoints.files import Checkpoint
 from fastvit.checkpoints.finding import Model, choose, find_models, normalised
-from fastvit.checkpoints.foreign import DEQUANTISE, QUANTISED, foreign_features, foreign_model
+from fastvit.checkpoints.foreign import DEQUANTISE, FEATURES, MODELS, QUANTISED, found_in
 from fastvit.checkpoints.layouts import FLAX, LAYOUTS, MANY_LAYERS, TAKE_HEAD
 from fastvit.checkpoints.naming import Layout, Names, State, read_names
+from fastvit.model import VisionTransformer
 
 KEPT = "unused."  # FastViT's own folders keep what the model does not use under this
 
@@ -137,8 +138,8 @@ def _model_of(state: State, others: Sequence[str], key: str | None) -> tuple[Mod
     if not models:
         raise CheckpointError(_nothing_found(names))
     model = choose(models, key)
-    strange = foreign_features([name.removeprefix(model.root) for name in names if name.startswith(model.start)])
-    if strange:
+    inside = [name.removeprefix(model.root) for name in names if name.startswith(model.start)]
+    if strange := found_in(FEATURES, inside):
         raise CheckpointError(strange)
     beside = list(dict.fromkeys(_apart(name, model.root) for name in names if not name.startswith(model.root)))
     at = [f"weights under {model.root[:-1]!r}", *([f"beside {listed(beside)}"] if beside else [])]
@@ -165,7 +166,7 @@ def _apart(name: str, root: str) -> str:
 
 def _nothing_found(names: Sequence[str]) -> str:
     """What a checkpoint without a Vision Transformer seems to be."""
-    if strange := foreign_model(names):
+    if strange := found_in(MODELS, names):
         return strange
     places = {layout: [place for name in names if (place := layout.find(name))] for layout in LAYOUTS}
     layout = max(places, key=lambda layout: len(places[layout]))
@@ -243,8 +244,6 @@ def _unscanned(state: Mapping[str, Tensor]) -> State:
 
 def expected_shapes(arguments: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Names and shapes of the tensors of the model with these arguments; nothing is allocated."""
-    from fastvit.model import VisionTransformer
-
     made = {**model_arguments(arguments), "device": "meta", "weight_init": "skip"}
     return {name: tensor.shape for name, tensor in VisionTransformer(**made).state_dict().items()}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvit._version import __version__
-from fastvit.checkpoints.arguments import NORM_EPS, plain_size
+from fastvit.checkpoints.arguments import NORM_EPS
 from fastvit.checkpoints.configs import PLAIN, huggingface_class, huggingface_config, timm_config
 from fastvit.checkpoints.errors import CheckpointError, listed
 from fastvit.checkpoints.layouts import CLIP, HUGGINGFACE, TIMM, TORCHVISION
@@ -26,19 +26,16 @@ def to_schema(recognised: Recognised, schema: str) -> tuple[State, dict[str, Any
 
     Args:
         recognised: without problems; see `Recognised.problems`.
-        schema: "timm", "torchvision", "huggingface" (the names that the hub has), "huggingface-v5" (those that
-            models of transformers 5 have in memory) or "fastvit".
+        schema: one of `SCHEMAS`; "huggingface" has the names that the hub has, "huggingface-v5" those that models of
+            transformers 5 have in memory.
 
     Returns:
         Names and tensors; and the config, None for torchvision, which has none.
 
     Raises:
         CheckpointError: the library can't express the model; the message names the arguments and what it has.
-        ValueError: `schema` is not known.
     """
     arguments = recognised.arguments
-    if schema not in SCHEMAS:
-        raise ValueError(f"schema: {schema!r} is not known; accepted: {', '.join(SCHEMAS)}")
     if schema == "fastvit":
         return _fastvit(recognised)
     if schema == "timm":
@@ -88,7 +85,7 @@ def _huggingface(recognised: Recognised, schema: str) -> tuple[State, dict[str, 
     layout = HUGGINGFACE[schema, kind.layout + ("-swiglu" if arguments["mlp_layer"] == "swiglu" else "")]
     state = _with_class_position(recognised)
     for size in ("img_size", "patch_size"):
-        if kind.layout != "vit" and not isinstance(plain_size(arguments[size]), int):
+        if kind.layout != "vit" and not isinstance(arguments[size], int):
             raise CheckpointError(f"{size}={arguments[size]}: {name} has squares only")
     if kind.layout == "clip" and arguments["num_classes"]:
         layout = CLIP  # CLIPVisionModelWithProjection has version 4's names in version 5 too
@@ -98,8 +95,7 @@ def _huggingface(recognised: Recognised, schema: str) -> tuple[State, dict[str, 
     out = write_names(layout, prefix, state)
     for own, tensor in recognised.unused.items():
         theirs = "embeddings.mask_token" if own == "mask_token" else own
-        has_place = theirs == "embeddings.mask_token" or theirs.startswith("pooler.") and not arguments["num_classes"]
-        if has_place and layout.others.get(theirs.replace("weight", "*").replace("bias", "*")) == UNUSED:
+        if layout.meaning(theirs) == UNUSED and not (theirs.startswith("pooler.") and arguments["num_classes"]):
             out[prefix + theirs] = tensor
     mask = f"{prefix}embeddings.mask_token"
     if kind.model_type == "dinov2_with_registers":  # which always has one

@@ -43,7 +43,7 @@ def write_checkpoint(
         OSError: the folder can't be written to.
     """
     path = Path(os.path.abspath(Path(path).expanduser()))
-    is_folder = _is_folder_name(path)
+    is_folder = is_folder_name(path)
     _check_target(path, is_folder, config is not None, overwrite)
     tensors = _dense(state)
     text = "" if config is None else json.dumps(config, indent=2)
@@ -80,8 +80,8 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], config: str) -> None
     sync(folder)
 
 
-def _is_folder_name(path: Path) -> bool:
-    """A name without an ending is a folder's; "vit-v1.5" has none."""
+def is_folder_name(path: Path) -> bool:
+    """Whether it is a folder's, which has no ending; nor has "vit-v1.5". Raises CheckpointError for unknown endings."""
     suffix = path.suffix.lower()
     if suffix[1:2].isalpha() and suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise CheckpointError(f"{path}: unknown kind of file {suffix!r}; {ACCEPTED}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvit.checkpoints.files import Checkpoint
+from fastvit.checkpoints.recognition import Recognised, recognise
 from fastvit.peers import import_peer
 
 # Two blocks, three heads, and for width and MLP numbers that are nothing else.
@@ -45,39 +48,26 @@ def scrambled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.fixture(scope="session")
-def scramble() -> Callable[[nn.Module], nn.Module]:
-    return scrambled
-
-
-@pytest.fixture(scope="session")
-def library() -> Callable[[str], Any]:
-    return peer
-
-
-@pytest.fixture(scope="session")
-def agree() -> Callable[[Tensor, Tensor], None]:
+def agree(got: Tensor, truth: Tensor) -> None:
     """Two outputs are the same to float32's rounding."""
-
-    def check(got: Tensor, truth: Tensor) -> None:
-        assert got.shape == truth.shape
-        got, truth = got.detach(), truth.detach()
-        error = float((got.double() - truth.double()).norm() / truth.double().norm())
-        assert error <= 1e-5, f"relative error {error:.2e}"
-
-    return check
+    assert got.shape == truth.shape
+    got, truth = got.detach(), truth.detach()
+    error = float((got.double() - truth.double()).norm() / truth.double().norm())
+    assert error <= 1e-5, f"relative error {error:.2e}"
 
 
-@pytest.fixture(scope="session")
-def same_bits() -> Callable[[dict[str, Tensor], dict[str, Tensor]], None]:
+def same_bits(got: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
     """The same names, and the same bits under each."""
+    assert got.keys() == truth.keys()
+    different = [name for name in truth if got[name].dtype != truth[name].dtype or not got[name].equal(truth[name])]
+    assert not different
 
-    def check(got: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-        assert got.keys() == truth.keys()
-        different = [name for name in truth if got[name].dtype != truth[name].dtype or not got[name].equal(truth[name])]
-        assert not different
 
-    return check
+def recognised(state: Mapping[str, Tensor], config: Any = None, **known: Any) -> Recognised:
+    """What a state_dict with this config is; its arguments can be written as JSON."""
+    found = recognise(Checkpoint(dict(state), config, "state_dict", "state_dict"), **known)
+    json.dumps(found.arguments)
+    return found
 
 
 @pytest.fixture

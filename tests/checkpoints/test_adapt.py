@@ -8,7 +8,7 @@ import torch
 from fastvit.checkpoints import CheckpointError, convert, load_pretrained
 from fastvit.checkpoints.adapt import adapt_channels
 from fastvit.checkpoints.writing import write_checkpoint
-from tests.checkpoints.conftest import CLASSES, DEPTH, HEADS, IMAGE, PATCH, WIDTH, peer, scrambled
+from tests.checkpoints.conftest import CLASSES, DEPTH, HEADS, IMAGE, PATCH, WIDTH, agree, peer, scrambled
 
 SIZES = {
     "larger": {"img_size": 48},
@@ -28,8 +28,8 @@ MODELS = {
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("size", SIZES)
-def test_as_timm_resamples(size, model, timm_vit, library, agree):
-    vit = library("timm.models.vision_transformer")
+def test_as_timm_resamples(size, model, timm_vit):
+    vit = peer("timm.models.vision_transformer")
     state = timm_vit(**MODELS[model]).state_dict()
     target = timm_vit(**MODELS[model], **SIZES[size])
     truth = vit.checkpoint_filter_fn(dict(state), target)
@@ -47,7 +47,7 @@ def test_as_timm_resamples(size, model, timm_vit, library, agree):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_as_timm_resamples_its_flexivit(size, agree, tmp_path):
+def test_as_timm_resamples_its_flexivit(size, tmp_path):
     """timm resizes FlexiViT's bilinearly, by the name; and so does FastViT where a config gives it."""
     create = peer("timm").create_model
     small = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "num_classes": CLASSES}
@@ -75,8 +75,8 @@ def test_ambiguous_positions(timm_vit):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
-def test_as_timm_adapts_channels(channels, dtype, library):
-    adapt_input_conv = library("timm.models").adapt_input_conv
+def test_as_timm_adapts_channels(channels, dtype):
+    adapt_input_conv = peer("timm.models").adapt_input_conv
     weight = torch.randn(6, 3, 4, 4, dtype=dtype)
     assert adapt_channels(weight, channels).equal(adapt_input_conv(channels, weight))
 
@@ -103,52 +103,39 @@ def test_sizes_that_can_not_be(wanted, message, timm_vit):
         load_pretrained(timm_vit().state_dict(), num_heads=3, **wanted)
 
 
-@pytest.mark.parametrize("classes", [5, 0])
-def test_another_head(classes, timm_vit, images, agree):
-    theirs = timm_vit()
+@pytest.mark.parametrize("own", [7, 0])
+def test_another_head(own, timm_vit, images):
+    theirs = timm_vit(num_classes=own)
     state = theirs.state_dict()
-    if classes:
-        with pytest.raises(CheckpointError, match="num_classes=5, but its head has 7 classes; accepted: 7, or 0 for "):
-            load_pretrained(state, num_heads=3, num_classes=classes)
-        with pytest.warns(UserWarning, match=r"fresh, not from the checkpoint: head\.weight, head\.bias"):
-            ours = load_pretrained(state, num_heads=3, num_classes=classes, new_head=True)
-        assert ours.head.weight.shape == (5, 48)
-        assert 0 < ours.head.weight.std() < 0.05  # drawn as the model draws it
-        assert ours.head.bias.count_nonzero() == 0
-    else:
-        ours = load_pretrained(state, num_heads=3, num_classes=classes)
-        assert isinstance(ours.head, torch.nn.Identity)
-    agree(ours.forward_features(images), theirs.forward_features(images))
-
-
-def test_no_head_to_begin_with(timm_vit):
-    state = timm_vit(num_classes=0).state_dict()
-    with pytest.raises(
-        CheckpointError, match="num_classes=5, but it has no head that FastViT can use; accepted: 0 for"
-    ):
-        load_pretrained(state, num_classes=5)
-    with pytest.raises(CheckpointError, match="new_head=True needs num_classes"):
-        load_pretrained(state, new_head=True)
-    with pytest.warns(UserWarning, match="fresh"):
-        assert load_pretrained(state, num_classes=5, new_head=True).num_classes == 5
+    with pytest.warns(UserWarning, match=r"fresh, not from the checkpoint: head\.weight, head\.bias"):
+        ours = load_pretrained(state, num_heads=3, num_classes=5, new_head=True)
+    assert ours.num_classes == 5 and ours.head.weight.shape == (5, 48)
+    assert 0 < ours.head.weight.std() < 0.05  # drawn as the model draws it
+    assert ours.head.bias.count_nonzero() == 0
+    headless = load_pretrained(state, num_heads=3, num_classes=0)
+    assert isinstance(headless.head, torch.nn.Identity)
+    for model in (ours, headless):
+        agree(model.forward_features(images), theirs.forward_features(images))
+    if not own:
+        with pytest.raises(CheckpointError, match="new_head=True needs num_classes"):
+            load_pretrained(state, new_head=True)
 
 
 @pytest.mark.parametrize("own", [7, 0])
 def test_what_the_error_of_another_head_says_can_be_done(own, timm_vit, tmp_path):
     """Whoever gets it, `convert` too, which makes no fresh head."""
     state = timm_vit(num_classes=own).state_dict()
+    found = "its head has 7 classes" if own else "it has no head that FastViT can use"
     with pytest.raises(CheckpointError) as loading:
         load_pretrained(state, num_heads=3, num_classes=5)
     with pytest.raises(CheckpointError) as converting:
         convert(state, tmp_path / "vit.pth", num_heads=3, num_classes=5)
     hint = "0 for no head; load_pretrained(new_head=True) makes a fresh head of any size"
     assert str(loading.value) == str(converting.value)
-    assert str(loading.value).endswith(f"accepted: 7, or {hint}" if own else f"accepted: {hint}")
+    assert str(loading.value).endswith(f"num_classes=5, but {found}; accepted: {'7, or ' if own else ''}{hint}")
     assert not list(tmp_path.iterdir())
     for accepted in {own, 0}:
         convert(state, tmp_path / "vit.pth", num_heads=3, num_classes=accepted, overwrite=True)
         assert load_pretrained(tmp_path / "vit.pth", num_heads=3).num_classes == accepted
-    with pytest.warns(UserWarning, match="fresh"):
-        assert load_pretrained(state, num_heads=3, num_classes=5, new_head=True).num_classes == 5
     with pytest.raises(TypeError, match="new_head: is no property of a checkpoint; accepted: img_size"):
         convert(state, tmp_path / "new.pth", num_classes=5, new_head=True)

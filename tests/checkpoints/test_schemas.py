@@ -12,17 +12,10 @@ from torch import nn
 
 from fastvit.checkpoints import CheckpointError, load_pretrained
 from fastvit.checkpoints.arguments import mlp_ratio_of
-from fastvit.checkpoints.files import Checkpoint, read_checkpoint
+from fastvit.checkpoints.files import read_checkpoint
 from fastvit.checkpoints.recognition import Recognised, recognise
 from fastvit.checkpoints.targets import SCHEMAS, to_schema
-
-CLASSES, HEADS, WIDTH = 7, 3, 48
-
-
-def recognised(state: Any, config: Any = None, **known: Any) -> Recognised:
-    found = recognise(Checkpoint(dict(state), config, "state_dict", "state_dict"), **known)
-    json.dumps(found.arguments)
-    return found
+from tests.checkpoints.conftest import CLASSES, HEADS, WIDTH, agree, peer, recognised, same_bits, scrambled
 
 
 def again(found: Recognised, schema: str, **known: Any) -> Recognised:
@@ -55,7 +48,7 @@ TIMM = {
 
 
 @pytest.mark.parametrize("case", TIMM)
-def test_timm(case, timm_vit, images, agree, same_bits):
+def test_timm(case, timm_vit, images):
     theirs = timm_vit(**TIMM[case])
     state = theirs.state_dict()
     found = recognised(state, num_heads=HEADS)
@@ -67,8 +60,8 @@ def test_timm(case, timm_vit, images, agree, same_bits):
     assert again(found, "fastvit").arguments == found.arguments
 
 
-def test_gated_mlp(timm_vit, library, images, agree):
-    layers = library("timm.layers")
+def test_gated_mlp(timm_vit, images):
+    layers = peer("timm.layers")
     theirs = timm_vit(mlp_layer=layers.SwiGLUPacked, act_layer=nn.SiLU, init_values=0.1, num_classes=0)
     ours = load_pretrained(theirs.state_dict(), num_heads=HEADS)
     agree(ours(images), theirs(images))
@@ -77,13 +70,13 @@ def test_gated_mlp(timm_vit, library, images, agree):
     agree(load_pretrained({**state, "mask_token": torch.randn(1, WIDTH)}, num_heads=HEADS)(images), theirs(images))
 
 
-def test_timm_folder_is_timms(timm_vit, library, images, agree, tmp_path):
+def test_timm_folder_is_timms(timm_vit, images, tmp_path):
     """timm builds and loads the folder that goes with its names."""
     from fastvit.checkpoints import convert
 
     theirs = timm_vit(init_values=0.1, reg_tokens=4, no_embed_class=True, act_layer="gelu_tanh", in_chans=1)
     convert(theirs.state_dict(), tmp_path / "vit", "timm", num_heads=HEADS, act_layer="gelu_tanh")
-    loaded = library("timm").create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True).eval()
+    loaded = peer("timm").create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True).eval()
     assert loaded.state_dict().keys() == theirs.state_dict().keys()
     agree(loaded(images[:, :1]), theirs(images[:, :1]))
     ours = load_pretrained(tmp_path / "vit")
@@ -91,10 +84,10 @@ def test_timm_folder_is_timms(timm_vit, library, images, agree, tmp_path):
     assert not [line for line in recognise(read_checkpoint(tmp_path / "vit")).assumed if "img_size" not in line]
 
 
-def test_timm_distilled(library, scramble, images, agree):
+def test_timm_distilled(images):
     """Two tokens and two heads: the second head is refused, and the rest is DeiT's class token's side."""
-    deit = library("timm.models.deit")
-    theirs = scramble(
+    deit = peer("timm.models.deit")
+    theirs = scrambled(
         deit.VisionTransformerDistilled(
             img_size=32, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=HEADS, num_classes=CLASSES
         )
@@ -114,7 +107,7 @@ def test_timm_distilled(library, scramble, images, agree):
 # ---- torchvision -------------------------------------------------------------------------------------------------
 
 
-def test_torchvision(torchvision_vit, images, agree, same_bits):
+def test_torchvision(torchvision_vit, images):
     theirs = torchvision_vit()
     state = theirs.state_dict()
     found = recognised(state, num_heads=HEADS)
@@ -125,7 +118,7 @@ def test_torchvision(torchvision_vit, images, agree, same_bits):
         same_bits(to_schema(again(found, schema), "torchvision")[0], state)
 
 
-def test_torchvision_before_0_12(torchvision_vit, images, agree):
+def test_torchvision_before_0_12(torchvision_vit, images):
     theirs = torchvision_vit()
     state = {
         name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): tensor
@@ -141,32 +134,35 @@ def test_torchvision_representation(torchvision_vit):
     assert found.arguments["num_classes"] == 0
 
 
-def test_timm_to_torchvision(timm_vit, torchvision_vit, images, agree, same_bits):
-    theirs, target = timm_vit(), torchvision_vit()
-    found = recognised(theirs.state_dict())
-    target.load_state_dict(to_schema(found, "torchvision")[0], strict=True)
-    agree(target(images), theirs(images))
-    same_bits(again(found, "torchvision").state, theirs.state_dict())
+# ---- what a library can't express --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("schema", "arguments", "named"),
     [
-        ({"reg_tokens": 2}, "reg_tokens=2"),
-        ({"init_values": 0.1}, "init_values"),
-        ({"global_pool": "avg"}, "fc_norm=True"),
-        ({"global_pool": "avg", "fc_norm": False}, "global_pool='avg' before the head"),
-        ({"pre_norm": True}, "pre_norm=True"),
-        ({"class_token": False, "global_pool": "avg"}, "class_token=False"),
-        ({"qkv_bias": False}, "qkv_bias=False"),
-        ({"qk_norm": True}, "qk_norm=True"),
+        *((schema, arguments, f"can't express .*{named}") for schema in ("torchvision", "huggingface")
+          for arguments, named in (
+              ({"reg_tokens": 2}, "reg_tokens=2"),
+              ({"global_pool": "avg"}, "fc_norm=True"),
+              ({"global_pool": "avg", "fc_norm": False}, "global_pool='avg' before the head"),
+              ({"class_token": False, "global_pool": "avg"}, "class_token=False"),
+              ({"qk_norm": True}, "qk_norm=True"),
+              ({"pre_norm": True, "init_values": 0.1}, "init_values"),
+          )),
+        ("torchvision", {"pre_norm": True}, "torchvision's ViT can't express .*pre_norm=True"),
+        ("torchvision", {"qkv_bias": False}, "qkv_bias=False"),
+        ("huggingface", {"pre_norm": True}, "head.bias"),
+        ("huggingface", {"init_values": 0.1, "mlp_ratio": 2.5}, "mlp_ratio"),
+        ("huggingface", {"init_values": 0.1, "reg_tokens": 4}, "no_embed_class=False"),
+        ("huggingface", {"init_values": 0.1, "img_size": (16, 24)}, "img_size"),
+        ("huggingface", {"pre_norm": True, "img_size": (16, 24), "num_classes": 0}, "img_size"),
     ],
-)
-def test_torchvision_cannot(arguments, named, timm_vit):
+)  # fmt: skip
+def test_cannot(schema, arguments, named, timm_vit):
     config = {"fastvit": {"global_pool": arguments.get("global_pool", "token")}}
-    found = recognised(timm_vit(**arguments).state_dict(), config)
-    with pytest.raises(CheckpointError, match=f"torchvision's ViT can't express .*{named}"):
-        to_schema(found, "torchvision")
+    found = recognised(timm_vit(**arguments).state_dict(), config, size_hint=arguments.get("img_size"))
+    with pytest.raises(CheckpointError, match=named):
+        to_schema(found, schema)
 
 
 # ---- what is no ViT, or not a whole one --------------------------------------------------------------------------
@@ -176,40 +172,42 @@ def names(*names: str) -> dict[str, torch.Tensor]:
     return {name: torch.randn(2, 2) for name in names}
 
 
+def timm_state(name: str, **arguments: Any) -> dict[str, torch.Tensor]:
+    return peer("timm").create_model(name, **arguments).state_dict()
+
+
 FOREIGN = {
-    "Swin": lambda lib: lib("timm").create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)).state_dict(),
-    "BEiT": lambda lib: lib("timm").create_model("beit_base_patch16_224", depth=1).state_dict(),
-    "ResNet": lambda lib: lib("torchvision.models.resnet").resnet18().state_dict(),
-    "hybrid": lambda lib: lib("timm").create_model("vit_tiny_r_s16_p8_224", depth=1).state_dict(),
-    "rotary": lambda lib: (
-        lib("timm").create_model("vit_small_patch16_rope_224", depth=1).state_dict() | names("blocks.0.attn.rope.freqs")
-    ),
-    "SigLIP": lambda lib: names(
+    "Swin": lambda: timm_state("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
+    "BEiT": lambda: timm_state("beit_base_patch16_224", depth=1),
+    "ResNet": lambda: peer("torchvision.models.resnet").resnet18().state_dict(),
+    "hybrid": lambda: timm_state("vit_tiny_r_s16_p8_224", depth=1),
+    "rotary": lambda: timm_state("vit_small_patch16_rope_224", depth=1) | names("blocks.0.attn.rope.freqs"),
+    "SigLIP": lambda: names(
         "vision_model.embeddings.patch_embedding.weight",
         "vision_model.encoder.layers.0.self_attn.q_proj.weight",
         "vision_model.head.probe",
     ),
-    "BEiT.*layers.0.lambda_1": lambda lib: names(
+    "BEiT.*layers.0.lambda_1": lambda: names(
         "embeddings.patch_embeddings.projection.weight", "layers.0.attention.q_proj.weight", "layers.0.lambda_1"
     ),
-    "text": lambda lib: names("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"),
+    "text": lambda: names("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"),
     # blocks in the names of a ViT's and of CLIP's image tower
-    "text.*word_embeddings": lambda lib: names(
+    "text.*word_embeddings": lambda: names(
         "embeddings.word_embeddings.weight", "encoder.layer.0.attention.output.dense.weight"
     ),
-    "text.*token_embedding": lambda lib: names(
+    "text.*token_embedding": lambda: names(
         "embeddings.token_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"
     ),
-    "DINOv3": lambda lib: names("embeddings.patch_embeddings.weight", "model.layer.0.attention.q_proj.weight"),
-    "ConvNeXt": lambda lib: names("stages.0.blocks.0.conv_dw.weight", "stem.0.weight"),
-    "OpenAI": lambda lib: names("visual.conv1.weight", "visual.transformer.resblocks.0.ln_1.weight"),
+    "DINOv3": lambda: names("embeddings.patch_embeddings.weight", "model.layer.0.attention.q_proj.weight"),
+    "ConvNeXt": lambda: names("stages.0.blocks.0.conv_dw.weight", "stem.0.weight"),
+    "OpenAI": lambda: names("visual.conv1.weight", "visual.transformer.resblocks.0.ln_1.weight"),
 }
 
 
 @pytest.mark.parametrize("model", FOREIGN)
-def test_another_architecture(model, library):
+def test_another_architecture(model):
     with pytest.raises(CheckpointError, match=f"state_dict: seems to be .*{model}.*: ") as raised:
-        load_pretrained(FOREIGN[model](library), strict=False)
+        load_pretrained(FOREIGN[model](), strict=False)
     assert "\n" not in str(raised.value)
 
 
@@ -227,7 +225,7 @@ def test_nothing_known():
         load_pretrained(names("a", "b"))
 
 
-def test_attention_pooling(timm_vit, images, agree):
+def test_attention_pooling(timm_vit, images):
     """timm's SigLIP: refused, or its encoder alone."""
     theirs = timm_vit(class_token=False, global_pool="map")
     with pytest.raises(CheckpointError, match="attn_pool.latent: FastViT has no attention pooling"):
@@ -258,7 +256,7 @@ def test_names_that_do_not_fit(change, line, timm_vit):
     assert "strict=False" in str(raised.value)
 
 
-def test_positions_of_no_square(timm_vit, images, agree):
+def test_positions_of_no_square(timm_vit, images):
     theirs = timm_vit(img_size=(16, 40))
     with pytest.raises(CheckpointError, match=r"11 rows, 1 of them .*img_size=\(height, width\)"):
         recognised(theirs.state_dict())
@@ -313,8 +311,3 @@ def test_config_of_timm(timm_vit):
     assert found.assumed == ["img_size=32"]
     found = recognised(state, {"architecture": "vit_base_patch16_clip_quickgelu_224", "model_args": {"num_heads": 12}})
     assert (found.arguments["act_layer"], found.arguments["num_heads"]) == ("quick_gelu", 12)
-
-
-def test_unknown_schema(timm_vit):
-    with pytest.raises(ValueError, match="schema: 'keras' is not known; accepted: timm, torchvision"):
-        to_schema(recognised(timm_vit().state_dict()), "keras")
