@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from .common import check_choices, console, fail, progress_bar, split_commas
+from .common import DEVICE, check_choices, console, fail, progress_bar, split_commas
 
 LIBRARIES = ("timm", "torchvision", "transformers")
 
@@ -25,7 +25,7 @@ def accelerate(
     batch: int = typer.Option(8, min=1, help="Images in a batch, for the speed."),
     seconds: float = typer.Option(5.0, min=0.1, help="Time for each line of the speed table."),
     backend: str | None = typer.Option(None, help="A backend. Default: the fastest known."),
-    device: str | None = typer.Option(None, help="cpu, cuda or cuda:N. Default: a GPU where there is one."),
+    device: str | None = DEVICE,
     no_speed: bool = typer.Option(False, "--no-speed", help="Verify only."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from .common import check_choices, console, fail, progress_bar
+from .common import DEVICE, THREADS, check_choices, console, fail, progress_bar
 from .validate import check_device
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def bench(
     size: str | None = typer.Option(
         None, help="small (the default): minutes; full: every shape; tiny: only shows that all runs."
     ),
-    device: str | None = typer.Option(None, help="cpu, cuda or cuda:N. Default: a GPU where there is one."),
-    threads: int | None = typer.Option(None, help="Threads on a CPU. Default: as torch chooses.", min=1),
+    device: str | None = DEVICE,
+    threads: int | None = THREADS,
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON for each row."),
     output: Path | None = typer.Option(None, help="Also write the rows to this file, as JSON lines."),
     report: Path | None = typer.Option(None, help="Also write report.html with pictures into this folder."),

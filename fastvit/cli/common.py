@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 # What a user can mend: bad arguments, files, missing backends. Anything else is ours and keeps its traceback.
 ERRORS = (ValueError, OSError, ImportError)
 
-PrintTable = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], None]
+
+# Options that several commands have.
+DEVICE = typer.Option(None, help="cpu, cuda or cuda:N. Default: a GPU where there is one.")
+THREADS = typer.Option(None, help="Threads on a CPU. Default: as torch chooses.", min=1)
+KEY = typer.Option(
+    None, help="Which of several models in a training's checkpoint, such as teacher or state_dict.student."
+)
+ALLOW = typer.Option(
+    None, help="A class, package.module.Class, whose objects may be beside the weights. They are left out, not run."
+)
 
 
 def describe(error: Exception) -> str:
@@ -46,7 +56,7 @@ def console(*, to_stderr: bool = False) -> Console:
 
 
 @contextmanager
-def progress_bar(*, shown: bool = True) -> Iterator[PrintTable]:
+def progress_bar(*, shown: bool = True) -> Iterator[Progress]:
     """A bar on standard error, called as progress(done, total, description)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

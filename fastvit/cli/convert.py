@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .common import check_choices, console, fail, given, split_commas
+from .common import ALLOW, KEY, check_choices, console, fail, given, split_commas
 
 TARGETS = ("timm", "torchvision", "huggingface", "fastvit")
 SCHEMAS = ("v4", "v5")
@@ -25,12 +25,8 @@ def convert(
         "models of transformers 5 have them in memory.",
         show_default="v4",
     ),
-    key: str | None = typer.Option(
-        None, help="Which of several models in a training's checkpoint, such as teacher or state_dict.student."
-    ),
-    allow: list[str] | None = typer.Option(
-        None, help="A class, package.module.Class, whose objects may be beside the weights. They are left out, not run."
-    ),
+    key: str | None = KEY,
+    allow: list[str] | None = ALLOW,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is at OUT."),
     strict: bool = typer.Option(True, "--strict/--no-strict", help="Or leave out what has no place, and list it."),
     img_size: str | None = typer.Option(None, help="Resample the positions: 384, or 224x320 (height x width)."),

@@ -6,19 +6,15 @@ import json
 
 import typer
 
-from .common import console, split_commas
+from .common import ALLOW, KEY, console, split_commas
 
 
 def inspect(
     checkpoint: str = typer.Argument(
         help="A .safetensors, .pth, .pt or .npz file, a folder with config.json, or owner/name on the hub."
     ),
-    key: str | None = typer.Option(
-        None, help="Which of several models in a training's checkpoint, such as teacher or state_dict.student."
-    ),
-    allow: list[str] | None = typer.Option(
-        None, help="A class, package.module.Class, whose objects may be beside the weights. They are left out, not run."
-    ),
+    key: str | None = KEY,
+    allow: list[str] | None = ALLOW,
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of text."),
 ) -> None:
     """Say what a checkpoint is: whose names, which model and sizes, what it leaves open, what FastViT can do with it.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .common import check_choices, console, fail, progress_bar, split_commas
+from .common import DEVICE, THREADS, check_choices, console, fail, progress_bar, split_commas
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +23,11 @@ MODELS = ("Ti", "S", "B", "L")
 
 def tune(
     quick: bool = typer.Option(False, "--quick", help="Fewer batch sizes and precisions."),
-    device: str | None = typer.Option(None, help="cpu, cuda or cuda:N. Default: a GPU where there is one."),
+    device: str | None = DEVICE,
     model: list[str] | None = typer.Option(
         None, help="A model size: Ti, S, B, L. Repeat or separate by commas. Default: S and B."
     ),
-    threads: int | None = typer.Option(None, help="Threads on a CPU. Default: as torch chooses.", min=1),
+    threads: int | None = THREADS,
     output: Path | None = typer.Option(None, help="File for the table. Default: where it is looked for at run time."),
     as_json: bool = typer.Option(False, "--json", help="Print the measurements as JSON."),
     show: bool = typer.Option(False, "--show", help="Print the tables in force here, and measure nothing."),
