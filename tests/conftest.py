@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastvit import tuning
+from fastvit import cli, tuning
 from fastvit.backend import available_backends, reset_launch_counts
 
 # A tuning table of this machine must not choose what the tests run; processes that they start inherit this.
@@ -33,6 +33,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def _fresh_state() -> None:
     torch.manual_seed(0)
     reset_launch_counts()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a `fastvit` command in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

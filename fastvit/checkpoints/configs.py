@@ -63,7 +63,7 @@ class HuggingFaceClass:
 
     def prefix_for(self, arguments: Mapping[str, Any]) -> str:
         """What stands before the encoder's names; a class with a head has the encoder inside."""
-        return f"{self.model_type}." if arguments["num_classes"] and self.layout != "clip" else ""
+        return f"{self.model_type}." if arguments["num_classes"] else ""
 
 
 _CLASSES = {

@@ -120,7 +120,7 @@ def _recognise(checkpoint: Checkpoint, key: str | None, known: Mapping[str, Any]
         source=checkpoint.source,
         notes=notes,
     )
-    _compare(recognised, layout)
+    _compare(recognised, layout, state)
     return recognised
 
 
@@ -253,18 +253,15 @@ def fitting(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> St
     return {name: t for name, t in state.items() if shapes.get(name) == t.shape and t.is_floating_point()}
 
 
-def _compare(recognised: Recognised, layout: Layout) -> None:
+def _compare(recognised: Recognised, layout: Layout, state: Mapping[str, Tensor]) -> None:
     """Fill in what is unknown, missing or misshapen, under the checkpoint's own names."""
     shapes = expected_shapes(recognised.arguments)
-    already = set(recognised.missing)
-    troubled = " ".join(recognised.misshapen)
     for ours, shape in shapes.items():
         names = layout.names_of(ours)
         tensor, called = recognised.state.get(ours), " + ".join(names)
         if tensor is None:
-            # of parts, those that are there were never put together
-            if not already.intersection(names):
-                recognised.missing.extend(name for name in names if name not in troubled)
+            # what is there was refused, misshapen, or a part of what was never put together
+            recognised.missing.extend(name for name in names if name not in state and name not in recognised.missing)
         elif not tensor.is_floating_point():
             recognised.misshapen.append(f"{called}: {tensor.dtype}, expected floating point numbers")
         elif tensor.shape != shape:

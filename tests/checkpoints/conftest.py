@@ -48,6 +48,16 @@ def scrambled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+class Calls:
+    """Pickled, the call of `function`, which unpickling would make."""
+
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.reduced = function, arguments, state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
 def agree(got: Tensor, truth: Tensor) -> None:
     """Two outputs are the same to float32's rounding."""
     assert got.shape == truth.shape

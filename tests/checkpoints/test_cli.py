@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from fastvit import cli
 from fastvit.checkpoints import inspect
 from fastvit.checkpoints.files import read_checkpoint
 from fastvit.checkpoints.writing import write_checkpoint
@@ -25,18 +24,6 @@ from tests.checkpoints.test_jax import arrays as jax_arrays
 
 Cli = Callable[..., tuple[int, str, str]]
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -55,17 +42,10 @@ def path(tmp_path: Path, vit: Callable[..., dict[str, Tensor]]) -> Path:
     return tmp_path / "vit.pth"
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_the_commands_explain_themselves(run: Cli, command: str) -> None:
-    code, out, _ = run(command, "--help")
-    assert code == 0 and "Examples" in out and f"fastvit {command} " in out and "never" in out
-    assert command in run("--help")[1]
-
-
 # inspect
 
 
-def test_inspect_says_what_it_is(run: Cli, path: Path) -> None:
+def test_inspect_says_what_it_is_and_as_json_everything(run: Cli, path: Path) -> None:
     code, out, err = run("inspect", path)
     assert code == 0 and err == ""
     parameters = sum(tensor.numel() for tensor in read_checkpoint(path).state.values())
@@ -83,8 +63,6 @@ def test_inspect_says_what_it_is(run: Cli, path: Path) -> None:
     ):
         assert part in out, part
 
-
-def test_inspect_as_json_has_everything(run: Cli, path: Path) -> None:
     code, out, _ = run("inspect", path, "--json")
     found = json.loads(out)
     state = read_checkpoint(path).state

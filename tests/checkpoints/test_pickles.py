@@ -18,6 +18,7 @@ import pickle
 import types
 import uuid
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from fastvit.checkpoints import CheckpointError, inspect, load_pretrained
 from fastvit.checkpoints.files import read_checkpoint
+from tests.checkpoints.conftest import Calls
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 
@@ -64,16 +66,6 @@ class Schedule:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.used.append("setstate")
-
-
-class Calls:
-    """Pickled, the call of `function`, which unpickling would make."""
-
-    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
-        self.reduced = function, arguments, state
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.reduced
 
 
 VALUES: dict[str, Any] = {
@@ -118,16 +110,25 @@ def test_values_beside_the_weights(tmp_path: Path, case: str, new_format: bool) 
     assert found.state["w"].equal(WEIGHT)
 
 
-def renamed(path: Path, old: bytes, new: bytes) -> Path:
-    """A zip archive of torch's with other names of classes in its pickle."""
+def rewritten(path: Path, change: Callable[[bytes], bytes]) -> Path:
+    """A zip archive of torch's with another pickle."""
     contents = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(contents, "w") as out:
         for name in archive.namelist():
             data = archive.read(name)
-            assert not name.endswith("data.pkl") or old in data
-            out.writestr(name, data.replace(old, new) if name.endswith("data.pkl") else data)
+            out.writestr(name, change(data) if name.endswith("data.pkl") else data)
     path.write_bytes(contents.getvalue())
     return path
+
+
+def renamed(path: Path, old: bytes, new: bytes) -> Path:
+    """The same with other names of classes."""
+
+    def change(data: bytes) -> bytes:
+        assert old in data
+        return data.replace(old, new)
+
+    return rewritten(path, change)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +209,15 @@ def _hostile(mark: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("forced", [True, False])
 @pytest.mark.parametrize("new_format", [True, False])
 @pytest.mark.parametrize("case", _hostile("x"))
-def test_nothing_in_a_pickle_is_run(tmp_path: Path, case: str, new_format: bool) -> None:
+def test_nothing_in_a_pickle_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, new_format: bool, forced: bool
+) -> None:
     """Refused, and inert even where somebody allows all of it."""
+    if forced:  # what a user may have set for other programs is no wish of theirs here
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     mark = tmp_path / "mark"
     path = saved(tmp_path, _hostile(str(mark))[case], new_format)
     message = refusal(path)
@@ -236,14 +242,9 @@ def test_a_stand_in_can_not_be_used_for_anything(tmp_path: Path) -> None:
         b"cargparse\nNamespace.__init__\n)R.",  # an attribute of a class
         b"cbuiltins\nlist\n)R(X\x01\x00\x00\x00ae.",  # filled
     ):
-        torch.save({"w": WEIGHT}, tmp_path / "w.pth")
-        contents = io.BytesIO()
-        with zipfile.ZipFile(tmp_path / "w.pth") as archive, zipfile.ZipFile(contents, "w") as out:
-            for name in archive.namelist():
-                out.writestr(name, header + pickled if name.endswith("data.pkl") else archive.read(name))
-        (tmp_path / "w.pth").write_bytes(contents.getvalue())
+        path = rewritten(saved(tmp_path, None), lambda data, pickled=pickled: header + pickled)
         with pytest.raises(CheckpointError):
-            read_checkpoint(tmp_path / "w.pth")
+            read_checkpoint(path)
     assert "__call__" not in vars(argparse.Namespace)
 
 

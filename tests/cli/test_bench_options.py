@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastvit import cli
 from fastvit.benchmarks import runner
 from fastvit.benchmarks.rows import Row, read_json_lines, write_json_lines
 
@@ -25,16 +25,10 @@ SLOWER = replace(ROW, median_us=120.0, p20_us=118.0, p80_us=122.0)
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+def run(run: Cli, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run `fastvit bench` where measuring takes no time: exit code, standard output, standard error."""
     monkeypatch.setattr(runner, "run_suites", lambda *_, **__: [ROW, TIMM])
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main(["bench", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run, "bench")
 
 
 @pytest.fixture

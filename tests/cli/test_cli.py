@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import fastvit
-from fastvit import cli
 from fastvit.demo import environment
 from fastvit.training import digits as digits_module
 from fastvit.training import models as models_module
@@ -20,18 +19,6 @@ from fastvit.training import models as models_module
 Cli = Callable[..., tuple[int, str, str]]
 
 COMMANDS = ("info", "validate", "bench", "tune", "train", "accelerate", "demo", "inspect", "convert")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = cli.main(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit import cli, tuning
+from fastvit import tuning
 from fastvit.benchmarks import timing, tune
 from fastvit.tuning import FORWARD, Choice, Problem, Table
 
@@ -19,7 +19,7 @@ OTHER = Problem("patch_embed", FORWARD, torch.uint8, torch.float32, torch.float3
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cli]:
+def run(run: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cli]:
     """Run a command in this process, with a cache of its own: exit code, standard output, standard error."""
     monkeypatch.delenv("FASTVIT_TUNING")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -28,9 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
     def call(*arguments: str) -> tuple[int, str, str]:
         tuning.reset()
-        code = cli.main(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run(*arguments)
 
     yield call
     tuning.reset()
