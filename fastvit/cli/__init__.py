@@ -63,25 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("interrupted")
         return INTERRUPTED
-    except ERRORS as error:
-        return _report(error, 2)
     except Exception as error:
-        if _is_usage_error(error):
-            return _report(error, 2)
+        # typer brings click along under one name or another, by version; its errors are known by name and method.
         if type(error).__name__ == "Abort":
             print_error("interrupted")
             return INTERRUPTED
-        raise
+        if os.environ.get("FASTVIT_DEBUG") or not (isinstance(error, ERRORS) or hasattr(error, "format_message")):
+            raise
+        print_error(describe(error))
+        return int(getattr(error, "exit_code", 2))
     return result if isinstance(result, int) else 0
-
-
-def _is_usage_error(error: Exception) -> bool:
-    # typer brings click along under one name or another, by version; its errors are known by this method.
-    return hasattr(error, "format_message")
-
-
-def _report(error: Exception, code: int) -> int:
-    if os.environ.get("FASTVIT_DEBUG"):
-        raise error
-    print_error(describe(error))
-    return int(getattr(error, "exit_code", code))

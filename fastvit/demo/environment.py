@@ -84,8 +84,12 @@ def gpus() -> list[dict[str, Any]]:
 
 def compiled_targets() -> dict[str, str]:
     """For each kind of kernel, the GPU targets it is compiled for, and when."""
+    try:
+        from fastvit.kernels.compile_check import TARGETS
+    except ImportError:  # no Triton here; its launcher would say so
+        TARGETS = (80, 90, 100)
     return {
-        "triton": ", ".join(f"sm_{target}" for target in triton_targets()) + " (compiled at first use)",
+        "triton": ", ".join(f"sm_{target}" for target in TARGETS) + " (compiled at first use)",
         "cuda": ", ".join(cuda.architectures()) if not cuda.why_missing() else "none",
     }
 
@@ -102,15 +106,6 @@ def extension_warnings() -> list[str]:
     if not cuda.is_outdated():
         return []
     return [f"the C++/CUDA extension was built from other sources than those in csrc/. Run: {cuda.how_to_get()}"]
-
-
-def triton_targets() -> tuple[int, ...]:
-    """Targets that every kernel of the manifest is compiled for offline, by the compile check."""
-    try:
-        from fastvit.kernels.compile_check import TARGETS
-    except ImportError:  # no Triton here; its launcher would say so
-        return (80, 90, 100)
-    return tuple(TARGETS)
 
 
 def tables(found: dict[str, Any]) -> list[Table]:

@@ -105,8 +105,8 @@ def class_attention(model: nn.Module, images: Tensor, grid: tuple[int, int]) -> 
 
 
 @styled
-def draw_attention(path: Path, model: nn.Module, images: Tensor, labels: Sequence[str], classes: Sequence[str]) -> Path:
-    """Digits, the attention of the class token with the digit's outline over it, and the prediction."""
+def draw_attention(path: Path, model: nn.Module, images: Tensor, classes: Sequence[str]) -> Path:
+    """A digit of each class, the attention of the class token with its outline over it, and the prediction."""
     grid = tuple(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
     attention = class_attention(model, images, grid).cpu()
     with torch.no_grad():
@@ -116,11 +116,9 @@ def draw_attention(path: Path, model: nn.Module, images: Tensor, labels: Sequenc
     figure, axes = new_figure(2, len(images), (1.1 * len(images), 2.9))
     for index in range(len(images)):
         above, below = axes[0][index], axes[1][index]
-        right = classes[predicted[index]] == labels[index]
         above.imshow(pixels[index].numpy(), cmap="gray", vmin=0, vmax=255)
-        above.set_title(
-            f"{labels[index]} → {classes[predicted[index]]}", color="black" if right else ORANGE, loc="center"
-        )
+        title = f"{classes[index]} → {classes[predicted[index]]}"
+        above.set_title(title, color="black" if predicted[index] == index else ORANGE, loc="center")
         edges = (-0.5, width - 0.5, height - 0.5, -0.5)
         below.imshow(attention[index].numpy(), cmap="inferno", vmin=0, vmax=1, extent=edges)
         below.contour(pixels[index].numpy(), levels=[100], colors="white", linewidths=1.2)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,22 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from fastvit.benchmarks import patch_embed
 from fastvit.benchmarks.rows import Row, format_table, processor
+from fastvit.benchmarks.runner import SECONDS as SUITE_SECONDS
+from fastvit.benchmarks.runner import SUITES, run_plan
 from fastvit.training import Run
 from fastvit.training.observers import ProgressBar
 
 from . import figures
 from .checks import Checks, run_checks
 from .environment import collect, tables
-from .measuring import run_benchmarks
 from .report import seeds_table, write_report
 from .training import LOSS_TOLERANCE, Comparison, compare_with_timm, train_seeds
 
 REQUIRED_ACCURACY = 0.96
+# Enough for medians that repeat within a few percent on a quiet machine; `fastvit bench` takes longer.
+SECONDS = 1.0
 
 
 def run_demo(out: Path, *, quick: bool, console: Console) -> bool:
@@ -72,6 +77,21 @@ def run_demo(out: Path, *, quick: bool, console: Console) -> bool:
     return _verdict(console, out, results)
 
 
+def run_benchmarks(*, quick: bool, progress: Callable[[int, int, str], None]) -> list[Row]:
+    """Rows of a few cases, each of ours with its ratios to the rivals."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    if quick:
+        return run_plan(SUITES["patch_embed"]("tiny", device), device, SUITE_SECONDS["tiny"], progress)
+    # One model width is enough here, and rivals as they are, for compiling them takes longer than all else.
+    shape = patch_embed.Shape("S", 256 if on_gpu else 16)
+    plan = [
+        (f"{shape}, {precision}", partial(patch_embed.problems_of, shape, precision, device))
+        for precision in (patch_embed.ON_GPU if on_gpu else patch_embed.ON_CPU)
+    ]
+    return run_plan(plan + SUITES["model"]("small", device)[:1], device, SECONDS, progress)
+
+
 def _write(out: Path, results: dict[str, Any], runs: list[Run], checks: Checks, rows: list[Row]) -> None:
     """The pictures, results.json and the page."""
     run = runs[0]
@@ -87,7 +107,7 @@ def _write(out: Path, results: dict[str, Any], runs: list[Run], checks: Checks, 
     pictures = {
         "curves": figures.draw_curves(out / "curves.png", histories, REQUIRED_ACCURACY),
         "positions": figures.draw_positions(out / "positions.png", positions, grid),
-        "attention": figures.draw_attention(out / "attention.png", model, images, data.classes, data.classes),
+        "attention": figures.draw_attention(out / "attention.png", model, images, data.classes),
     }
     compared = results["timm"]
     if compared["ours"]:

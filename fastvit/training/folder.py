@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvit.checkpoints.errors import listed
+
 from .decoding import decode
 from .errors import DataError, OptionError
 from .image_set import ImageData, ImageSet, fingerprint, split_by_class
@@ -70,9 +72,12 @@ def split_folder(root: Path, share: float) -> tuple[list[Sample], list[Sample], 
     if train_root and test_root:
         train, classes = scan(train_root)
         test, test_classes = scan(test_root, least=1)
-        lacking, odd = set(classes) - set(test_classes), set(test_classes) - set(classes)
-        if lacking or odd:
-            found = " and ".join(_listed("without", lacking) + _listed("with", odd))
+        differing = {
+            "without": sorted(set(classes) - set(test_classes)),
+            "with": sorted(set(test_classes) - set(classes)),
+        }
+        if any(differing.values()):
+            found = " and ".join(f"{word} {listed(names, LISTED)}" for word, names in differing.items() if names)
             raise DataError(f"{test_root}: other classes than in {train_root}: {found}")
         return train, test, classes
     alone = train_root or test_root
@@ -127,8 +132,3 @@ def _is_image(name: str) -> bool:
 
 def _is_leftover(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFTOVERS
-
-
-def _listed(word: str, names: set[str]) -> list[str]:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return [f"{word} {', '.join(sorted(names)[:LISTED])}{more}"] if names else []
