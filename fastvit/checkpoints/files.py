@@ -65,7 +65,7 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], *, allow
     Raises:
         CheckpointError: nothing there, no weights in it, truncated or damaged, or with other Python objects in it.
         TypeError: `source` is none of the above, or `allow` no list of names.
-        ImportError: safetensors or huggingface_hub is needed and not installed.
+        ImportError: huggingface_hub is needed and not installed.
     """
     if isinstance(allow, str) or not all(isinstance(name, str) for name in allow):
         raise TypeError(f"allow: {allow!r}; accepted is a list of names, such as ['package.module.Class']")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 from torch import Tensor
 
@@ -42,7 +43,6 @@ def read_file(path: Path, allow: Sequence[str] = ()) -> tuple[str, Any, dict[str
 
     Raises:
         CheckpointError: none of these, empty, cut off or damaged, or with Python objects in it.
-        ImportError: safetensors is needed and not installed.
     """
     kind = _kind(path)
     if kind == "safetensors":
@@ -92,8 +92,6 @@ def _kind_of_zip(path: Path, size: int) -> str:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Names and CPU tensors of a .safetensors file, and the config in its metadata where it has one."""
-    import safetensors
-
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fastvit.model import VisionTransformer
+from fastvit.model.patch_embed import pair
 from fastvit.model.variants import variant_arguments
 
 from .arguments import nearest_variant
@@ -109,7 +110,7 @@ def inspect(
     try:
         recognised = recognise(checkpoint, key=key)
     except CheckpointError as error:
-        return Inspection(**contents, problems=[str(error).removeprefix(f"{checkpoint.source}: ")])
+        return Inspection(**contents, problems=[str(error)])
     arguments = recognised.arguments
     variant = nearest_variant(arguments, recognised.family)
     shared = ("notes", "schema", "family", "arguments", "assumed", "problems", "beside")
@@ -239,5 +240,4 @@ def _under(heading: str, lines: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _size(size: int | Sequence[int]) -> str:
-    height, width = (size, size) if isinstance(size, int) else size
-    return f"{height} x {width}"
+    return " x ".join(map(str, pair("size", size)))

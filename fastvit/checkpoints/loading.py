@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvit.checkpoints.adapt import adapt, adapt_head
 from fastvit.checkpoints.arguments import model_arguments
 from fastvit.checkpoints.errors import CheckpointError, listed
-from fastvit.checkpoints.files import Checkpoint, read_checkpoint
+from fastvit.checkpoints.files import read_checkpoint
 from fastvit.checkpoints.recognition import Recognised, expected_shapes, fitting, recognise
 from fastvit.checkpoints.targets import SCHEMAS, remarks, to_schema
 from fastvit.checkpoints.writing import TORCH_SUFFIXES, is_folder_name, write_checkpoint
@@ -62,9 +62,9 @@ def load_pretrained(
         CheckpointError: not a checkpoint, another architecture, names that do not fit (all of them are listed), or
             another number of classes without `new_head`.
         ValueError, TypeError: an override that can't be.
-        ImportError: a hub name without huggingface_hub, or a .safetensors file without safetensors.
+        ImportError: a hub name without huggingface_hub.
     """
-    recognised = _recognised(read_checkpoint(source, allow=allow), key, overrides)
+    recognised = _recognised(source, key, allow, overrides)
     fitted = _fitting(adapt_head(recognised, overrides.get("num_classes"), new_head), strict)
     fitted = adapt(fitted, overrides) if "patch_embed.proj.weight" in fitted.state else fitted
     arguments = {**fitted.arguments, **overrides}
@@ -128,7 +128,7 @@ def convert(
         raise CheckpointError(f"{destination}: names a file; Hugging Face's format is a folder, with config.json in it")
     if to == "torchvision" and is_folder:
         raise CheckpointError(f"{destination}: names a folder; torchvision has files alone: .pth, .pt or .safetensors")
-    recognised = _recognised(read_checkpoint(source, allow=allow), key, overrides)
+    recognised = _recognised(source, key, allow, overrides)
     whole = adapt_head(recognised, overrides.get("num_classes"))
     if whole.missing or whole.misshapen:
         raise _misfit(whole, whole.problems, "a part of a checkpoint can't be converted")
@@ -149,9 +149,14 @@ def convert(
     ]
 
 
-def _recognised(checkpoint: Checkpoint, key: str | None, overrides: Mapping[str, Any]) -> Recognised:
+def _recognised(source: Any, key: str | None, allow: Sequence[str], overrides: Mapping[str, Any]) -> Recognised:
+    """What is at `source`; an error says whose it is."""
+    checkpoint = read_checkpoint(source, allow=allow)
     known = {name: overrides[name] for name in _TOLD if isinstance(overrides.get(name), (str, int, float))}
-    return recognise(checkpoint, key=key, size_hint=overrides.get("img_size"), **known)
+    try:
+        return recognise(checkpoint, key=key, size_hint=overrides.get("img_size"), **known)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.source}: {error}") from error
 
 
 def _fitting(recognised: Recognised, strict: bool) -> Recognised:

@@ -16,7 +16,7 @@ import threading
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ def read_torch(path: Path, allow: Sequence[str] = ()) -> Any:
     stand_ins = {name: _stand_in(name) for name in names if name in allow or _is_plain(name)}
     while True:
         try:
-            return _load(path, stand_ins)
+            with _lock, torch.serialization.safe_globals([(found, name) for name, found in stand_ins.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True)
         # By where it breaks: RuntimeError, UnpicklingError, EOFError, KeyError …
         except Exception as error:
             name, kind = _filled(str(error))
@@ -98,13 +99,6 @@ def read_torch(path: Path, allow: Sequence[str] = ()) -> Any:
                 reason = reason or f"truncated or damaged ({path.stat().st_size} bytes, {type(error).__name__})"
                 raise CheckpointError(f"{path}: {reason}") from error
             stand_ins[name] = _stand_in(name, kind)
-
-
-def _load(path: Path, stand_ins: Mapping[str, type[_Ignored]]) -> Any:
-    if not stand_ins:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    with _lock, torch.serialization.safe_globals([(found, name) for name, found in stand_ins.items()]):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _stand_in(name: str, kind: type[_Ignored] = _Ignored) -> type[_Ignored]:

@@ -76,15 +76,9 @@ def recognise(checkpoint: Checkpoint, *, key: str | None = None, size_hint: Any 
             over what it does say.
 
     Raises:
-        CheckpointError: another architecture; the message says what it seems to be, and why it is not read.
+        CheckpointError: another architecture; the message says what it seems to be, and why it is not read, but not
+            what the checkpoint is called.
     """
-    try:
-        return _recognise(checkpoint, key, known, size_hint)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.source}: {error}") from error
-
-
-def _recognise(checkpoint: Checkpoint, key: str | None, known: Mapping[str, Any], size_hint: Any) -> Recognised:
     config = checkpoint.config or {}
     family = family_of(config)
     everything = normalised(_unscanned(checkpoint.state))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvit.files import sync, written_whole
@@ -39,7 +40,6 @@ def write_checkpoint(
         CheckpointError: `path` exists and `overwrite` is False, its kind is not known or does not go with `config`,
             something in `state` is no dense tensor, or the disk is full. Nothing was written.
         TypeError: `config` can't be written as JSON.
-        ImportError: safetensors is needed and not installed.
         OSError: the folder can't be written to.
     """
     path = Path(os.path.abspath(Path(path).expanduser()))
@@ -135,13 +135,9 @@ def _save(path: Path, tensors: dict[str, Tensor], config: str) -> None:
             torch.save(tensors, path)
         else:
             metadata = {"format": "pt", CONFIG_KEY: config} if config else {"format": "pt"}
-            from safetensors.torch import save_file
-
             save_file(tensors, path, metadata=metadata)
         path.chmod(mode)
         sync(path)
-    except ImportError:
-        raise
     # A full disk is a RuntimeError of torch's, a SafetensorError of safetensors'.
     except Exception as error:
         reason = " ".join(str(error).split())

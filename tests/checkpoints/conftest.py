@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvit.checkpoints.files import Checkpoint
+from fastvit.checkpoints.errors import CheckpointError
+from fastvit.checkpoints.files import Checkpoint, read_checkpoint
 from fastvit.checkpoints.recognition import Recognised, recognise
 from fastvit.peers import import_peer
 
@@ -71,6 +72,16 @@ def same_bits(got: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
     assert got.keys() == truth.keys()
     different = [name for name in truth if got[name].dtype != truth[name].dtype or not got[name].equal(truth[name])]
     assert not different
+
+
+def refusal(source: Any, **arguments: Any) -> str:
+    """The message that `source` is refused with: one line that is no longer than a screen has room for."""
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(source, **arguments)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500 + len(str(source))
+    assert not isinstance(source, Path) or message.startswith(str(source))
+    return message
 
 
 def recognised(state: Mapping[str, Tensor], config: Any = None, **known: Any) -> Recognised:

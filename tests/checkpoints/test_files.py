@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastvit.checkpoints import CheckpointError, files
 from fastvit.checkpoints.files import read_checkpoint
 from fastvit.checkpoints.writing import write_checkpoint
-from tests.checkpoints.conftest import Calls, same_bits
+from tests.checkpoints.conftest import Calls, refusal, same_bits
 
 CONFIG = {"model_type": "vit", "hidden_size": 8, "layer_norm_eps": 1e-12}
 
@@ -33,15 +33,6 @@ def weights() -> dict[str, Tensor]:
         "steps": torch.tensor(7),
         "none": torch.empty(0, 4),
     }
-
-
-def refusal(source: Any) -> str:
-    """The message that `source` is refused with: one line that is no longer than a screen has room for."""
-    with pytest.raises(CheckpointError) as error:
-        read_checkpoint(source)
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 500 + len(str(source))
-    return message
 
 
 # Formats

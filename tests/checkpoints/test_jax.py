@@ -20,33 +20,31 @@ GRID = IMAGE // PATCH
 def arrays(big_vision: bool, class_token: bool = True) -> dict[str, np.ndarray]:
     """The tensors of a tiny model, in the original ViT's or big_vision's names, with random numbers."""
     attention, mlp, norm2 = (0, 0, 1) if big_vision else (1, 3, 2)
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding/kernel": (PATCH, PATCH, 3, WIDTH),
-        "embedding/bias": (WIDTH,),
-        "Transformer/encoder_norm/scale": (WIDTH,),
-        "Transformer/encoder_norm/bias": (WIDTH,),
-        "head/kernel": (WIDTH, CLASSES),
-        "head/bias": (CLASSES,),
-    }
-    if class_token:
-        shapes["cls"] = (1, 1, WIDTH)
+    shapes: dict[str, tuple[int, ...]] = {"cls": (1, 1, WIDTH)} if class_token else {}
     if big_vision:
         shapes["pos_embedding"] = (1, GRID * GRID, WIDTH)
     else:
         shapes["Transformer/posembed_input/pos_embedding"] = (1, GRID * GRID + class_token, WIDTH)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}/scale"] = shapes[f"{name}/bias"] = (WIDTH,)
+
+    def layer(name: str, kernel: tuple[int, ...], bias: tuple[int, ...] = (WIDTH,)) -> None:
+        shapes[f"{name}/kernel"], shapes[f"{name}/bias"] = kernel, bias
+
+    layer("embedding", (PATCH, PATCH, 3, WIDTH))
     for index in range(DEPTH):
         block = f"Transformer/encoderblock_{index}"
-        for norm in (0, norm2):
-            shapes[f"{block}/LayerNorm_{norm}/scale"] = shapes[f"{block}/LayerNorm_{norm}/bias"] = (WIDTH,)
+        norm(f"{block}/LayerNorm_0")
+        attended = f"{block}/MultiHeadDotProductAttention_{attention}"
         for part in ("query", "key", "value"):
-            name = f"{block}/MultiHeadDotProductAttention_{attention}/{part}"
-            shapes[f"{name}/kernel"] = (WIDTH, HEADS, WIDTH // HEADS)
-            shapes[f"{name}/bias"] = (HEADS, WIDTH // HEADS)
-        name = f"{block}/MultiHeadDotProductAttention_{attention}/out"
-        shapes[f"{name}/kernel"], shapes[f"{name}/bias"] = (HEADS, WIDTH // HEADS, WIDTH), (WIDTH,)
-        for layer, (rows, columns) in enumerate(((WIDTH, HIDDEN), (HIDDEN, WIDTH))):
-            name = f"{block}/MlpBlock_{mlp}/Dense_{layer}"
-            shapes[f"{name}/kernel"], shapes[f"{name}/bias"] = (rows, columns), (columns,)
+            layer(f"{attended}/{part}", (WIDTH, HEADS, WIDTH // HEADS), (HEADS, WIDTH // HEADS))
+        layer(f"{attended}/out", (HEADS, WIDTH // HEADS, WIDTH))
+        norm(f"{block}/LayerNorm_{norm2}")
+        layer(f"{block}/MlpBlock_{mlp}/Dense_0", (WIDTH, HIDDEN), (HIDDEN,))
+        layer(f"{block}/MlpBlock_{mlp}/Dense_1", (HIDDEN, WIDTH))
+    norm("Transformer/encoder_norm")
+    layer("head", (WIDTH, CLASSES), (CLASSES,))
     drawn = {name: torch.randn(shape) * (0.1 if name.endswith("kernel") else 1.0) for name, shape in shapes.items()}
     return {name: tensor.numpy() for name, tensor in drawn.items()}
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fastvit.checkpoints import CheckpointError, inspect, load_pretrained
 from fastvit.checkpoints.files import read_checkpoint
-from tests.checkpoints.conftest import Calls
+from tests.checkpoints.conftest import Calls, refusal
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 
@@ -93,14 +93,6 @@ VALUES: dict[str, Any] = {
 def saved(tmp_path: Path, beside: Any, new_format: bool = True) -> Path:
     torch.save({"w": WEIGHT, "beside": beside}, tmp_path / "w.pth", _use_new_zipfile_serialization=new_format)
     return tmp_path / "w.pth"
-
-
-def refusal(path: Path, **arguments: Any) -> str:
-    with pytest.raises(CheckpointError) as error:
-        read_checkpoint(path, **arguments)
-    message = str(error.value)
-    assert "\n" not in message and message.startswith(str(path))
-    return message
 
 
 @pytest.mark.parametrize("new_format", [True, False])
