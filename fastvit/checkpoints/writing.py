@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvit.files import sync, written_whole
@@ -135,7 +135,7 @@ def _save(path: Path, tensors: dict[str, Tensor], config: str) -> None:
             torch.save(tensors, path)
         else:
             metadata = {"format": "pt", CONFIG_KEY: config} if config else {"format": "pt"}
-            save_file(tensors, path, metadata=metadata)
+            safetensors.torch.save_file(tensors, path, metadata=metadata)
         path.chmod(mode)
         sync(path)
     # A full disk is a RuntimeError of torch's, a SafetensorError of safetensors'.
