@@ -205,16 +205,18 @@ def _problem(mode: str, inputs: Any) -> tuning.Problem:
 
 
 def _configurations(mode: str, inputs: Inputs, tile: str | None) -> Iterator[Configuration]:
-    """Tiles in forward mode; in training splits of the weight gradient, with the best tile."""
-    from fastvit.kernels.patch_embed import forward_tiles
+    """Tiles in forward mode; in training tiles and splits of the weight gradient, with the best tile of forward."""
+    from fastvit.kernels.patch_embed import forward_tiles, weight_tiles
     from fastvit.kernels.row_sums import TARGET_PROGRAMS
 
+    images, weight = inputs["images"], inputs["weight"]
     if mode == tuning.FORWARD:
-        for name in forward_tiles(inputs["images"], inputs["weight"], inputs.compute, inputs.out):
+        for name in forward_tiles(images, weight, inputs.compute, inputs.out):
             yield Configuration(tile=name)
     else:
-        for programs in (TARGET_PROGRAMS // 2, TARGET_PROGRAMS, 2 * TARGET_PROGRAMS):
-            yield Configuration(tile, programs)
+        for name in weight_tiles(images, weight, inputs.compute, inputs.keep is not None):
+            for programs in (TARGET_PROGRAMS // 2, TARGET_PROGRAMS, 2 * TARGET_PROGRAMS):
+                yield Configuration(tile, programs, name)
 
 
 TUNED = Tuned(_measurements, _problem, _configurations)

@@ -1,7 +1,7 @@
 """Times every candidate for the shapes of a model on this device: what `fastvit tune` runs.
 
-Candidates are the backends that run here, Triton's once for every tile of its forward GEMM and for every way to split
-its weight gradient, and PyTorch's own path. Each of ours is held to float64 before it is timed; one that is wrong is
+Candidates are the backends that run here, Triton's once for every tile of its forward GEMM and for every tile and split
+of its weight gradient, and PyTorch's own path. Each of ours is held to float64 before it is timed; one that is wrong is
 left out, with the reason in the table. They take turns in one process, and the fastest median wins.
 
 A tile is chosen by the forward pass alone, with parameters in the compute dtype, as a model is served. The split is
@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class Candidate:
 
     def forced(self) -> AbstractContextManager[None]:
         """Its configuration, in place of any table's."""
-        return tuning.forced_configuration(self.configuration.tile, self.configuration.programs)
+        return tuning.forced_configuration(**asdict(self.configuration))
 
 
 def tune(

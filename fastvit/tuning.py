@@ -20,7 +20,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch
 from fastvit._version import __version__
 from fastvit.files import written_whole
 
-FORMAT = 1
+FORMAT = 2
 FORWARD, TRAINING = "forward", "training"
 REFERENCE = "reference"  # PyTorch's own path, which nothing that is chosen may be slower than
 OFF = ("0", "off")
@@ -68,17 +68,21 @@ class Configuration:
 
     tile: str | None = None  # of the forward GEMM: a name that its kernel's file knows
     programs: int | None = None  # that share the weight gradient
+    weight_tile: str | None = None  # of the weight gradient
 
     def __post_init__(self) -> None:
-        if self.tile is not None and not isinstance(self.tile, str):
-            raise ValueError(f"tile: expected a name, got {self.tile!r}")
+        for name in ("tile", "weight_tile"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name}: expected a name, got {value!r}")
         whole = type(self.programs) is int and 1 <= self.programs <= MOST_PROGRAMS
         if self.programs is not None and not whole:
             raise ValueError(f"programs: expected a whole number from 1 to {MOST_PROGRAMS}, got {self.programs!r}")
 
     def __str__(self) -> str:
-        parts = [self.tile or "", f"{self.programs} programs" if self.programs else ""]
-        return " ".join(part for part in parts if part)
+        programs = f"{self.programs} programs" if self.programs else ""
+        weight = f"weight {self.weight_tile}" if self.weight_tile else ""
+        return " ".join(part for part in (self.tile or "", weight, programs) if part)
 
 
 DEFAULT = Configuration()
@@ -232,7 +236,7 @@ def _to_dict(problem: Problem, rows: int, choice: Choice) -> dict[str, Any]:
         for name, value in problem._asdict().items()
     }
     entry |= {"rows": rows, "backend": choice.backend}
-    entry |= {"tile": choice.configuration.tile, "programs": choice.configuration.programs}
+    entry |= asdict(choice.configuration)
     return entry | {"times_us": dict(choice.times_us), "excluded": dict(choice.excluded)}
 
 
@@ -240,7 +244,7 @@ def _from_dict(entry: dict[str, Any]) -> tuple[Problem, int, Choice]:
     shape = tuple(_count(size) for size in entry["shape"])
     image, compute, out = (_DTYPES[entry[name]] for name in ("image", "compute", "out"))
     problem = Problem(_text(entry["op"]), _text(entry["mode"]), image, compute, out, shape, bool(entry["keep"]))
-    configuration = Configuration(entry["tile"], entry["programs"])
+    configuration = Configuration(entry["tile"], entry["programs"], entry["weight_tile"])
     excluded = {name: _text(reason) for name, reason in entry["excluded"].items()}
     choice = Choice(_text(entry["backend"]), dict(entry["times_us"]), configuration, excluded)
     return problem, bucket(_count(entry["rows"])), choice
@@ -384,10 +388,12 @@ def configuration(device: torch.device, problem: tuple[Any, ...], rows: int) -> 
 
 
 @contextmanager
-def forced_configuration(tile: str | None = None, programs: int | None = None) -> Iterator[None]:
+def forced_configuration(
+    tile: str | None = None, programs: int | None = None, weight_tile: str | None = None
+) -> Iterator[None]:
     """Inside the `with` block launchers are told this and no table; None leaves them to their own rule."""
     global _forced
-    previous, _forced = _forced, Configuration(tile, programs)
+    previous, _forced = _forced, Configuration(tile, programs, weight_tile)
     try:
         yield
     finally:

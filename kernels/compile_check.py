@@ -2,9 +2,10 @@
 
     python -m fastvit.kernels.compile_check [--target 80 --target 90 --target 100] [--json] [--workers N] [NAME ...]
 
-A row of the table is one entry on one target: registers, stack, shared memory, the matrix instruction, and for each
-operand of the product the widths in bytes of its copies from and to global memory. Exits with 1 if a rule of
-``problems`` is broken.
+A row of the table is one entry on one target: registers, stack, shared memory, how many programs a multiprocessor has
+room for, the matrix instruction, for each operand of the product the widths in bytes of its copies from and to global
+memory, and for the loop around it how many copies are still under way when it waits, and the buffers of each load.
+Exits with 1 if a rule of ``problems`` is broken. A second table counts the launches of a call (see calls.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from fastvit.kernels.interpreter import interpreting
 from fastvit.kernels.manifest import Entry
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a thread block may use
-TARGETS = tuple(SHARED_LIMIT)
+SHARED_RESERVED = 1024  # bytes that the system takes of each block's
+REGISTERS, WARPS = 65536, 64  # of a multiprocessor, on all of them
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Row:
     shared: int
     mma: str
     copies: dict[str, str]  # of each operand
+    programs: int = 0  # that a multiprocessor has room for
+    prefetched: int | None = None  # copies under way while the loop's product waits for its own; None without copies
+    buffers: str = ""  # in shared memory, of each load that has several
     problems: tuple[str, ...] = ()
 
 
@@ -67,8 +72,7 @@ def compile_entry(entry: Entry, target: int) -> Any:
     function = jit_function(entry)
     signature, attributes, constants = specialisation(entry, function)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=entry.options)
 
 
 def specialisation(entry: Entry, function: Any) -> tuple[dict[str, str], dict[Any, Any], dict[str, Any]]:
@@ -95,6 +99,7 @@ def inspect(entry: Entry, target: int) -> Row:
     try:
         compiled = compile_entry(entry, target)
         registers, stack = resource_usage(compiled.asm["cubin"])
+        prefetched, buffers = pipeline(compiled.asm["ttgir"])
     except Exception as error:  # a compiler that fails, in whatever way, is a row of the table and not the end of it
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Row(target, entry.kernel, _config(entry), 0, 0, 0, "", {}, (f"does not compile: {message}",))
@@ -112,6 +117,9 @@ def inspect(entry: Entry, target: int) -> Row:
             operand.removesuffix("_ptr"): _widths(access for access in accesses if access.parameter == operand)
             for operand, _ in entry.copies
         },
+        programs=room(target, registers, compiled.metadata.shared, entry.num_warps),
+        prefetched=prefetched if entry.compute else None,
+        buffers=buffers,
     )
     found = list(problems(entry, row))
     if any(access.parameter not in dict(entry.pointers) for access in accesses):
@@ -128,10 +136,32 @@ def problems(entry: Entry, row: Row) -> Iterator[str]:
     fits = entry.compute in manifest.HALF and entry.constant(entry.product_rows) >= 64 and entry.num_warps >= 4
     if row.target == 90 and fits and "wgmma" not in row.mma:
         yield "no wgmma"
+    is_wide = any(least for _, least in entry.copies)
+    if entry.compute and (row.prefetched == 0 or (is_wide and row.prefetched is None)):
+        yield "the loop of the product waits for what it loads itself: nothing is prefetched"
     for pointer, least in entry.copies:
         operand = pointer.removesuffix("_ptr")
         if _narrowest(row.copies[operand]) < least:
             yield f"copies of {operand} narrower than {least} bytes"
+
+
+def room(target: int, registers: int, shared: int, warps: int) -> int:
+    """Programs that a multiprocessor holds at a time. Registers are given out to warps by eights a thread."""
+    of_a_warp = max(registers + 7, 8) // 8 * 8 * 32
+    memory = SHARED_LIMIT[target] + SHARED_RESERVED
+    return min(REGISTERS // (of_a_warp * warps), memory // (shared + SHARED_RESERVED), WARPS // warps)
+
+
+_WAIT = re.compile(r"ttg\.async_wait\b.*\{num = (\d+)")
+_BUFFERS = re.compile(r"%([a-z_]\w*?)(?:_\d+)? = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x")
+
+
+def pipeline(intermediate: str) -> tuple[int | None, str]:
+    """How deep loads are prefetched, read from Triton's GPU intermediate: (copies under way at the deepest wait, None
+    where there is no wait; buffers of each load, named as the kernel names what it loads)."""
+    waits = [int(number) for number in _WAIT.findall(intermediate)]
+    buffers = ", ".join(f"{name} {number}" for name, number in _BUFFERS.findall(intermediate))
+    return max(waits, default=None), buffers
 
 
 def _config(entry: Entry) -> str:
@@ -242,9 +272,13 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(usage[1]), int(usage[2])
 
 
+def _tasks(entries: Sequence[Entry], targets: Sequence[int]) -> list[tuple[Entry, int]]:
+    return [(entry, target) for entry in entries for target in targets if target in entry.targets]
+
+
 def check(entries: Sequence[Entry], targets: Sequence[int], workers: int) -> Iterator[Row]:
     """Rows in the order in which they are done; every process compiles one entry at a time."""
-    tasks = [(entry, target) for entry in entries for target in targets]
+    tasks = _tasks(entries, targets)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
         for future in as_completed([pool.submit(inspect, *task) for task in tasks]):
@@ -259,7 +293,7 @@ def run(entries: Sequence[Entry], targets: Sequence[int], workers: int, as_json:
     rows: list[Row] = []
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("compiling", total=len(entries) * len(targets))
+        task = progress.add_task("compiling", total=len(_tasks(entries, targets)))
         for row in check(entries, targets, workers):
             rows.append(row)
             progress.advance(task)
@@ -272,15 +306,29 @@ def run(entries: Sequence[Entry], targets: Sequence[int], workers: int, as_json:
         print_table(rows)
         for row in failed:
             print(f"FAIL sm_{row.target} {row.kernel} {row.config}: {'; '.join(row.problems)}")
-        print(f"{len(rows)} rows, {len(entries)} entries, {len(targets)} targets: {len(failed)} failed")
+        print(f"{len(rows)} rows, {len(entries)} entries, {len(targets)} targets: {len(failed)} failed\n")
+        print_calls()
     return 1 if failed or not rows else 0
 
 
 def print_table(rows: Sequence[Row]) -> None:
     """Plain text, so that a log keeps it whole however wide the terminal is."""
-    header = ("target", "kernel", "config", "registers", "stack", "shared", "mma", "copies")
-    table = [header, *(tuple(_cell(row, name) for name in header) for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    names = ("target", "kernel", "config", "registers", "stack", "shared", "programs", "mma")
+    names = (*names, "copies", "prefetched", "buffers")
+    _print_columns([names, *(tuple(_cell(row, name) for name in names) for row in rows)])
+
+
+def print_calls() -> None:
+    """Launches and bytes of each op's example calls, counted."""
+    from fastvit.kernels.calls import counted
+
+    print("counted, each tensor that a launch reads or writes once:")
+    header = ("call", "launches", "others", "MB", "kernels")
+    _print_columns([header, *(tuple(map(str, call.cells())) for call in counted())])
+
+
+def _print_columns(table: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
@@ -288,13 +336,15 @@ def print_table(rows: Sequence[Row]) -> None:
 def _cell(row: Row, name: str) -> str:
     if name == "copies":
         return "; ".join(f"{operand} {widths}" for operand, widths in row.copies.items()) or "-"
+    if getattr(row, name) in (None, ""):
+        return "-"
     return f"sm_{row.target}" if name == "target" else str(getattr(row, name))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compile_check", description="Compile and check every kernel offline.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="only entries whose name contains one of these")
-    parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--target", type=int, action="append", choices=manifest.TARGETS, help="default: all")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one a CPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row instead of the table")
     options = parser.parse_args(arguments)
@@ -305,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not entries:
         print(f"compile_check: no entry's name contains {' or '.join(options.names)}", file=sys.stderr)
         return 2
-    return run(entries, options.target or list(TARGETS), options.workers, options.json)
+    return run(entries, options.target or list(manifest.TARGETS), options.workers, options.json)
 
 
 if __name__ == "__main__":

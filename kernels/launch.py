@@ -25,7 +25,7 @@ def launch(entry: Entry, grid: tuple[int, ...], **arguments: Any) -> None:
         return
     kernel = jit_function(entry)
     with _on_device(arguments):
-        kernel[grid](**arguments, **entry.constants_by_name, num_warps=entry.num_warps, num_stages=entry.num_stages)
+        kernel[grid](**arguments, **entry.constants_by_name, **entry.options)
 
 
 def _on_device(arguments: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ NAMES = {
     torch.float32: "fp32",
     torch.int64: "i64",
 }
+TARGETS = (80, 90, 100)
 HALF = ("bf16", "fp16")
 FLOATS = ("fp32", *HALF)
 ROUNDINGS = (
@@ -46,6 +47,14 @@ class Entry:
     compute: str = ""  # dtype of the operands of its products; "" where there are none
     product_rows: str = "BLOCK_M"  # the constant that says how many rows the tile of a product has
     copies: tuple[tuple[str, int], ...] = ()  # pointers to its operands, and the bytes that a copy must have at least
+    max_registers: int | None = None  # a thread, where the compiler is to keep below what it would take
+    targets: tuple[int, ...] = TARGETS  # compute capabilities it is meant for, times ten
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, **limit)
 
     @property
     def constants_by_name(self) -> dict[str, Any]:

@@ -23,11 +23,12 @@ from fastvit.kernels.patch_embed_backward import ENTRIES as GRADIENTS
 from fastvit.kernels.patch_embed_backward import IMAGE, REDUCE, WEIGHT
 from fastvit.kernels.patch_embed_forward import entry_for, tiles_for
 from fastvit.kernels.precision import product_precision
-from fastvit.kernels.prepare_weight import make_table, prepare
+from fastvit.kernels.prepare_weight import prepare
 from fastvit.kernels.row_sums import TARGET_PROGRAMS, sum_by_key, sum_rows
-from fastvit.tuning import FORWARD, TRAINING, configuration
+from fastvit.tuning import FORWARD, TRAINING, Configuration, configuration
 
 Normalisation = Sequence[float] | None
+MOST_IMAGES = 1024  # that a program of the weight gradient sums rows of, where there are few columns
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,27 @@ def forward(
 
     tf32 = product_precision(compute_dtype) == "tf32"
     constants = channel_constants(mean, std, layout.channels, images.dtype, compute_dtype, tf32)
-    is_uint8 = images.dtype == torch.uint8
-    prepared, normaliser, full_bias = prepare(weight, bias, constants, is_uint8, compute_dtype, layout, plan.order)
-    factor = UINT8_SCALE if is_uint8 else 1.0
-    table = make_table(prefix_rows + layout.patches, width, full_bias, pos_embed, prefix, factor, images)
+    prepared = prepare(
+        weight,
+        constants,
+        images.dtype == torch.uint8,
+        compute_dtype,
+        layout,
+        plan.order,
+        prefix_rows + layout.patches,
+        bias,
+        pos_embed,
+        prefix,
+    )
     block_m, block_n = entry.constant("BLOCK_M"), entry.constant("BLOCK_N")
     tiles_m = cdiv(rows, block_m) + cdiv(layout.batch * prefix_rows, block_m)
     launch.launch(
         entry,
         (tiles_m * cdiv(width, block_n),),
         images_ptr=images,
-        weight_ptr=prepared,
-        table_ptr=table,
-        normaliser_ptr=normaliser,
+        weight_ptr=prepared.weight,
+        table_ptr=prepared.table,
+        normaliser_ptr=prepared.normaliser,
         keep_ptr=_keep(keep, images),
         tokens_ptr=tokens,
         rows=rows,
@@ -111,6 +120,14 @@ def forward_tiles(images: Tensor, weight: Tensor, compute_dtype: torch.dtype, dt
     return tuple(tiles_for(variant, *types, weight.shape[0]))
 
 
+def weight_tiles(images: Tensor, weight: Tensor, compute_dtype: torch.dtype, has_keep: bool) -> tuple[str, ...]:
+    """Names of the tiles between which the weight gradient can choose for such tensors."""
+    images, layout = read_layout(images, (weight.shape[2], weight.shape[3]))
+    grad = weight.new_empty((0, weight.shape[0]), dtype=compute_dtype)
+    variant, _, *types = _weight_plan(images, layout, grad, has_keep, None).entry.key
+    return tuple(key[2] for key in GRADIENTS if key[:2] == (WEIGHT, variant) and list(key[3:]) == types)
+
+
 def backward(
     grad: Tensor,
     images: Tensor,
@@ -129,28 +146,38 @@ def backward(
     """
     need_images, need_weight, need_bias, need_rows = needs
     problem = ("patch_embed", TRAINING, images.dtype, compute_dtype, grad.dtype, weight.shape, keep is not None)
-    programs = configuration(images.device, problem, grad.shape[0] * (grad.shape[1] - prefix_rows)).programs
+    configured = configuration(images.device, problem, grad.shape[0] * (grad.shape[1] - prefix_rows))
     grad = supported(grad).contiguous()
-    width = weight.shape[0]
+    batch, length, width = grad.shape
     patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
-    _check_sizes(grad.shape[0], prefix_rows + max(patches, grad.shape[1]), width)
+    _check_sizes(batch, prefix_rows + max(patches, length), width)
 
     d_images = images.new_empty(0)
     d_weight = weight.new_empty(0)
-    d_bias = grad.new_empty(0, dtype=torch.float32)
-    d_rows = grad.new_empty(0, dtype=torch.float32)
+    empty = d_rows = d_bias = grad.new_empty(0, dtype=torch.float32)
     product_grad = grad.to(compute_dtype) if need_images or need_weight else grad
-    if need_rows or need_bias or (need_weight and mean is not None):
+    rows_wanted = need_rows or need_bias or (need_weight and mean is not None)
+    write_rows = rows_wanted and need_weight and product_grad is grad and keep is None and _may_ride(grad)
+    if write_rows:
+        d_rows = torch.empty_like(grad[0], dtype=torch.float32)
+    elif rows_wanted:
         d_rows = _row_gradients(grad, keep, prefix_rows, patches)
-        d_bias = sum_rows(d_rows[prefix_rows:])
     if need_weight:
-        d_weight = _weight_gradient(
-            product_grad, images, weight, mean, std, keep, prefix_rows, d_bias, programs or TARGET_PROGRAMS
+        d_weight, d_bias = _weight_gradient(
+            product_grad, images, weight, mean, std, keep, prefix_rows, d_rows, write_rows, configured
         )
+    elif need_bias:
+        d_bias = sum_rows(d_rows[prefix_rows:])
     if need_images:
         d_images = _image_gradient(product_grad, images, weight, std, keep, prefix_rows)
-    empty = grad.new_empty(0, dtype=torch.float32)
     return d_images, d_weight, d_bias if need_bias else empty, d_rows if need_rows else empty.clone()
+
+
+def _may_ride(grad: Tensor) -> bool:
+    """Whether the weight gradient's own launch may sum the rows of grad [B, R+N, D]: a program sums some columns over
+    the whole batch, which would take long where many images meet few columns."""
+    batch, length, width = grad.shape
+    return 0 < batch <= MOST_IMAGES or (batch > 0 and length * width >= 64 * TARGET_PROGRAMS)
 
 
 def _row_gradients(grad: Tensor, keep: Tensor | None, prefix_rows: int, patches: int) -> Tensor:
@@ -170,48 +197,47 @@ def _weight_gradient(
     std: Normalisation,
     keep: Tensor | None,
     prefix_rows: int,
-    d_bias: Tensor,
-    programs: int,
-) -> Tensor:
-    """[D, C, P_h, P_w] in the weight's dtype, by split-K over the rows and a second pass over the parts.
+    d_rows: Tensor,
+    write_rows: bool,
+    configured: Configuration,
+) -> tuple[Tensor, Tensor]:
+    """[D, C, P_h, P_w] in the weight's dtype, by split-K over the rows and a second pass over the parts; and the
+    gradient of the bias [D] from d_rows, where there is one, which the first pass writes with write_rows.
 
-    About `programs` of them share the work; their number sets the order in which rows are added.
+    About as many programs as `configured` says share the work; their number sets the order in which rows are added.
     """
     width, channels, patch_height, patch_width = weight.shape
     images, layout = read_layout(images, (patch_height, patch_width))
     kept = layout.patches if keep is None else keep.shape[1]
     rows = layout.batch * kept
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    d_bias = torch.empty(width, dtype=torch.float32, device=weight.device)
     if rows == 0:
-        return d_weight.zero_()
-    precision = product_precision(grad.dtype)
-    plan = _plan(
-        lambda variant: GRADIENTS.find(WEIGHT, variant, images.dtype, grad.dtype, precision),
-        layout,
-        width,
-        [images, grad],
-    )
-    tf32 = precision == "tf32"
-    constants = channel_constants(mean, std, channels, images.dtype, grad.dtype, tf32)
+        return d_weight.zero_(), d_bias.zero_()
+    plan = _weight_plan(images, layout, grad, keep is not None, configured.weight_tile)
     is_uint8 = images.dtype == torch.uint8
+    tf32 = product_precision(grad.dtype) == "tf32"
+    constants = constants_on_device(channel_constants(mean, std, channels, images.dtype, grad.dtype, tf32), grad.device)
     k_length = plan.order.length
     block_m, block_n, block_k = plan.entry.tile
     tiles = cdiv(width, block_n) * cdiv(k_length, block_k)
+    programs = configured.programs or TARGET_PROGRAMS
     splits = max(1, min(programs // tiles, cdiv(rows, 4 * block_m)))
     rows_per_split = cdiv(cdiv(rows, splits), block_m) * block_m
     splits = cdiv(rows, rows_per_split)
     parts = torch.empty(splits, width, k_length, dtype=torch.float32, device=grad.device)
-    normaliser = parts
-    if images.dtype != grad.dtype or tf32:
-        _, normaliser, _ = prepare(weight, None, constants, is_uint8, grad.dtype, layout, plan.order)
     launch.launch(
         plan.entry,
         (tiles, splits),
         images_ptr=images,
         grad_ptr=grad,
-        normaliser_ptr=normaliser,
+        constants_ptr=constants,
         keep_ptr=_keep(keep, images),
         parts_ptr=parts,
+        row_sums_ptr=d_rows if write_rows else parts,
+        images=layout.batch if write_rows else 0,
+        channels=channels,
+        channels_last=int(layout.channels_last),
         rows=rows,
         rows_per_split=rows_per_split,
         kept=kept,
@@ -220,16 +246,17 @@ def _weight_gradient(
         **_layout_arguments(layout, plan, width),
         padded_rows=plan.order.padded_rows,
         planes=plan.order.steps // plan.order.row_blocks,
-        has_keep=int(keep is not None),
     )
     entry = GRADIENTS.one(REDUCE, weight.dtype, f"run{plan.order.run}")
     size = channels * patch_height * patch_width
+    has_rows = d_rows.numel() > 0
     launch.launch(
         entry,
         (cdiv(width, entry.constant("BLOCK_D")), cdiv(size, entry.constant("BLOCK_E"))),
         parts_ptr=parts,
-        constants_ptr=constants_on_device(constants, grad.device),
-        bias_gradient_ptr=d_bias if mean is not None else parts,
+        constants_ptr=constants,
+        row_sums_ptr=d_rows if has_rows else parts,
+        bias_gradient_ptr=d_bias,
         gradient_ptr=d_weight,
         width=width,
         channels=channels,
@@ -240,10 +267,11 @@ def _weight_gradient(
         runs=plan.order.runs,
         splits=splits,
         channels_last=int(layout.channels_last),
-        has_bias_gradient=int(mean is not None),
+        prefix=prefix_rows,
+        patches=layout.patches if has_rows else 0,
         inverse_factor=1.0 / UINT8_SCALE if is_uint8 else 1.0,
     )
-    return d_weight
+    return d_weight, d_bias
 
 
 def _image_gradient(
@@ -268,15 +296,17 @@ def _image_gradient(
     if _output(plan.entry.key[0], target.dtype) != target.dtype:
         target = torch.empty_like(target, dtype=torch.float32)
     constants = image_gradient_constants(std, layout.channels)
-    prepared, normaliser, _ = prepare(weight, None, constants, False, grad.dtype, layout, plan.order)
+    prepared = prepare(weight, constants, False, grad.dtype, layout, plan.order)
     block_m, _, block_k = plan.entry.tile
     launch.launch(
         plan.entry,
         (cdiv(rows, block_m) * cdiv(plan.order.length, block_k),),
         grad_ptr=grad,
-        weight_ptr=prepared,
-        normaliser_ptr=normaliser,
+        weight_ptr=prepared.weight,
+        constants_ptr=constants_on_device(constants, grad.device),
         images_ptr=target,
+        channels=layout.channels,
+        channels_last=int(layout.channels_last),
         rows=rows,
         patches=layout.patches,
         prefix=prefix_rows,
@@ -315,6 +345,17 @@ def _forward_plan(
     )
 
 
+def _weight_plan(images: Tensor, layout: PatchLayout, grad: Tensor, has_keep: bool, tile: str | None) -> Plan:
+    """The preferred tile of the weight gradient where its variant has it."""
+    types = (images.dtype, grad.dtype, product_precision(grad.dtype), "keep" if has_keep else "")
+
+    def find(variant: str) -> Entry | None:
+        preferred = GRADIENTS.find(WEIGHT, variant, tile, *types) if tile else None
+        return preferred or GRADIENTS.find(WEIGHT, variant, "generic" if variant == "generic" else "medium", *types)
+
+    return _plan(find, layout, grad.shape[-1], [images, grad])
+
+
 def _plan(find: Callable[[str], Entry | None], layout: PatchLayout, width: int, tensors: Sequence[Tensor]) -> Plan:
     """The first variant that fits the layout and for which find has an entry; the last one, generic, always does."""
     addresses_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
@@ -327,7 +368,8 @@ def _plan(find: Callable[[str], Entry | None], layout: PatchLayout, width: int, 
         )
         entry = find(name) if fits else None
         if entry is not None:
-            return Plan(entry, k_order(layout, variant.run, variant.rows))
+            rows = entry.constants_by_name.get("ROWS", variant.rows)
+            return Plan(entry, k_order(layout, variant.run, rows))
     raise AssertionError("the generic variant takes every dtype")
 
 
@@ -364,3 +406,30 @@ def _keep(keep: Tensor | None, like: Tensor) -> Tensor:
 def _check_sizes(batch: int, length: int, width: int) -> None:
     if batch * length >= INT32_LIMIT or length * width >= INT32_LIMIT:
         raise ValueError(f"images: {batch} x {length} tokens of width {width}; rows and values a sample must be < 2^31")
+
+
+# Calls that stand for the op where launches are counted: ViT-B/16 at 224 pixels, 256 uint8 images, in bfloat16.
+def _example(parameters: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    images = torch.empty(256, 3, 224, 224, dtype=torch.uint8, device="meta")
+    shapes = ((768, 3, 16, 16), (768,), (196, 768), (1, 768))
+    weight, bias, positions, prefix = (torch.empty(shape, dtype=parameters, device="meta") for shape in shapes)
+    return images, weight, bias, positions, prefix
+
+
+def _example_forward(parameters: torch.dtype) -> Tensor:
+    constants = [0.5] * 3
+    return forward(*_example(parameters), None, constants, constants, torch.bfloat16, torch.bfloat16)
+
+
+def _example_backward() -> tuple[Tensor, ...]:
+    images, weight, *_ = _example(torch.float32)
+    grad, constants = torch.empty(256, 197, 768, dtype=torch.bfloat16, device="meta"), [0.5] * 3
+    needs = (False, True, True, True)
+    return backward(grad, images, weight, None, constants, constants, torch.bfloat16, 1, needs)
+
+
+CALLS = {
+    "patch_embed forward, fp32 parameters": lambda: _example_forward(torch.float32),
+    "patch_embed forward, bf16 parameters": lambda: _example_forward(torch.bfloat16),
+    "patch_embed backward of all parameters": _example_backward,
+}

@@ -1,10 +1,14 @@
 """The backward kernels: weight gradient by split-K over rebuilt patches, image gradient, and the reduction of parts.
 
 d_weight'[d, k] = sum_m grad[m, d] * (pixel[m, k] - shift[k]) * scale[k]         in slices over m, summed in order
+d_row[r, d]     = sum_b grad[b, r, d]                                             beside it
+d_bias[d]       = sum_r d_row[r, d]                                               with the reduction, r >= R
 d_image[m, k]   = sum_d grad[m, d] * weight[d, k] * scale[k]
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -17,7 +21,8 @@ from fastvit.kernels.precision import round_to_tf32
 
 @triton.jit
 def _columns(k, padded_rows, planes, runs, channel_stride, row_stride, RUN: tl.constexpr):
-    """Offset of each k from the patch's first value, and the places that decide whether k is padding."""
+    """Offset of each k from the patch's first value, the places that decide whether k is padding, and its channel in
+    an NCHW image."""
     column = k % RUN
     stretch_row = k // RUN
     plane = stretch_row // padded_rows
@@ -25,15 +30,41 @@ def _columns(k, padded_rows, planes, runs, channel_stride, row_stride, RUN: tl.c
     plane = tl.minimum(plane, planes - 1)  # past the last one: somewhere inside the image, never used
     channel = plane // runs
     run_start = (plane - channel * runs) * RUN
-    return channel * channel_stride + row * row_stride + run_start + column, run_start + column, row
+    return channel * channel_stride + row * row_stride + run_start + column, run_start + column, row, channel
+
+
+@triton.jit
+def _channels(place, channel, channels, channels_last):
+    """The channel of each k in either layout."""
+    return tl.where(channels_last != 0, place % channels, channel)
+
+
+@triton.jit
+def _add_rows(
+    grad_ptr, row_sums_ptr, images, columns, share, shares, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """One of `shares` equal shares of the sum over all images of grad, [images, columns]."""
+    for tile in range(share, tl.cdiv(columns, BLOCK_COLUMNS), shares):
+        column = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+        for row_start in range(0, images, BLOCK_ROWS):
+            row = row_start + tl.arange(0, BLOCK_ROWS)
+            values_ptr = grad_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+            values = tl.load(values_ptr, mask=(row < images)[:, None] & (column < columns)[None, :], other=0.0)
+            sums += values.to(tl.float32)
+        tl.store(row_sums_ptr + column, tl.sum(sums, axis=0), mask=column < columns)
 
 
 def _patch_embed_weight_gradient(
     images_ptr,  # [B, C, H, W], any of the layouts of layout.py
     grad_ptr,  # [B, R+kept, D] in the compute dtype
-    normaliser_ptr,  # [2, K] fp32: shift, scale; read only where images must be converted
-    keep_ptr,  # [B, kept] int64, read only with has_keep
+    constants_ptr,  # [4, C] fp32: the fields of ChannelConstants; read only where images must be converted
+    keep_ptr,  # [B, kept] int64, read only with HAS_KEEP
     parts_ptr,  # [splits, D, K] fp32
+    row_sums_ptr,  # [R+kept, D] fp32: grad summed over images
+    images: tl.int32,  # B; 0 where row_sums are not wanted
+    channels: tl.int32,
+    channels_last: tl.int32,
     rows: tl.int32,  # B * kept
     rows_per_split: tl.int32,  # a multiple of BLOCK_M
     kept: tl.int32,
@@ -49,7 +80,7 @@ def _patch_embed_weight_gradient(
     runs: tl.int32,
     padded_rows: tl.int32,
     planes: tl.int32,  # K = planes * padded_rows * RUN
-    has_keep: tl.int32,
+    HAS_KEEP: tl.constexpr,  # not a scalar: a load inside the loop that others wait for keeps them from being pipelined
     RUN: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDTH_ALIGN: tl.constexpr,
@@ -58,6 +89,8 @@ def _patch_embed_weight_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = grad_ptr.dtype.element_ty
     TF32: tl.constexpr = PRECISION == "tf32"
@@ -68,26 +101,39 @@ def _patch_embed_weight_gradient(
     stretch = stretch_units * ALIGN
     k_length = planes * padded_rows * RUN
 
+    # Half of the programs sum rows before their product, which memory bounds, while the other half, on the same
+    # multiprocessors, is busy with its products.
+    split = tl.program_id(1)
+    share = split * tl.num_programs(0) + tl.program_id(0)
+    shares = tl.cdiv(tl.num_programs(0) * tl.num_programs(1), 2)
+    if (share < shares) & (images > 0):
+        _add_rows(grad_ptr, row_sums_ptr, images, (prefix + kept) * width, share, shares, SUM_ROWS, SUM_COLUMNS)
+
     tiles_k = tl.cdiv(k_length, BLOCK_K)
     tile_n = tl.program_id(0) // tiles_k
     tile_k = tl.program_id(0) - tile_n * tiles_k
-    split = tl.program_id(1)
     k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offset, place, row = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)
+    offset, place, row, channel = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)
     d = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if CONVERT:
-        shift = tl.load(normaliser_ptr + k, mask=k < k_length, other=0.0)
+        channel = _channels(place, channel, channels, channels_last)
+        shift = tl.load(constants_ptr + channels + channel)
 
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     start = split * rows_per_split
+    if HAS_KEEP:
+        next_kept = tl.load(keep_ptr + tl.minimum(start + tl.arange(0, BLOCK_M), rows - 1))
     for m_start in range(start, tl.minimum(start + rows_per_split, rows), BLOCK_M):
         m = m_start + tl.arange(0, BLOCK_M)
         m_safe = tl.minimum(m, rows - 1)
         batch = m_safe // kept
         index = m_safe - batch * kept
-        patch = tl.load(keep_ptr + m_safe, mask=(has_keep != 0) & (m_safe >= 0), other=index)
-        valid = (m < rows) & (patch >= 0) & (patch < patches)
-        patch = tl.where(valid, patch, 0).to(tl.int32)
+        valid = m < rows
+        patch = index
+        if HAS_KEEP:  # known one step ahead, so that the loads of the pixels need not wait for it
+            valid = valid & (next_kept >= 0) & (next_kept < patches)
+            patch = tl.where(valid, next_kept, 0).to(tl.int32)
+            next_kept = tl.load(keep_ptr + tl.minimum(m + BLOCK_M, rows - 1))
         grid_y = patch // grid_width
         grid_x = patch - grid_y * grid_width
         patch_offset = batch.to(tl.int64) * (batch_stride_units.to(tl.int64) * ALIGN) + (
@@ -103,7 +149,7 @@ def _patch_embed_weight_gradient(
             pixels = pixels.to(tl.float32) - shift[None, :]
             if not UINT8:  # the scale of uint8 is applied to the sum
                 # Loaded anew at every step: kept throughout the loop it would cost registers that there are not.
-                pixels = pixels * tl.load(normaliser_ptr + k_length + k, mask=k < k_length, other=0.0)[None, :]
+                pixels = pixels * tl.load(constants_ptr + 3 * channels + channel)[None, :]
             pixels = pixels.to(COMPUTE)
         if TF32 and not UINT8:  # centred uint8 pixels are exact
             pixels = round_to_tf32(pixels)
@@ -126,7 +172,8 @@ weight_gradient_unaligned = jit(_patch_embed_weight_gradient, any_address=["keep
 def reduce_weight_gradient(
     parts_ptr,  # [splits, D, k_length] fp32
     constants_ptr,  # [4, C] fp32: see prepare_weight.py
-    bias_gradient_ptr,  # [D] fp32: sum_m grad[m, d]; read only with has_bias_gradient
+    row_sums_ptr,  # [R+patches, D] fp32: grad summed over images; read only with patches
+    bias_gradient_ptr,  # [D] fp32: their sum, written only with patches
     gradient_ptr,  # [D, C, P_h, P_w]
     width: tl.int32,
     channels: tl.int32,
@@ -137,11 +184,13 @@ def reduce_weight_gradient(
     runs: tl.int32,
     splits: tl.int32,
     channels_last: tl.int32,
-    has_bias_gradient: tl.int32,
+    prefix: tl.int32,  # R
+    patches: tl.int32,  # 0 where neither the bias nor a mean needs them
     inverse_factor: tl.float32,  # 1/256 for uint8, else 1
     RUN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
     """Adds the parts in order and turns the gradient of W' (x - z) into that of W (x - mean) / std."""
     size = channels * patch_height * patch_width
@@ -159,7 +208,13 @@ def reduce_weight_gradient(
     for split in range(0, splits):
         part = (d + split * width).to(tl.int64) * k_length
         total += tl.load(parts_ptr + part[:, None] + k[None, :], mask=inside, other=0.0)
-    bias_gradient = tl.load(bias_gradient_ptr + d, mask=(d < width) & (has_bias_gradient != 0), other=0.0)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_D), dtype=tl.float32)
+    for row_start in range(0, patches, BLOCK_ROWS):
+        patch = row_start + tl.arange(0, BLOCK_ROWS)
+        row_sums_ptrs = row_sums_ptr + (prefix + patch).to(tl.int64)[:, None] * width + d[None, :]
+        sums += tl.load(row_sums_ptrs, mask=(patch < patches)[:, None] & (d < width)[None, :], other=0.0)
+    bias_gradient = tl.sum(sums, axis=0)
+    tl.store(bias_gradient_ptr + d, bias_gradient, mask=(d < width) & (patches > 0) & (tl.program_id(1) == 0))
     weight_scale = tl.load(constants_ptr + channel, mask=e < size, other=0.0) * inverse_factor
     bias_shift = tl.load(constants_ptr + 2 * channels + channel, mask=e < size, other=0.0)
     gradient = (total + bias_gradient[:, None] * bias_shift[None, :]) * weight_scale[None, :]
@@ -170,8 +225,10 @@ def reduce_weight_gradient(
 def _patch_embed_image_gradient(
     grad_ptr,  # [B, R+N, D] in the compute dtype
     weight_ptr,  # [D, K] in the compute dtype, in the order of layout.py
-    normaliser_ptr,  # [2, K] fp32: shift, which plays no part here, and scale
+    constants_ptr,  # [4, C] fp32: the fields of ChannelConstants, of which the scale plays a part
     images_ptr,  # [B, C, H, W]: the gradient, every value of which is written once
+    channels: tl.int32,
+    channels_last: tl.int32,
     rows: tl.int32,  # B * N
     patches: tl.int32,  # N
     prefix: tl.int32,  # R
@@ -219,14 +276,14 @@ def _patch_embed_image_gradient(
             grad = round_to_tf32(grad)
         acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
 
-    acc = acc * tl.load(normaliser_ptr + k_length + k, mask=k < k_length, other=0.0)[None, :]
     patch = m - m // patches * patches
     grid_y = patch // grid_width
     grid_x = patch - grid_y * grid_width
     patch_offset = (m // patches).to(tl.int64) * (batch_stride_units.to(tl.int64) * ALIGN) + (
         grid_y * (patch_height * row_stride) + grid_x * stretch
     )
-    offset, place, row = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)
+    offset, place, row, channel = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)
+    acc = acc * tl.load(constants_ptr + 3 * channels + _channels(place, channel, channels, channels_last))[None, :]
     inside = (k < k_length) & (place < stretch) & (row < patch_height)
     image_ptrs = images_ptr + patch_offset[:, None] + offset[None, :]
     tl.store(image_ptrs, acc.to(images_ptr.dtype.element_ty), mask=(m < rows)[:, None] & inside[None, :])
@@ -240,35 +297,56 @@ WEIGHT, IMAGE, REDUCE = "patch_embed_weight_gradient", "patch_embed_image_gradie
 ENTRIES = manifest.Entries(__name__)
 
 
-def _blocks(m: int, n: int, k: int) -> dict[str, int]:
-    return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
+@dataclass(frozen=True)
+class Tile:
+    """Of the weight gradient: rows a step, of D, of K; and how deep loads are prefetched."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def _tiles(generic: bool, image: str, compute: str) -> dict[str, Tile]:
+    if generic:
+        return {"generic": Tile(16, 64, 64, 4, 3)}
+    rows, stages = (32, 4) if image == "fp32" else (64, 3)  # 64 rows of fp32 leave no room for a second program
+    tiles = {"medium": Tile(rows, 128, 128, 8, stages)}
+    if image != "fp32" and compute == "bf16":  # one program a multiprocessor, but less to read a product
+        tiles["large"] = Tile(64, 128, 256, 8, 3)
+    return tiles
 
 
 def _add_weight_gradient(variant_name: str, image: str, compute: str, precision: str = "ieee") -> None:
     variant, generic = VARIANTS[variant_name], variant_name == "generic"
-    # Where pixels need no conversion ptxas aims for 128 registers on sm_80, and 64 rows a step would spill.
-    blocks = _blocks(16, 64, 64) if generic else _blocks(32 if image == compute else 64, 128, 128)
-    ENTRIES.add(
-        WEIGHT,
-        (variant_name, image, compute, precision),
-        dict(images=image, grad=compute, normaliser="fp32", keep="i64", parts="fp32"),
-        dict(**variant.constants, MASKED=variant.masked, PRECISION=precision, **blocks),
-        num_warps=4 if generic else 8,
-        num_stages=4 if image == compute and not generic else 3,
-        function=f"weight_gradient_{manifest.alignment(not generic)}",
-        compute=compute,
-        product_rows="BLOCK_N",
-        copies=copies_of(variant_name, image, "grad"),
-    )
+    for tile_name, tile in _tiles(generic, image, compute).items():
+        if tile_name == "large" and variant_name != "wide":
+            continue
+        for keep in ("", "keep"):
+            blocks = dict(BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, SUM_ROWS=32, SUM_COLUMNS=tile.warps * 32)
+            ENTRIES.add(
+                WEIGHT,
+                (variant_name, tile_name, image, compute, precision, keep),
+                dict(images=image, grad=compute, constants="fp32", keep="i64", parts="fp32", row_sums="fp32"),
+                dict(HAS_KEEP=bool(keep), **variant.constants, MASKED=variant.masked, PRECISION=precision, **blocks),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                function=f"weight_gradient_{manifest.alignment(not generic)}",
+                compute=compute,
+                product_rows="BLOCK_N",
+                copies=copies_of(variant_name, image, "grad"),
+                targets=(90,) if tile_name == "large" else manifest.TARGETS,  # others have no registers for it
+            )
 
 
 def _add_image_gradient(variant_name: str, image: str, compute: str, precision: str = "ieee") -> None:
     generic = variant_name == "generic"
-    blocks = _blocks(64, 32, 64) if generic else _blocks(128, 64, 128)
+    blocks = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), (64, 32, 64) if generic else (128, 64, 128), strict=True))
     ENTRIES.add(
         IMAGE,
         (variant_name, image, compute, precision),
-        dict(grad=compute, weight=compute, normaliser="fp32", images=image),
+        dict(grad=compute, weight=compute, constants="fp32", images=image),
         dict(**VARIANTS[variant_name].constants, PRECISION=precision, **blocks),
         num_warps=4 if generic else 8,
         num_stages=3,
@@ -295,6 +373,6 @@ for _dtype in manifest.FLOATS:
         ENTRIES.add(
             REDUCE,
             (_dtype, f"run{_run}"),
-            dict(parts="fp32", constants="fp32", bias_gradient="fp32", gradient=_dtype),
-            dict(RUN=_run, BLOCK_D=16, BLOCK_E=256),
+            dict(parts="fp32", constants="fp32", row_sums="fp32", bias_gradient="fp32", gradient=_dtype),
+            dict(RUN=_run, BLOCK_D=16, BLOCK_E=256, BLOCK_ROWS=64),
         )

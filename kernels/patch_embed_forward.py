@@ -134,8 +134,9 @@ def _patch_embed_forward(
     batch_end = m // per_image
     token = batch_end.to(tl.int64) * (kept + prefix) + (m - batch_end * per_image + first_row)
     token_ptrs = tokens_ptr + (token * width)[:, None]
-    if BLOCK_N == 256:
-        # Half a tile at a time: the whole of it takes more registers than there are.
+    if BLOCK_N >= 128:
+        # Half a tile at a time. The whole of it takes more registers than there are, or than let two programs share a
+        # multiprocessor, of which one computes while the other loads its table or stores.
         halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         d_left = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
@@ -171,13 +172,14 @@ class Tile:
     n: int
     warps: int
     stages: int
+    rows: int | None = None  # of a patch in a step, where not those of the variant
 
 
 TILES = {
     "large": Tile(128, 256, 8, 3),
     "medium": Tile(128, 128, 8, 3),
     "small": Tile(64, 128, 4, 3),
-    "tf32": Tile(128, 128, 8, 2),
+    "tf32": Tile(128, 128, 8, 4, rows=2),  # values of 4 bytes: shorter steps, or they leave no room to prefetch
     "generic": Tile(64, 64, 4, 3),
 }
 
@@ -211,7 +213,7 @@ for _key in _specialisations():
         dict(images=_image, weight=_compute, table="fp32", normaliser="fp32", keep="i64", tokens=_out),
         dict(
             **VARIANTS[_variant].constants,
-            ROWS=VARIANTS[_variant].rows,
+            ROWS=TILES[_tile].rows or VARIANTS[_variant].rows,
             MASKED=VARIANTS[_variant].masked,
             PRECISION=_precision,
             BLOCK_M=TILES[_tile].m,

@@ -124,7 +124,7 @@ BAD_FILES: dict[str, tuple[Callable[[], str | bytes], str]] = {
     "bytes": (lambda: b"\xff\xfe\x00", "not a tuning table|decode"),
     "a list": (lambda: "[]", "not a tuning table"),
     "nested": (lambda: "[" * 100_000, "not a tuning table"),
-    "another format": (lambda: good().replace('"format": 1', '"format": 2'), "format 2, read here is 1"),
+    "another format": (lambda: good().replace('"format": 2', '"format": 1'), "format 1, read here is 2"),
     "no format": (lambda: good().replace('"format"', '"form"'), "not a tuning table"),
     "dtype": (lambda: good().replace('"image": "float32"', '"image": "float8"'), "float8"),
     "shape": (lambda: good().replace("[8, 3, 4, 4]", "[8, 3, -4, 4]"), "-4"),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 ENTRY = "patch_embed_forward wide medium u8 bf16 bf16"
 GOOD = {"images": "8", "weight": "16"}  # widths of copies
@@ -27,7 +28,7 @@ def find(name: str) -> Any:
 def row() -> Any:
     from fastvit.kernels.compile_check import Row
 
-    return Row(90, "patch_embed_forward", "", 128, 0, 65536, "wgmma m64n128k16", GOOD)
+    return Row(90, "patch_embed_forward", "", 128, 0, 65536, "wgmma m64n128k16", GOOD, 2, 3, "pixels 2, weight 3")
 
 
 def test_a_good_row_has_no_problem(row: Any) -> None:
@@ -48,6 +49,8 @@ def test_a_good_row_has_no_problem(row: Any) -> None:
         (dict(copies={**GOOD, "images": "ld 1"}), "copies of images"),
         (dict(copies={**GOOD, "weight": "16, 8"}), "copies of weight"),
         (dict(copies={**GOOD, "weight": "-"}), "copies of weight"),
+        (dict(prefetched=0), "nothing is prefetched"),
+        (dict(prefetched=None), "nothing is prefetched"),
     ],
 )
 def test_each_rule_fails(row: Any, changes: dict[str, Any], message: str) -> None:
@@ -97,15 +100,98 @@ def test_accesses_are_traced_to_their_tensor() -> None:
     ]
 
 
+def test_generic_loops_may_load_without_copies(row: Any) -> None:
+    """Where values of any address are read one by one, nothing is copied ahead that could be counted."""
+    from fastvit.kernels.compile_check import problems
+
+    entry = find("patch_embed_forward generic")
+    assert not [*problems(entry, replace(row, prefetched=None))] and [*problems(entry, replace(row, prefetched=0))]
+
+
+PIPELINED = """
+ %pixels_70 = ttg.local_alloc : () -> !ttg.memdesc<2x64x128xi8, #shared, #smem, mutable> loc(#loc247)
+ %grad = ttg.local_alloc : () -> !ttg.memdesc<3x64x128xbf16, #shared1, #smem, mutable> loc(#loc248)
+ %1 = scf.for %2 = %3 to %4 step %c64_i32 iter_args(%acc = %cst) {
+  %5 = ttg.async_wait %6, %7 {num = 2 : i32} loc(#loc247)
+  %8 = ttg.local_alloc %9 : (tensor<64x128xbf16, #blocked1>) -> !ttg.memdesc<64x128xbf16, #shared1, #smem>
+ }
+ %10 = ttg.async_wait {num = 0 : i32} loc(#loc308)
+"""
+
+
+def test_the_depth_of_a_pipeline_is_read() -> None:
+    from fastvit.kernels.compile_check import pipeline
+
+    assert pipeline(PIPELINED) == (2, "pixels 2, grad 3")
+    assert pipeline(PIPELINED.replace("num = 2", "num = 0")) == (0, "pixels 2, grad 3")
+    assert pipeline("") == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    [(128, 65536, 8, 2), (129, 65536, 8, 1), (128, 120 * 1024, 8, 1), (32, 0, 4, 16), (40, 0, 4, 12), (255, 0, 8, 1)],
+)
+def test_room_on_a_multiprocessor(registers: int, shared: int, warps: int, programs: int) -> None:
+    from fastvit.kernels.compile_check import room
+
+    assert room(90, registers, shared, warps) == programs
+
+
+def test_a_load_that_others_wait_for_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stage is a loop without prefetch."""
+    from fastvit.kernels.compile_check import inspect
+
+    row = inspect(replace(find("patch_embed_weight_gradient wide medium bf16 bf16"), num_stages=1), 90)
+    assert any("nothing is prefetched" in problem for problem in row.problems)
+
+
+@pytest.mark.parametrize("keep", ["", "keep"])
+@pytest.mark.parametrize("image", ["u8", "bf16"])
+def test_the_weight_gradient_prefetches_and_leaves_room_for_two(image: str, keep: str) -> None:
+    """Also where an index is read on the way to the pixels, and with the sum of rows in the same kernel."""
+    from fastvit.kernels.compile_check import inspect
+
+    row = inspect(find(f"patch_embed_weight_gradient wide medium {image} bf16 ieee {keep}"), 90)
+    assert row.problems == () and row.prefetched == 2 and row.programs == 2
+
+
+@pytest.mark.parametrize("image", ["u8", "bf16"])
+def test_the_forward_leaves_room_for_two(image: str) -> None:
+    from fastvit.kernels.compile_check import inspect
+
+    row = inspect(find(f"patch_embed_forward wide medium {image} bf16 bf16"), 90)
+    assert row.problems == () and row.prefetched and row.programs == 2
+
+
+def test_launches_of_a_call() -> None:
+    """Nothing is cast, and nothing launched, besides the preparation and the product, there and back."""
+    from fastvit.kernels.calls import counted
+
+    launches = {call.name: [entry.kernel for entry in call.launches] for call in counted()}
+    assert all(not call.others for call in counted())
+    for parameters in ("fp32", "bf16"):
+        assert launches[f"patch_embed forward, {parameters} parameters"] == ["prepare_weight", "patch_embed_forward"]
+    backward = ["patch_embed_weight_gradient", "reduce_weight_gradient"]
+    assert launches["patch_embed backward of all parameters"] == backward
+    assert all(call.bytes > 50e6 for call in counted())
+
+
+def test_other_kernels_around_a_launch_are_counted() -> None:
+    from fastvit.kernels.calls import count
+
+    call = count("a cast", lambda: torch.empty(2, 3, device="meta").view(6).half())
+    assert call.others == ["_to_copy"] and call.launches == []
+
+
 @pytest.mark.parametrize("target", [80, 90, 100])
-@pytest.mark.parametrize("name", [ENTRY, "patch_embed_weight_gradient wide bf16 bf16", "prepare_table"])
+@pytest.mark.parametrize("name", [ENTRY, "patch_embed_weight_gradient wide medium bf16 bf16", "position_table"])
 def test_entries_compile_clean(name: str, target: int) -> None:
     from fastvit.kernels.compile_check import inspect
 
     row = inspect(find(name), target)
     assert row.problems == () and row.registers > 0 and row.stack == 0
     instruction = {80: "mma m16n8k16", 90: "wgmma", 100: "tcgen05"}[target]
-    assert name == "prepare_table" or instruction in row.mma
+    assert name == "position_table" or instruction in row.mma
 
 
 def test_offsets_of_the_batch_are_64_bit() -> None:
@@ -131,7 +217,7 @@ def test_command_line() -> None:
     from fastvit.kernels.compile_check import main
 
     command = [sys.executable, "-m", "fastvit.kernels.compile_check", "--json", "--workers", "1", "--target", "90"]
-    done = subprocess.run([*command, "prepare_table"], capture_output=True, text=True)
+    done = subprocess.run([*command, "position_table bf16"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["target"] == 90

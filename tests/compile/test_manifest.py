@@ -125,7 +125,7 @@ def test_every_entry_has_a_name_of_its_own() -> None:
     entries = manifest.entries()
     assert len({entry.name for entry in entries}) == len(entries)
     tensor_core = [entry for entry in entries if entry.compute and "generic" not in entry.key]
-    assert len(tensor_core) <= 60
+    assert len(tensor_core) <= 75
 
 
 FLOATS = st.sampled_from([FP32, BF16, HALF])
@@ -151,6 +151,7 @@ CONFIGURATIONS = st.fixed_dictionaries(
     {
         "tile": st.sampled_from([None, "large", "medium", "small", "tf32", "generic", "no such tile"]),
         "programs": st.sampled_from([None, 1, 7, 528, 2**15]),
+        "weight_tile": st.sampled_from([None, "large", "medium", "no such tile"]),
     }
 )
 
@@ -233,5 +234,5 @@ def test_no_recompilation_for_another_size(recorder: Recorder) -> None:
             call(image=image, strides=strides, **arguments)
         variants = Counter(entry for entry, _ in recorder.seen)
         assert set(variants.values()) == {1}
-        products = Counter(entry.kernel for entry in variants if entry.compute)
-        assert set(products.values()) == {1}, products
+        products = Counter((entry.kernel, "keep" in entry.key) for entry in variants if entry.compute)
+        assert set(products.values()) == {1}, products  # of the weight gradient one with keep and one without

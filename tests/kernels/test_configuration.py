@@ -66,6 +66,18 @@ def test_forced_programs_set_the_split_and_are_right(check: Callable, launched: 
     assert found[:2] == [1, 2] and found == sorted(found) and found[3] > 2
 
 
+@pytest.mark.parametrize("keep", [None, 3])
+@pytest.mark.parametrize("image", [U8, BF16, FP32])
+def test_a_forced_tile_of_the_weight_gradient_is_right(
+    check: Callable, launched: list, image: torch.dtype, keep: int | None
+) -> None:
+    """The large one where there is one, with more rows and columns than a tile of it has."""
+    with tuning.forced_configuration(weight_tile="large"):
+        check(batch=20, grid=(3, 5), patch=(16, 16), width=144, image=image, keep=keep)
+    (entry,) = (entry for entry, _ in launched if entry.kernel == "patch_embed_weight_gradient")
+    assert entry.key[1] == ("medium" if image == FP32 else "large") and entry.key[-1] == ("keep" if keep else "")
+
+
 def test_the_tiles_to_choose_from(make: Callable) -> None:
     from fastvit.kernels.patch_embed import forward_tiles
 
@@ -86,8 +98,8 @@ def test_launchers_follow_the_table(
     """The tile of the forward entry also in training; the programs of the training entry; by batch."""
     from fastvit.kernels import patch_embed
 
-    programs, run = [], patch_embed._weight_gradient
-    monkeypatch.setattr(patch_embed, "_weight_gradient", lambda *a: (programs.append(a[-1]), run(*a))[1])
+    told, run = [], patch_embed._weight_gradient
+    monkeypatch.setattr(patch_embed, "_weight_gradient", lambda *a: (told.append(a[-1]), run(*a))[1])
     where = torch.empty(0, device=device).device
 
     def choice(tile: str | None, programs: int | None = None) -> Choice:
@@ -115,7 +127,7 @@ def test_launchers_follow_the_table(
         thread.join()
     assert tiles(launched) == ["large", "medium"]
     assert weight.grad is not None and weight.grad.isfinite().all()
-    assert programs == [1, 2]
+    assert [configured.programs for configured in told] == [1, 2]
 
     launched.clear()
     with torch.no_grad(), tuning.forced_configuration("small"):
@@ -142,6 +154,7 @@ def test_tuning_measures_every_configuration(device: str, monkeypatch: pytest.Mo
         time for name, time in served.times_us.items() if name != "reference"
     )
     counts = (TARGET_PROGRAMS // 2, TARGET_PROGRAMS, 2 * TARGET_PROGRAMS)
-    assert set(trained.times_us) == {"reference", *(f"triton, {tile} {count} programs" for count in counts)}
-    assert trained.configuration.programs in counts
+    splits = {f"triton, {tile} weight {name} {count} programs" for name in ("medium", "large") for count in counts}
+    assert set(trained.times_us) == {"reference", *splits}
+    assert trained.configuration.programs in counts and trained.configuration.weight_tile in ("medium", "large")
     assert set(found["add_position", TRAINING].times_us) == {"reference", "triton"}
