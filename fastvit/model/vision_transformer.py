@@ -355,6 +355,11 @@ class VisionTransformer(nn.Module):
             self.reset_classifier(0, "")
         return taken
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("mean", "std") and isinstance(self._modules.get("patch_embed"), PatchEmbed):
+            setattr(self.patch_embed, name, value)  # which is where they are read
+
     # ---- from images to tokens -----------------------------------------------------------------------------------
 
     def _embed(self, images: Tensor) -> Tensor:

@@ -51,6 +51,14 @@ def test_raw_pixels_are_normalised_in_the_model_and_floats_are_not(raw, layout, 
         torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_a_mean_that_is_set_later_counts(tiny):
+    model = tiny()
+    images = torch.randint(0, 256, IMAGES, dtype=torch.uint8)
+    expected = model(normalise(images))
+    model.mean, model.std = MEAN, STD
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_uint8_without_a_mean_is_divided_by_255(tiny):
     model = tiny()
     images = torch.randint(0, 256, IMAGES, dtype=torch.uint8)

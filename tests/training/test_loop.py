@@ -53,6 +53,7 @@ class StopAt(Observer):
 def test_it_writes_and_learns(tmp_path: Path) -> None:
     result = train(options(tmp_path / "run", epochs=6, drop_path=0.0))
     assert len(result.losses) == 6 * 8 and len(result.history) == 6
+    assert result.data.train.random.shape == (len(result.data.train), 2), "every sample was augmented"
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
     assert result.test_accuracy == result.history[-1]["test_accuracy"] > 0.2
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.pt", "best.pt", "metrics.jsonl"}
