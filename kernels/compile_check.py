@@ -306,7 +306,11 @@ def run(entries: Sequence[Entry], targets: Sequence[int], workers: int, as_json:
         print_table(rows)
         for row in failed:
             print(f"FAIL sm_{row.target} {row.kernel} {row.config}: {'; '.join(row.problems)}")
-        print(f"{len(rows)} rows, {len(entries)} entries, {len(targets)} targets: {len(failed)} failed\n")
+        import triton
+
+        print(
+            f"{len(rows)} rows, {len(entries)} entries, {len(targets)} targets: {len(failed)} failed, Triton {triton.__version__}\n"
+        )
         print_calls()
     return 1 if failed or not rows else 0
 

@@ -28,6 +28,9 @@ from fastvit.kernels.row_sums import TARGET_PROGRAMS, sum_by_key, sum_rows
 from fastvit.tuning import FORWARD, TRAINING, Configuration, configuration
 
 Normalisation = Sequence[float] | None
+# Neighbouring patches of an image whose rows follow each other, where they divide N, before as many of the next image:
+# a tile then adds so many rows of the table, and not one for each of its own, and reads 64 bytes of uint8 at a place.
+TOGETHER = 4
 MOST_IMAGES = 1024  # that a program of the weight gradient sums rows of, where there are few columns
 
 
@@ -100,6 +103,8 @@ def forward(
         rows=rows,
         prefix_rows=layout.batch * prefix_rows,
         kept=kept,
+        images=layout.batch,
+        together=TOGETHER if keep is None and kept % TOGETHER == 0 else kept,
         patches=layout.patches,
         prefix=prefix_rows,
         **_layout_arguments(layout, plan, width),

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 
 from fastvit.kernels import manifest
@@ -20,6 +21,16 @@ from fastvit.kernels.jit import jit
 from fastvit.kernels.layout import IMAGES, PRODUCTS, VARIANTS, copies_of
 from fastvit.kernels.manifest import Entry
 from fastvit.kernels.precision import round_to_tf32
+
+
+@triton.jit
+def _place(m, images, together):
+    """The image of each row, and the place among its patches: some of the first image, as many of the second, and so on
+    to the last one, then the next ones of the first."""
+    turn = m // (images * together)
+    in_turn = m - turn * (images * together)
+    batch = in_turn // together
+    return batch, turn * together + in_turn - batch * together
 
 
 # Sizes and strides come in units of ALIGN (or WIDTH_ALIGN) elements. The kernel multiplies them back and so knows
@@ -34,6 +45,8 @@ def _patch_embed_forward(
     rows: tl.int32,  # B * kept
     prefix_rows: tl.int32,  # B * R
     kept: tl.int32,  # projected patches of an image: N, or the width of keep
+    images: tl.int32,  # B
+    together: tl.int32,  # patches of an image whose rows follow each other before the next image's do; divides kept
     patches: tl.int32,  # N
     prefix: tl.int32,  # R
     grid_width: tl.int32,  # patches in a row of patches
@@ -79,14 +92,12 @@ def _patch_embed_forward(
     tile_n = in_group // group_size
 
     is_prefix = tile_m >= patch_tiles
-    per_image = tl.where(is_prefix, prefix, kept)
     total = tl.where(is_prefix, prefix_rows, rows)
     first_row = tl.where(is_prefix, 0, prefix)
     m = (tile_m - tl.where(is_prefix, patch_tiles, 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows past the end repeat the last one, which needs no mask in the loop; only the store is masked.
     m_safe = tl.minimum(m, total - 1)
-    batch = m_safe // per_image
-    index = m_safe - batch * per_image
+    batch, index = _place(m_safe, images, tl.where(is_prefix, prefix, together))
     patch = tl.load(keep_ptr + m_safe, mask=(has_keep != 0) & (is_prefix == 0) & (m_safe >= 0), other=index)
     valid = is_prefix | ((patch >= 0) & (patch < patches))
     patch = tl.where(valid, patch, 0).to(tl.int32)
@@ -131,8 +142,8 @@ def _patch_embed_forward(
         acc = acc * 0.00390625  # 1/256: the weights of uint8 images are scaled up by 256, see prepare_weight.py
     # Computed anew from m rather than from m_safe, so that the compiler does not keep these rows alive, one register
     # pair each, throughout the loop.
-    batch_end = m // per_image
-    token = batch_end.to(tl.int64) * (kept + prefix) + (m - batch_end * per_image + first_row)
+    batch_end, index_end = _place(m, images, tl.where(is_prefix, prefix, together))
+    token = batch_end.to(tl.int64) * (kept + prefix) + (index_end + first_row)
     token_ptrs = tokens_ptr + (token * width)[:, None]
     if BLOCK_N >= 128:
         # Half a tile at a time. The whole of it takes more registers than there are, or than let two programs share a

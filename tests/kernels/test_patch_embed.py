@@ -59,6 +59,7 @@ def test_patches_of_16(check: Callable, changes: dict[str, Any]) -> None:
         dict(width=256),
         dict(width=256, image=BF16, prefix=5),
         dict(width=192),
+        dict(width=256, grid=(6, 4)),
         dict(width=80, image=FP32, out=FP32, keep=5),
         dict(width=128, image=FP32, compute=FP32),
         dict(width=144, image=HALF, compute=HALF),
@@ -99,6 +100,9 @@ def test_strides(check: Callable, image: torch.dtype, patch: tuple[int, int], la
         dict(batch=1, grid=(1, 1)),
         dict(batch=1, grid=(1, 1), prefix=0, channels=1, patch=(2, 2), width=1),
         dict(grid=(7, 1)),
+        dict(grid=(2, 4), batch=3),  # several rounds over the batch, a few patches of every image in each
+        dict(grid=(4, 3), batch=7, prefix=5, positions="all", layout="channels_last"),
+        dict(grid=(2, 4), batch=3, keep=8, image=FP32),
         dict(grid=(1, 7), layout="channels_last", channels=4),
         dict(channels=1, layout="channels_last"),
         dict(channels=13, patch=(2, 2)),
