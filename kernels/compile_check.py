@@ -309,7 +309,8 @@ def run(entries: Sequence[Entry], targets: Sequence[int], workers: int, as_json:
         import triton
 
         print(
-            f"{len(rows)} rows, {len(entries)} entries, {len(targets)} targets: {len(failed)} failed, Triton {triton.__version__}\n"
+            f"{len(rows)} rows, {len(entries)} entries, {len(targets)} targets, Triton {triton.__version__}: "
+            f"{len(failed)} failed\n"
         )
         print_calls()
     return 1 if failed or not rows else 0
