@@ -1,4 +1,4 @@
-"""Stages tests, primitives, limits and validate_*: what is right on this GPU, and what is wrong.
+"""Stages tests, primitives, limits_* and validate_*: what is right on this GPU, and what is wrong.
 
 Tests and cases are the same as everywhere. The limits are batches whose offsets pass 2^31 values, and every even patch
 from 2 to 32 and an odd one; their numbers are new ones each time: a case's name holds the seed of the run, and its
@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastvit.benchmarks.campaign.output import append, backends_of, keep_verdicts, progress, report, skipped, why_not
+from fastvit.benchmarks.campaign import deadline
+from fastvit.benchmarks.campaign.output import append, keep_verdicts, progress, report, skipped, why_not
 from fastvit.validation import (
     AddPositionCase,
     Case,
@@ -35,7 +36,8 @@ from fastvit.validation import (
     make_inputs,
 )
 from fastvit.validation import validate as validate_backends
-from fastvit.validation.cases import DTYPES, OPS
+from fastvit.validation.cases import DTYPES
+from fastvit.validation.ops import heaviest_first
 from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report, Row
 from fastvit.validation.runner import Candidate, Tensors, backend_candidate, check_case, check_inputs
 
@@ -76,12 +78,10 @@ def tests(out: Path, paths: Sequence[str] = TESTS) -> str:
 
 def _pytest_arguments() -> list[str]:
     arguments = ["-q", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    arguments += ["-p", deadline.__name__, deadline.OPTION, str(ONE_TEST)]
     arguments += [f"--ignore={path}" for path in ON_THE_CPU]
     if importlib.util.find_spec("xdist"):
         arguments += ["-n", str(min(WORKERS, len(os.sched_getaffinity(0))))]
-    if importlib.util.find_spec("pytest_timeout"):
-        # A signal does not reach a thread that waits for the GPU; with the thread goes its process.
-        arguments += ["--timeout", str(ONE_TEST), "--timeout-method", "thread"]
     return arguments
 
 
@@ -140,32 +140,35 @@ def primitives(out: Path, device: str = "cuda") -> str:
     return skipped("; ".join(reason for _, reason in found.skip_reasons()))
 
 
-def validate(backend: str, out: Path, device: str = "cuda", quick: bool = False) -> str:
+def validate(out: Path, backend: str, device: str = "cuda", quick: bool = False) -> str:
     """One backend against float64, an op and a dtype at a time; skipped where it can't run.
 
     A backend has a process of its own, since a kernel that goes wrong breaks CUDA for all that run in the same one.
     """
 
     def parts() -> Iterator[Report]:
-        for op, dtype in itertools.product(OPS, DTYPES):
+        for op, dtype in itertools.product(heaviest_first(), DTYPES):
             yield validate_backends([backend], [op], [dtype], quick, device, progress)
             with contextlib.suppress(RuntimeError):  # where CUDA is broken, the rows say so
                 torch.cuda.empty_cache()
 
-    if backend not in backends_of(device):
-        return skipped(f"without {backend}: {why_not(backend, device)}")
-    return keep_verdicts(out, parts())
+    reason = why_not(backend, device)
+    return skipped(f"without {backend}: {reason}") if reason else keep_verdicts(out, parts())
 
 
 def limits(
-    out: Path, device: str = "cuda", backends: Sequence[str] | None = None, patches: Sequence[int] = PATCHES,
+    out: Path, backend: str, device: str = "cuda", patches: Sequence[int] = PATCHES,
     dtypes: Iterable[str] = ("bfloat16", "float16", "float32"), threshold: int = THRESHOLD,
 ) -> str:  # fmt: skip
-    """The large batches; then all patches in both layouts, raw and float images. Default: all backends that run."""
+    """The large batches; then all patches in both layouts, raw and float images. Each backend in a process of its own,
+    as in :func:`validate`."""
+    reason = why_not(backend, device)
+    if reason:
+        return skipped(f"without {backend}: {reason}")
     seed = secrets.randbelow(2**31)
     print(f"seed {seed}, part of every case's name")
-    candidates = [backend_candidate(name, device) for name in backends or backends_of(device)]
-    checks = _check_beyond(candidates, threshold, seed), _check_patches(candidates, patches, dtypes, seed)
+    candidate = backend_candidate(backend, device)
+    checks = _check_beyond(candidate, threshold, seed), _check_patches(candidate, patches, dtypes, seed)
     return keep_verdicts(out, (Report(tuple(rows)) for rows in itertools.chain(*checks)))
 
 
@@ -179,9 +182,9 @@ def patch_cases(patches: Sequence[int], seed: int) -> Iterator[PatchEmbedCase]:
 
 
 def _check_patches(
-    candidates: Sequence[Candidate], patches: Sequence[int], dtypes: Iterable[str], seed: int
+    candidate: Candidate, patches: Sequence[int], dtypes: Iterable[str], seed: int
 ) -> Iterator[list[Row]]:
-    for dtype, case, candidate in itertools.product(dtypes, list(patch_cases(patches, seed)), candidates):
+    for dtype, case in itertools.product(dtypes, list(patch_cases(patches, seed))):
         _announce(candidate, case, dtype)
         yield check_case(candidate, case, dtype)
 
@@ -219,16 +222,15 @@ def bytes_needed(case: Case, inputs: Inputs, batch: int) -> int:
     return round(MARGIN * batch * (copies * given.nbytes + 5 * result.nbytes))
 
 
-def _check_beyond(candidates: Sequence[Candidate], threshold: int, seed: int) -> Iterator[list[Row]]:
-    for (case, what), candidate in itertools.product(beyond_cases(seed), candidates):
+def _check_beyond(candidate: Candidate, threshold: int, seed: int) -> Iterator[list[Row]]:
+    for case, what in beyond_cases(seed):
         _announce(candidate, case, "bfloat16")
         inputs = make_inputs(case, torch.bfloat16, candidate.device)
         batch = batch_beyond(case, inputs, what, threshold)
         needed, free = bytes_needed(case, inputs, batch), _free_bytes(candidate.device)
         if needed > free:
             reason = f"needs {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are free"
-            where = str(candidate.device)
-            yield [Row(candidate.name, case.op, "bfloat16", case.name, "all", SKIPPED, reason=reason, device=where)]
+            yield [candidate.row(case.op, case.name, "bfloat16", SKIPPED, reason)]
         else:
             large = at_the_ends(candidate, case, batch)
             yield check_inputs(large, case.op, inputs, f"{case.name}, batch {batch}", "bfloat16")

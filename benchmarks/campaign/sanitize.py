@@ -26,18 +26,23 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 REPORT = "==="  # starts a line of the tool's own
 ERRORS = 86  # exit code by which the tool says that it found some
 MOST_LINES = 60  # of a tool's report that are printed; it can have thousands
+# In place of the tool, where it is not: the program alone, and a report.
+STAND_IN = "import subprocess, sys; subprocess.run(sys.argv[5:], check=True); print('= ERROR SUMMARY: 0 errors')"
 # "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)(?:.*\((\d+) errors?)?")
 
 
-def sanitize(out: Path, device: str = "cuda", backends: Sequence[str] | None = None) -> str:
+def sanitize(
+    out: Path, device: str = "cuda", backends: Sequence[str] | None = None, program: Sequence[str] = ()
+) -> str:
     """Each tool on each backend (default: all that run), beside each other, since most of their time is loading.
 
-    What they print is passed on as it comes, so that a cut-off loses none of it.
+    What they print is passed on as it comes, so that a cut-off loses none of it. `program` stands in for the tools'.
     """
-    program = shutil.which(PROGRAM, path=os.pathsep.join([os.environ.get("PATH", ""), *FOLDERS]))
-    if program is None:
+    found_at = shutil.which(PROGRAM, path=os.pathsep.join([os.environ.get("PATH", ""), *FOLDERS]))
+    if not program and found_at is None:
         return skipped(f"{PROGRAM} is not on the PATH or in {', '.join(FOLDERS)}")
+    program = program or [str(found_at)]
     found: dict[str, tuple[str, str]] = {}
     runs = {f"{name} {tool}": (tool, name) for name, tool in itertools.product(backends or backends_of(device), TOOLS)}
     with ThreadPoolExecutor(max(1, len(runs))) as pool:
@@ -52,9 +57,9 @@ def sanitize(out: Path, device: str = "cuda", backends: Sequence[str] | None = N
     return next((status for status in (FAILED, PASSED) if status in statuses), SKIPPED)
 
 
-def _run(run: str, program: str, tool: str, device: str, backend: str) -> tuple[int, list[str]]:
+def _run(run: str, program: Sequence[str], tool: str, device: str, backend: str) -> tuple[int, list[str]]:
     """The exit code of a tool and all that it printed, of which its own report is passed on as far as MOST_LINES."""
-    command = [program, "--tool", tool, "--error-exitcode", str(ERRORS)]
+    command = [*program, "--tool", tool, "--error-exitcode", str(ERRORS)]
     command += [sys.executable, "-u", "-m", tiny.__name__, device, backend]
     reported = itertools.count(1)
 

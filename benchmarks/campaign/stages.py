@@ -1,55 +1,106 @@
-"""The stages in the order of their importance, and their shares of the budget in seconds.
+"""The stages in the order in which they run, their shares of a budget in seconds, and the calls that they make up.
 
-A share is what its stage needs to find something out on a GPU of today: starting takes four seconds, a suite's rivals
-six to eleven more. In front stands what is right or wrong, then what is fast: the suites that matter most without
-torch.compile, which can take longer than all else, and at the end what compiled rivals and the other suites add.
+A GPU is often lent for minutes, a few at a time: a call is what one command does with so many seconds. In front stands
+what is right or wrong, then what is fast: the suites that matter most without torch.compile, which can take longer than
+all else, and at the end what compiled rivals and other suites add. A share is what its stage takes with time to spare:
+starting takes four seconds, a suite's rivals six to eleven more. Each call is ready for a machine that is bare; where a
+library that loads came with the tree, `build` is over at once, and its share is everybody's.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
+from typing import Any
 
 from fastvit.benchmarks.campaign.compiling import build, warm
 from fastvit.benchmarks.campaign.correctness import limits, primitives, tests, validate
 from fastvit.benchmarks.campaign.launch import launch
 from fastvit.benchmarks.campaign.output import FOR_GPUS
 from fastvit.benchmarks.campaign.runner import Stage
-from fastvit.benchmarks.campaign.sanitize import sanitize
-from fastvit.benchmarks.campaign.speed import ceilings, compiled, profiles, suite, tune
+from fastvit.benchmarks.campaign.sanitize import STAND_IN, sanitize
+from fastvit.benchmarks.campaign.speed import ceilings, compiled, profiles, suite, sweep, tune
 from fastvit.benchmarks.problem import NO_COMPILE
+from fastvit.benchmarks.profiling import Setup
+from fastvit.benchmarks.sweep import PRECISIONS
+from fastvit.benchmarks.tune import Scope
 
+CALLS = {"A": 270, "B": 400}  # seconds
+DRY_SHARE = 120
 # What the tests compile is for graphs alone; a pool of compilers for each worker would slow the others.
 FEW = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HYPOTHESIS_PROFILE": "gpu"}
+_CPU = {"device": "cpu"}
+_TINY = {**_CPU, "size": "tiny", "seconds": 0.001}
+# What runs the kernels of a backend on a CPU, in the interpreter and in the emulation.
+_STAND_INS = {"triton": "triton", "cuda": "emulated"}
 
 
-def _suite(name: str, share: int) -> Stage:
+def _suite(name: str, share: int, calls: str = "") -> Stage:
     about = f"the suite {name} at size small, side by side with its rivals, none of them compiled"
-    return Stage(name, share, about, functools.partial(suite, name), {NO_COMPILE: "1"})
+    return Stage(name, share, about, functools.partial(suite, name=name), _TINY, calls, {NO_COMPILE: "1"})
 
 
 def _validate(backend: str) -> Stage:
     about = f"every case of the validator against float64, by {backend}"
-    return Stage(f"validate_{backend}", 18, about, functools.partial(validate, backend))
+    dry = {**_CPU, "backend": _STAND_INS[backend], "quick": True}
+    return Stage(f"validate_{backend}", 18, about, functools.partial(validate, backend=backend), dry, "A")
+
+
+def _limits(backend: str) -> Stage:
+    about = f"batches whose offsets pass 2^31; every even patch from 2 to 32, and 7; by {backend}"
+    dry: dict[str, Any] = {**_CPU, "backend": "cpu", "patches": (7,), "dtypes": ("bfloat16",), "threshold": 2**19}
+    return Stage(f"limits_{backend}", 15, about, functools.partial(limits, backend=backend), dry, "B")
 
 
 STAGES = (
-    Stage("build", 55, "the C++/CUDA extension, compiled for this GPU alone", build),
-    Stage("warm", 30, "compile and load every kernel of the manifest with a pool of processes", warm),
-    Stage("tests", 55, "the tests of ops, kernels and model, CUDA graphs and streams", tests, FEW),
-    Stage("primitives", 12, "what the CUDA C++ kernels are made of, against the emulation of it", primitives),
-    Stage("limits", 22, "batches whose offsets pass 2^31; every even patch from 2 to 32, and 7", limits),
+    Stage(
+        "build", 70, "the C++/CUDA extension for this GPU alone, unless one that loads is there", build,
+        {"capability": (9, 0)}, "AB",
+    ),
+    Stage(
+        "warm", 40, "compile and load every kernel of the manifest with a pool of processes", warm,
+        {"every": 60, "target": 90}, "AB",
+    ),
+    Stage("primitives", 12, "what the CUDA C++ kernels are made of, against its emulation", primitives, _CPU, "A"),
     *(_validate(backend) for backend in FOR_GPUS),
-    Stage("sanitize", 22, "memcheck, racecheck and synccheck of compute-sanitizer on the smallest shapes", sanitize),
-    Stage("ceilings", 12, "the rates of matrix products and of a copy", ceilings),
-    _suite("patch_embed", 45),
-    _suite("model", 45),
-    Stage("launch", 12, "what a call costs the host: the public function, the extension's op, torch.add", launch),
-    _suite("add_position", 14),
-    Stage("tune", 22, "the fastest backend and configuration for each shape of ViT-S and ViT-B", tune),
-    Stage("profile", 22, "time per kernel of ViT-S and ViT-B steps, ours and timm's, eager and compiled", profiles),
-    Stage("compiled", 30, "the cases of the suites that have compiled rivals, beside those", compiled),
+    Stage(
+        "ceilings", 12, "the rates of matrix products and of a copy", ceilings,
+        {**_CPU, "size": 32, "values": 2**10, "seconds": 0.001}, "A",
+    ),
+    Stage(
+        "tests", 75, "the tests of ops, kernels and model, CUDA graphs and streams", tests,
+        {"paths": ("tests/ops/test_registration.py",)}, "B", FEW,
+    ),
+    *(_limits(backend) for backend in FOR_GPUS),
+    _suite("patch_embed", 50, "AB"),
+    Stage(
+        "sweep", 50, "each kernel of the largest op in every variant that it has, by CUDA graphs", sweep,
+        {**_CPU, "batch": 2, "image": 32, "width": 64, "checked": 2, "precisions": PRECISIONS[:1], "limit": 100}, "A",
+    ),
+    _suite("model", 34, "B"),
+    Stage(
+        "launch", 10, "what a call costs the host: the public function, torch.add", launch,
+        {**_CPU, "rounds": 2}, "B",
+    ),
+    _suite("add_position", 12, "B"),
+    Stage(
+        "tune", 20, "the fastest backend and configuration for each shape of ViT-S and ViT-B", tune,
+        {**_CPU, "models": ("Ti",), "scope": Scope((1,), ("uint8 to float32",), 0.001)}, "B",
+    ),
+    Stage(
+        "profile", 20, "time per kernel of ViT-S and ViT-B steps, ours and timm's, eager and compiled", profiles,
+        {**_CPU, "setups": (Setup("Ti", 1),), "depth": 1}, "B",
+    ),
+    Stage(
+        "compiled", 23, "the cases of the suites that have compiled rivals, beside those", compiled,
+        {**_CPU, "seconds": 0.001, "names": ("add_position",)}, "B",
+    ),
+    Stage(
+        "sanitize", 16, "memcheck, racecheck and synccheck of compute-sanitizer on the smallest shapes", sanitize,
+        {**_CPU, "program": (sys.executable, "-c", STAND_IN)}, "B",
+    ),
     _suite("input", 14),
     _suite("accelerated", 20),
     _suite("accelerated_model", 20),
     _suite("masked", 12),
-)
+)  # fmt: skip
