@@ -6,11 +6,12 @@ Nothing here lists kernels or variants. A training step by the Triton backend is
 kernels. Those entries of the manifest that a launch of one could have used as well (the same kernel on the same types,
 in another tile, with more stages, ...) are its variants, and take its place while the step is watched again; so are
 the op's configurations, such as other splits of a sum. What is launched again, in a graph and on several sets of inputs
-in turn, which no cache holds together, is the one kernel. Whole calls and the product alone stand beside them.
+in turn, which no cache holds together, is the one kernel. The product alone, by torch, stands beside them.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import time
@@ -25,13 +26,13 @@ from torch import Tensor
 
 from fastvit import tuning
 from fastvit.benchmarks.contenders import check_backend, ours, timed_call, trained
-from fastvit.benchmarks.problem import BOTH, FORWARD, filled, our_backends, steady
+from fastvit.benchmarks.problem import BOTH, FORWARD, filled, steady
 from fastvit.benchmarks.rows import Row, circumstances, grouped, time_text
 from fastvit.benchmarks.timing import Call, Timing, captured, interleave
 from fastvit.benchmarks.tune import TUNED, Scope, Size
 from fastvit.discovery import Declared
 from fastvit.tuning import Configuration
-from fastvit.validation import Case, Inputs, make_inputs
+from fastvit.validation import Case, make_inputs
 from fastvit.validation.ops import heaviest_first
 
 __all__ = ["SWEEP", "format_lines", "noted", "substituted", "sweep", "variants"]
@@ -130,7 +131,7 @@ def sweep(
     limit: float = 38.0,
     **about: str,
 ) -> list[Row]:
-    """A row for each kernel in each variant and precision, for whole calls and for the product alone.
+    """A row for each kernel in each variant and precision, and for the product alone.
 
     Args:
         device: a CUDA device. On a CPU the same is run once each, in Triton's interpreter, and nothing is timed.
@@ -181,8 +182,9 @@ class Step:
         self.op, self.device = op, device
         on_gpu = device.type == "cuda"
         inputs = make_inputs(case, compute, device)
-        self.sets = [trained(_copied(inputs)) for _ in range(SETS if on_gpu else 1)]
+        self.sets = [trained(copy.deepcopy(inputs)) for _ in range(SETS if on_gpu else 1)]
         self.small = make_inputs(replace(case, batch=checked), compute, device)
+        self.yardstick: Any = TUNED[op].yardstick
         configurations = list(TUNED[op].configurations(tuning.TRAINING, inputs, None))
         self.verdict = functools.cache(self._verdict)
         self.kernels: dict[str, Any] = {}  # by name, the entry that is used
@@ -194,8 +196,8 @@ class Step:
         """What is measured together: a title, and what makes its candidates. Products come first."""
         for kernel in sorted(self.kernels, key=lambda name: not self.kernels[name].compute):
             yield kernel, functools.partial(self._variants, kernel)
-        for mode in (FORWARD, BOTH):
-            yield f"whole call, {mode}", functools.partial(self._whole, mode)
+        for mode in (FORWARD, BOTH) if self.yardstick else ():
+            yield mode, functools.partial(self._product, mode)
 
     def _variants(self, kernel: str) -> Iterator[Candidate]:
         """A kernel in every variant, in each configuration that makes a difference to it."""
@@ -210,7 +212,7 @@ class Step:
                     launches = self._watched(configuration, place, chosen)
                     calls += [functools.partial(_relaunch, one) for one in launches if one.entry == chosen]
             except Exception as error:  # a variant that can't be launched is a finding
-                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                reason = f"{type(error).__name__}: {error}"
             yield Candidate(name, calls, reason)
 
     def _watched(self, configuration: Configuration, place: int = 0, chosen: Any = None) -> list[Launch]:
@@ -237,37 +239,28 @@ class Step:
                 stack.enter_context(substituted(entry))
             yield
 
-    def _whole(self, mode: str) -> Iterator[Candidate]:
-        """The op's call by each backend, and where it has one its yardstick."""
-        for backend in our_backends(self.device):
-            reason = check_backend(backend, self.op, self.small, self.device)
-            make = functools.partial(ours, self.op, backend=backend)
-            yield Candidate(backend, [] if reason else self._calls(make, mode), reason)
-        yardstick = TUNED[self.op].yardstick
-        if yardstick:
-            yield Candidate("product alone", self._calls(yardstick, mode))
-
-    def _calls(self, make: Callable[[Inputs], Any], mode: str) -> list[Call]:
-        found = []
+    def _product(self, mode: str) -> Iterator[Candidate]:
+        """The op's yardstick."""
+        calls = []
         for inputs in self.sets:
-            solution = make(inputs)
+            solution = self.yardstick(inputs)
             with torch.no_grad():
-                like = solution.tokens()
-            grads = inputs.grads.values() if like.shape == inputs.grad.shape else [torch.randn_like(like)]
-            found.append(timed_call(solution, grads, mode))
-        return found
+                calls.append(timed_call(solution, [torch.randn_like(solution.tokens())], mode))
+        yield Candidate("product alone", calls)
 
 
 def _measured(blank: Row, candidates: Sequence[Candidate], device: torch.device, sets: int) -> list[Row]:
     """A row for each candidate; those that may be timed take turns."""
-    rows = {found.name: replace(blank, provider=found.name, reason=found.reason) for found in candidates}
+    rows = {
+        found.name: replace(blank, provider=found.name, reason=" ".join(found.reason.split())) for found in candidates
+    }
     ready: dict[str, Call] = {}
     for candidate in candidates:
         name = candidate.name
         if candidate.reason:
             continue
         try:
-            in_turn = functools.partial(_all, candidate.calls)
+            in_turn = functools.partial(_in_turn, candidate.calls)
             ready[name] = captured(in_turn, device) if device.type == "cuda" else in_turn
         except Exception as error:
             torch.cuda.synchronize(device)
@@ -281,11 +274,6 @@ def _measured(blank: Row, candidates: Sequence[Candidate], device: torch.device,
         each = (timing.median_us / sets, timing.p20_us / sets, timing.p80_us / sets)
         rows[name] = filled(rows[name], Timing(*each, timing.repeats))
     return list(rows.values())
-
-
-def _all(calls: Sequence[Call]) -> None:
-    for call in calls:
-        call()
 
 
 def format_lines(rows: Sequence[Row], most: int = LINES) -> list[str]:
@@ -306,11 +294,6 @@ def format_lines(rows: Sequence[Row], most: int = LINES) -> list[str]:
     return [*lines, *([f"and {left_out} more, slower or not timed"] if left_out else [])]
 
 
-def _copied(inputs: Inputs) -> Inputs:
-    tensors = {name: None if tensor is None else tensor.clone() for name, tensor in inputs.tensors.items()}
-    return replace(inputs, tensors=tensors, grad=inputs.grad.clone())
-
-
 def _identity(launches: Sequence[Launch], kernel: str) -> tuple[Any, ...]:
     return tuple(launch.identity for launch in launches if launch.entry.kernel == kernel)
 
@@ -319,3 +302,8 @@ def _relaunch(noted: Launch) -> None:
     from fastvit.kernels import launch
 
     launch.launch(noted.entry, noted.grid, **noted.arguments)
+
+
+def _in_turn(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()

@@ -140,14 +140,16 @@ def primitives(out: Path, device: str = "cuda") -> str:
     return skipped("; ".join(reason for _, reason in found.skip_reasons()))
 
 
-def validate(out: Path, backend: str, device: str = "cuda", quick: bool = False) -> str:
+def validate(
+    out: Path, backend: str, device: str = "cuda", quick: bool = False, dtypes: Iterable[str] = tuple(DTYPES)
+) -> str:
     """One backend against float64, an op and a dtype at a time; skipped where it can't run.
 
     A backend has a process of its own, since a kernel that goes wrong breaks CUDA for all that run in the same one.
     """
 
     def parts() -> Iterator[Report]:
-        for op, dtype in itertools.product(heaviest_first(), DTYPES):
+        for op, dtype in itertools.product(heaviest_first(), dtypes):
             yield validate_backends([backend], [op], [dtype], quick, device, progress)
             with contextlib.suppress(RuntimeError):  # where CUDA is broken, the rows say so
                 torch.cuda.empty_cache()

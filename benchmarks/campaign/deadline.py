@@ -1,7 +1,7 @@
 """A plugin of pytest: a test whose time is up fails, and the process that it runs in goes on.
 
-A signal ends what Python does, such as a compilation. It does not reach a thread that waits for the GPU: with one of
-those, which outlives its time by PATIENCE, goes its process, and pytest-xdist starts another.
+A signal ends what Python does, such as a compilation. It does not reach a thread that waits for the GPU: when twice the
+time is up, the process goes with it, and pytest-xdist starts another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from types import FrameType
 import pytest
 
 OPTION = "--test-seconds"
-PATIENCE = 15.0  # seconds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +32,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     if seconds:
-        faulthandler.dump_traceback_later(seconds + PATIENCE, exit=True, file=2)
+        faulthandler.dump_traceback_later(2 * seconds, exit=True, file=2)
     try:
         return (yield)
     finally:

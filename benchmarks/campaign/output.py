@@ -119,7 +119,7 @@ def backends_of(device: str) -> list[str]:
     found = our_backends(torch.device(device))
     for name in FOR_GPUS:
         if name not in found:
-            print(f"without {name}: {why_not(name, device)}", flush=True)
+            print(f"without {name}: {why_not(name, device) or 'it is interpreted'}", flush=True)
     return found
 
 

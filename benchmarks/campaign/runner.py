@@ -118,7 +118,7 @@ def campaign(
     not_run = [result.stage for result in results if result.status == NO_TIME]
     if not_run:
         log("summary", f"Not run, since {budget:.0f} s were too few: {', '.join(not_run)}", bare=True)
-    log("summary", f"Results: {out}", bare=True)
+    log("summary", f"Results: {out}" + (", of a dry run on a CPU: their times mean nothing" if dry else ""), bare=True)
     return int(any(result.status not in (PASSED, SKIPPED) for result in results))
 
 

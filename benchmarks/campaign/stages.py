@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastvit.benchmarks.campaign.compiling import build, warm
@@ -31,6 +32,7 @@ DRY_SHARE = 120
 FEW = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HYPOTHESIS_PROFILE": "gpu"}
 _CPU = {"device": "cpu"}
 _TINY = {**_CPU, "size": "tiny", "seconds": 0.001}
+_TESTS = {"paths": ("tests/test_files.py",)}
 # What runs the kernels of a backend on a CPU, in the interpreter and in the emulation.
 _STAND_INS = {"triton": "triton", "cuda": "emulated"}
 
@@ -40,67 +42,47 @@ def _suite(name: str, share: int, calls: str = "") -> Stage:
     return Stage(name, share, about, functools.partial(suite, name=name), _TINY, calls, {NO_COMPILE: "1"})
 
 
-def _validate(backend: str) -> Stage:
-    about = f"every case of the validator against float64, by {backend}"
-    dry = {**_CPU, "backend": _STAND_INS[backend], "quick": True}
-    return Stage(f"validate_{backend}", 18, about, functools.partial(validate, backend=backend), dry, "A")
+def _by_backends(kind: str, share: int, calls: str, about: str, run: Callable[..., str], **dry: Any) -> Iterator[Stage]:
+    """A stage for each backend: a kernel that goes wrong breaks CUDA for all that run in the same process."""
+    for name in FOR_GPUS:
+        stand_in = dry.get("backend") or _STAND_INS[name]
+        run_one = functools.partial(run, backend=name)
+        yield Stage(
+            f"{kind}_{name}", share, f"{about}, by {name}", run_one, {**_CPU, **dry, "backend": stand_in}, calls
+        )
 
 
-def _limits(backend: str) -> Stage:
-    about = f"batches whose offsets pass 2^31; every even patch from 2 to 32, and 7; by {backend}"
-    dry: dict[str, Any] = {**_CPU, "backend": "cpu", "patches": (7,), "dtypes": ("bfloat16",), "threshold": 2**19}
-    return Stage(f"limits_{backend}", 15, about, functools.partial(limits, backend=backend), dry, "B")
-
+_ENTRIES = {"every": 60, "target": 90}
+_RATES = {**_CPU, "size": 32, "values": 2**10, "seconds": 0.001}
+_VARIANTS = {**_CPU, "batch": 2, "image": 32, "width": 64, "checked": 2, "precisions": PRECISIONS[:1], "limit": 100.0}
+_SHAPES = {**_CPU, "models": ("Ti",), "scope": Scope((1,), ("uint8 to float32",), 0.001)}
+_STEPS = {**_CPU, "setups": (Setup("Ti", 1),), "depth": 1}
+_COMPILED = {**_CPU, "seconds": 0.001, "names": ("add_position",), "most": 1}
+_UNDER_A_TOOL = {**_CPU, "program": (sys.executable, "-c", STAND_IN)}
+_LARGE = {"backend": "cpu", "patches": (7,), "dtypes": ("bfloat16",), "threshold": 2**19}
 
 STAGES = (
-    Stage(
-        "build", 70, "the C++/CUDA extension for this GPU alone, unless one that loads is there", build,
-        {"capability": (9, 0)}, "AB",
-    ),
-    Stage(
-        "warm", 40, "compile and load every kernel of the manifest with a pool of processes", warm,
-        {"every": 60, "target": 90}, "AB",
-    ),
+    Stage("build", 70, "the C++/CUDA extension for this GPU, unless one is there", build, {"capability": (9, 0)}, "AB"),
+    Stage("warm", 40, "compile and load every kernel of the manifest with a pool of processes", warm, _ENTRIES, "AB"),
     Stage("primitives", 12, "what the CUDA C++ kernels are made of, against its emulation", primitives, _CPU, "A"),
-    *(_validate(backend) for backend in FOR_GPUS),
-    Stage(
-        "ceilings", 12, "the rates of matrix products and of a copy", ceilings,
-        {**_CPU, "size": 32, "values": 2**10, "seconds": 0.001}, "A",
+    *_by_backends(
+        "validate", 18, "A", "every case of the validator against float64", validate, quick=True, dtypes=("bfloat16",)
     ),
-    Stage(
-        "tests", 75, "the tests of ops, kernels and model, CUDA graphs and streams", tests,
-        {"paths": ("tests/ops/test_registration.py",)}, "B", FEW,
+    Stage("ceilings", 12, "the rates of matrix products and of a copy", ceilings, _RATES, "A"),
+    Stage("tests", 75, "the tests of ops, kernels and model, CUDA graphs and streams", tests, _TESTS, "B", FEW),
+    *_by_backends(
+        "limits", 15, "B", "batches whose offsets pass 2^31; every even patch to 32, and 7", limits, **_LARGE
     ),
-    *(_limits(backend) for backend in FOR_GPUS),
     _suite("patch_embed", 50, "AB"),
     Stage(
-        "sweep", 50, "each kernel of the largest op in every variant that it has, by CUDA graphs", sweep,
-        {**_CPU, "batch": 2, "image": 32, "width": 64, "checked": 2, "precisions": PRECISIONS[:1], "limit": 100}, "A",
+        "sweep", 50, "each kernel of the op that multiplies in each of its variants, by graphs", sweep, _VARIANTS, "A"
     ),
     _suite("model", 34, "B"),
-    Stage(
-        "launch", 10, "what a call costs the host: the public function, torch.add", launch,
-        {**_CPU, "rounds": 2}, "B",
-    ),
+    Stage("launch", 10, "what a call costs the host, and torch.add", launch, {**_CPU, "rounds": 2}, "B"),
     _suite("add_position", 12, "B"),
-    Stage(
-        "tune", 20, "the fastest backend and configuration for each shape of ViT-S and ViT-B", tune,
-        {**_CPU, "models": ("Ti",), "scope": Scope((1,), ("uint8 to float32",), 0.001)}, "B",
-    ),
-    Stage(
-        "profile", 20, "time per kernel of ViT-S and ViT-B steps, ours and timm's, eager and compiled", profiles,
-        {**_CPU, "setups": (Setup("Ti", 1),), "depth": 1}, "B",
-    ),
-    Stage(
-        "compiled", 23, "the cases of the suites that have compiled rivals, beside those", compiled,
-        {**_CPU, "seconds": 0.001, "names": ("add_position",)}, "B",
-    ),
-    Stage(
-        "sanitize", 16, "memcheck, racecheck and synccheck of compute-sanitizer on the smallest shapes", sanitize,
-        {**_CPU, "program": (sys.executable, "-c", STAND_IN)}, "B",
-    ),
-    _suite("input", 14),
-    _suite("accelerated", 20),
-    _suite("accelerated_model", 20),
-    _suite("masked", 12),
-)  # fmt: skip
+    Stage("tune", 20, "the fastest backend and configuration for ViT-S and ViT-B", tune, _SHAPES, "B"),
+    Stage("profile", 20, "time per kernel of steps, ours and timm's, eager and compiled", profiles, _STEPS, "B"),
+    Stage("compiled", 23, "the cases of the suites that have compiled rivals, beside those", compiled, _COMPILED, "B"),
+    Stage("sanitize", 16, "compute-sanitizer's tools on the smallest shapes", sanitize, _UNDER_A_TOOL, "B"),
+    *(_suite(name, 20) for name in ("input", "accelerated", "accelerated_model", "masked")),
+)
