@@ -17,7 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 from unittest import mock
 
@@ -44,6 +44,7 @@ SECONDS = 0.25  # of timing for all variants of a kernel together
 LINES = 30  # of the table
 NOT_TIMED = "right, and not timed: there is no GPU"
 NOT_REACHED = "the time was over before it was reached"
+_FIELDS = tuple(field.name for field in fields(Configuration))
 FACTS = ("RUN", "ROWS", "ALIGN", "WIDTH_ALIGN", "MASKED", "PRECISION")  # constants that describe the problem
 
 
@@ -186,11 +187,12 @@ class Step:
         self.small = make_inputs(replace(case, batch=checked), compute, device)
         self.yardstick: Any = TUNED[op].yardstick
         configurations = list(TUNED[op].configurations(tuning.TRAINING, inputs, None))
+        configurations = configurations[: None if on_gpu else 1]
         self.verdict = functools.cache(self._verdict)
         self.kernels: dict[str, Any] = {}  # by name, the entry that is used
-        self.usual = {chosen: self._watched(chosen) for chosen in configurations[: None if on_gpu else 1]}
-        first = next(iter(self.usual.values()))
+        first = self._watched(configurations[0])
         self.kernels = {launch.entry.kernel: launch.entry for launch in reversed(first)}
+        self.usual = {configurations[0]: first} | {chosen: self._watched(chosen) for chosen in configurations[1:]}
 
     def parts(self) -> Iterator[tuple[str, Callable[[], Iterator[Candidate]]]]:
         """What is measured together: a title, and what makes its candidates. Products come first."""
@@ -202,9 +204,12 @@ class Step:
     def _variants(self, kernel: str) -> Iterator[Candidate]:
         """A kernel in every variant, in each configuration that makes a difference to it."""
         usual = self.kernels[kernel]
-        differing = {_identity(launches, kernel): chosen for chosen, launches in self.usual.items()}
-        for chosen, configuration in itertools.product(variants(usual), differing.values()):
-            name = name_of(chosen) + (f", {configuration}" if len(differing) > 1 else "")
+        # The first of those that launch the same: it is the variant that is chosen here, whatever a tile is called.
+        differing = {_identity(launches, kernel): chosen for chosen, launches in reversed(self.usual.items())}
+        values = {name: {getattr(one, name) for one in differing.values()} for name in _FIELDS}
+        for chosen, configuration in itertools.product(variants(usual), reversed(differing.values())):
+            words = [f"{getattr(configuration, name)} {name}" for name in _FIELDS if len(values[name]) > 1]
+            name = ", ".join([name_of(chosen), *words])
             calls: list[Call] = []
             try:
                 reason = self.verdict(configuration, None if chosen == usual else chosen)
@@ -234,7 +239,7 @@ class Step:
     @contextmanager
     def _forced(self, configuration: Configuration, chosen: Any) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(tuning.forced_configuration(configuration.tile, configuration.programs))
+            stack.enter_context(tuning.forced_configuration(**asdict(configuration)))
             for entry in (*self.kernels.values(), *([chosen] if chosen else [])):
                 stack.enter_context(substituted(entry))
             yield

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ class Candidate:
 
     def forced(self) -> AbstractContextManager[None]:
         """Its configuration, in place of any table's."""
-        return tuning.forced_configuration(self.configuration.tile, self.configuration.programs)
+        return tuning.forced_configuration(**asdict(self.configuration))
 
 
 def tune(

@@ -20,7 +20,6 @@ from fastvit.validation.report import FAILED, PASSED, SKIPPED
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "build_extension.py"
 BUILT, NOT_BUILT = "built: ", "not built: "  # how the last line of the tool starts
 PROCESSES = 16
-OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch, as far as entries have them
 EMULATION = "the emulation"
 
 
@@ -151,7 +150,7 @@ def warm_entry(entry: Any, load: bool = True) -> Any:
             arguments[parameter.name] = MockTensor(dtypes[pointers[parameter.name]])
         else:  # never specialised on, so that any value will do
             arguments[parameter.name] = 1.0 if "fp" in parameter.annotation_type else 64
-    options = {name: value for name in OPTIONS if (value := getattr(entry, name, None)) is not None}
+    options = getattr(entry, "options", {"num_warps": entry.num_warps, "num_stages": entry.num_stages})
     kernel = function.warmup(grid=(1,), **arguments, **entry.constants_by_name, **options)
     if load:
         kernel._init_handles()  # what a first launch does; Triton has no public name for it

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -107,13 +108,17 @@ def campaign(
     log, summary = Log(out / "log.jsonl", started), out / "summary.jsonl"
     append(summary, [json.dumps(about)])
     log("device", json.dumps(about))
-    results = []
-    for stage, deadline in zip(stages, _deadlines(stages, started, budget), strict=True):
+
+    def run(stage: Stage, deadline: float) -> Result:
         left = deadline - time.monotonic()
         is_worth_it = left >= LEAST * stage.share
         result = run_stage(stage, out, left, log, dry) if is_worth_it else Result(stage.name, NO_TIME, 0.0)
-        results.append(result)
         append(summary, [json.dumps(asdict(result))])
+        return result
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        each = pool.map if dry else map  # side by side where times mean nothing
+        results = list(each(run, stages, _deadlines(stages, started, budget)))
     log("summary", format_results(results), bare=True)
     not_run = [result.stage for result in results if result.status == NO_TIME]
     if not_run:

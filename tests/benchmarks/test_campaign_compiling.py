@@ -203,8 +203,8 @@ def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
                 raise RuntimeError("out of resource: shared memory")
             self.n_regs, self.n_spills = 168, 4
 
-    about = {"name": "kernel", "pointers": (), "constants_by_name": {}, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
-    entries, given = [SimpleNamespace(**about)], []
+    about = {"name": "kernel", "pointers": (), "constants_by_name": {"BLOCK_M": 64}, "num_warps": 4, "num_stages": 2}
+    entries, given = [SimpleNamespace(**about, options={"num_warps": 4, "maxnreg": 128})], []
 
     def warm_up(grid: tuple[int, ...], **options: Any) -> Kernel:
         given.append(options)
@@ -222,4 +222,4 @@ def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
         assert set(said(printed, "kernel")) == {entries[0].name, compiling.EMULATION}
         assert ["shared memory" in error for error in said(printed, "error")] == ([] if fits else [True])
         assert [*said(printed, "n_regs"), *said(printed, "n_spills")] == ([] if target or not fits else [168, 4])
-        assert given.pop() == {"num_warps": 4, "num_stages": 2, "maxnreg": 128}, "what a launch is given too"
+        assert given.pop() == {"BLOCK_M": 64, "num_warps": 4, "maxnreg": 128}, "what a launch is given too"
