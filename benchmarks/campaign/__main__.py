@@ -49,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print(NO_DEVICE, file=sys.stderr)
         return 1
-    all_shares = sum(stage.share for stage in stages)
-    budget = options.budget or (all_shares if options.dry_run else CALLS.get(options.call, all_shares))
+    budget = options.budget or sum(stage.share for stage in stages)
     about = circumstances(torch.device("cpu" if options.dry_run else "cuda"))
     if not about["commit"]:
         print(NO_COMMIT, flush=True)
@@ -70,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen = "only these; repeat, or separate by commas; validate_* is all that start so"
     which.add_argument("--stage", action="append", metavar="NAME,...", help=chosen)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "out/gpu"), help="folder of results")
-    spend = "seconds for all stages together; default: the call's, else all shares"
+    spend = "seconds for all stages together; default: all their shares"
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=spend)
     parser.add_argument(DRY_RUN, action="store_true", help="run every stage's code on the CPU; its times mean nothing")
     parser.add_argument("--inside", help=argparse.SUPPRESS)  # a stage, in this process

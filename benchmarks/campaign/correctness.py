@@ -53,8 +53,7 @@ STARTED = "started"  # the status of a test that has not ended
 PATCHES = (*range(2, 33, 2), 7)
 THRESHOLD = 2**31  # values; what 32 bits can't count
 EDGE = 2  # samples at either end of a large batch that are compared
-MARGIN = 1.25  # of memory, for what the estimate leaves out
-GIB = 2**30
+TOO_LITTLE_MEMORY = "OutOfMemoryError"
 GIVEN = {"patch_embed": "images", "add_position": "tokens"}  # what comes in batches
 
 
@@ -217,25 +216,17 @@ def batch_beyond(case: Case, inputs: Inputs, what: str, threshold: int) -> int:
     return max(2 * EDGE, -(-threshold // sample.numel()) + EDGE)
 
 
-def bytes_needed(case: Case, inputs: Inputs, batch: int) -> int:
-    """An estimate of the memory: the batch and what it is put together from, tokens, and the gradients of both."""
-    given, result = inputs[GIVEN[case.op]][0], inputs.grad[0]
-    copies = 4 if given.is_floating_point() else 2
-    return round(MARGIN * batch * (copies * given.nbytes + 5 * result.nbytes))
-
-
 def _check_beyond(candidate: Candidate, threshold: int, seed: int) -> Iterator[list[Row]]:
     for case, what in beyond_cases(seed):
         _announce(candidate, case, "bfloat16")
         inputs = make_inputs(case, torch.bfloat16, candidate.device)
         batch = batch_beyond(case, inputs, what, threshold)
-        needed, free = bytes_needed(case, inputs, batch), _free_bytes(candidate.device)
-        if needed > free:
-            reason = f"needs {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are free"
-            yield [candidate.row(case.op, case.name, "bfloat16", SKIPPED, reason)]
-        else:
-            large = at_the_ends(candidate, case, batch)
-            yield check_inputs(large, case.op, inputs, f"{case.name}, batch {batch}", "bfloat16")
+        rows = check_inputs(
+            at_the_ends(candidate, case, batch), case.op, inputs, f"{case.name}, batch {batch}", "bfloat16"
+        )
+        yield [replace(row, status=SKIPPED) if TOO_LITTLE_MEMORY in row.reason else row for row in rows]
+        with contextlib.suppress(RuntimeError):  # where CUDA is broken, the rows say so
+            torch.cuda.empty_cache()
 
 
 def at_the_ends(candidate: Candidate, case: Any, batch: int) -> Candidate:
@@ -261,10 +252,3 @@ def _random_like(tensor: Tensor, batch: int) -> Tensor:
     """[batch, ...] random numbers, laid out as the tensor."""
     found = torch.empty_strided((batch, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return found.normal_() if found.is_floating_point() else found.random_(256)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -50,7 +50,7 @@ def sanitize(
         for future in as_completed(waiting):
             run = waiting[future]
             status, words = found[run] = judge(*future.result())
-            _say(run, f"{status}: {words}")
+            print(f"{run}: {status}: {words}", flush=True)
             figure = "; ".join(f"{run} {found[run][1]}" for run in runs if run in found)
             report(run=run, status=status, words=words, figure=figure)
     statuses = {status for status, _ in found.values()}
@@ -65,19 +65,13 @@ def _run(run: str, program: Sequence[str], tool: str, device: str, backend: str)
 
     def pass_on(line: str) -> None:
         if not line.startswith(REPORT) or next(reported) <= MOST_LINES:
-            _say(run, line)
+            sys.stdout.write(f"{run}: {line}\n")  # one write, since the runs print beside each other
 
     try:
         # An allocator that hands out parts of larger blocks would hide accesses outside of a tensor.
         return run_program(command, pass_on, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     except OSError as error:
         return -1, [str(error)]
-
-
-def _say(run: str, words: str) -> None:
-    # One write, since the runs print beside each other.
-    sys.stdout.write(f"{run}: {words}\n")
-    sys.stdout.flush()
 
 
 def judge(code: int, lines: Sequence[str]) -> tuple[str, str]:

@@ -191,9 +191,6 @@ def test_the_last_samples_lie_beyond_the_threshold() -> None:
                 sizes = {"given": case.patches * case.width, "result": (1 + case.patches) * case.width}
             last = batch - correctness.EDGE
             assert last * sizes[what] >= threshold > (last - 1) * sizes[what]
-            needed = correctness.bytes_needed(case, inputs, batch)
-            assert needed > batch * (sizes["result"] * 2 + sizes["given"])
-        assert needed < 70 * correctness.GIB, "all of it runs on a GPU of 80 GB"
 
 
 @pytest.mark.parametrize("fault", ["one token zeroed", "last token not written", "last weight row's gradient scaled"])
@@ -221,13 +218,17 @@ def test_values_that_are_not_written_between_the_ends_are_seen() -> None:
 
 
 def test_too_little_memory_skips_and_a_wrong_backend_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correctness, "_free_bytes", lambda device: 2**30)
-    assert correctness.limits(tmp_path, "cpu", "cpu", (2,), ("bfloat16",)) == PASSED
-    skipped = [row["reason"] for row in rows_in(tmp_path / "validate.jsonl") if row["status"] == "skipped"]
-    assert len(skipped) == len(correctness.beyond_cases(0))
-    assert all(reason.endswith("GiB of memory, 1 GiB are free") for reason in skipped)
     with planted("patch flattened in another order"):
-        assert correctness.limits(tmp_path, "cpu", "cpu", (2,), ("bfloat16",)) == FAILED
+        assert correctness.limits(tmp_path, "cpu", "cpu", (2,), ("bfloat16",), 2**19) == FAILED
+
+    def allocate(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(correctness, "_random_like", allocate)
+    (tmp_path / "validate.jsonl").unlink()
+    assert correctness.limits(tmp_path, "cpu", "cpu", (2,), ("bfloat16",), 2**19) == PASSED
+    skipped = [row["reason"] for row in rows_in(tmp_path / "validate.jsonl") if row["status"] == "skipped"]
+    assert len(skipped) == len(correctness.beyond_cases(0)) and all("out of memory" in reason for reason in skipped)
 
 
 # validate
@@ -358,27 +359,26 @@ echo "========= Invalid __global__ write of size 4 bytes"; echo "========= ERROR
 
 
 def test_what_a_tool_prints_is_passed_on_as_it_comes(
-    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tool waits until its first words were heard; of its thousands only so many are."""
-    heard = tmp_path / "heard"
+    """Of thousands of lines only so many are."""
     tool(
-        f"""echo "========= first"; for i in 1 2 3 4 5 6 7 8 9 10; do [ -e {heard} ] || sleep 0.5; done
-[ -e {heard} ] || exit 9; for i in 1 2 3 4 5; do echo "========= more"; done; echo "{tiny.STARTED}"
+        f"""for i in 1 2 3 4 5; do echo "========= more $i"; done; echo "{tiny.STARTED}"
 echo "{tiny.FINISHED}"; echo "========= ERROR SUMMARY: 0 errors" """
     )
-    lines: list[str] = []
-
-    def say(run: str, words: str) -> None:
-        heard.touch()
-        lines.append(f"{run}: {words}")
-
-    monkeypatch.setattr(sanitize, "_say", say)
     monkeypatch.setattr(sanitize, "TOOLS", ("memcheck",))
     monkeypatch.setattr(sanitize, "MOST_LINES", 3)
     assert sanitize.sanitize(tmp_path, "cuda", ["cuda"]) == PASSED
-    words = ["========= first", "========= more", "========= more", tiny.STARTED, tiny.FINISHED, "passed: 0 errors"]
-    assert lines == [f"cuda memcheck: {line}" for line in words]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cuda memcheck: ")]
+    words = [
+        "========= more 1",
+        "========= more 2",
+        "========= more 3",
+        tiny.STARTED,
+        tiny.FINISHED,
+        "passed: 0 errors",
+    ]
+    assert printed == [f"cuda memcheck: {line}" for line in words]
 
 
 def test_without_a_tool_that_starts_it_is_skipped(
