@@ -33,8 +33,9 @@ SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)(?:.*\((\d+) errors?)?
 
 
 def sanitize(
-    out: Path, device: str = "cuda", backends: Sequence[str] | None = None, program: Sequence[str] = ()
-) -> str:
+    out: Path, device: str = "cuda", backends: Sequence[str] | None = None, program: Sequence[str] = (),
+    tools: Sequence[str] = TOOLS,
+) -> str:  # fmt: skip
     """Each tool on each backend (default: all that run), beside each other, since most of their time is loading.
 
     What they print is passed on as it comes, so that a cut-off loses none of it. `program` stands in for the tools'.
@@ -44,7 +45,7 @@ def sanitize(
         return skipped(f"{PROGRAM} is not on the PATH or in {', '.join(FOLDERS)}")
     program = program or [str(found_at)]
     found: dict[str, tuple[str, str]] = {}
-    runs = {f"{name} {tool}": (tool, name) for name, tool in itertools.product(backends or backends_of(device), TOOLS)}
+    runs = {f"{name} {tool}": (tool, name) for name, tool in itertools.product(backends or backends_of(device), tools)}
     with ThreadPoolExecutor(max(1, len(runs))) as pool:
         waiting = {pool.submit(_run, run, program, tool, device, name): run for run, (tool, name) in runs.items()}
         for future in as_completed(waiting):

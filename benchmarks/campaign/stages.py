@@ -31,7 +31,7 @@ DRY_SHARE = 120
 FEW = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HYPOTHESIS_PROFILE": "gpu"}
 _CPU = {"device": "cpu"}
 _TINY = {**_CPU, "size": "tiny", "seconds": 0.001}
-_TESTS = {"paths": ("tests/test_files.py",)}
+_TESTS = {"paths": ("tests/validation/test_tolerance.py",)}
 # What runs the kernels of a backend on a CPU, in the interpreter and in the emulation.
 _STAND_INS = {"triton": "triton", "cuda": "emulated"}
 
@@ -57,7 +57,7 @@ _VARIANTS = {**_CPU, "batch": 2, "image": 32, "width": 64, "checked": 2, "precis
 _SHAPES = {**_CPU, "models": ("Ti",), "scope": Scope((1,), ("uint8 to float32",), 0.001)}
 _STEPS = {**_CPU, "setups": (Setup("Ti", 1),), "depth": 1}
 _COMPILED = {**_CPU, "seconds": 0.001, "names": ("add_position",), "most": 1}
-_UNDER_A_TOOL = {**_CPU, "program": (sys.executable, "-c", STAND_IN)}
+_UNDER_A_TOOL = {**_CPU, "program": (sys.executable, "-c", STAND_IN), "tools": ("memcheck",)}
 _LARGE = {"backend": "cpu", "patches": (7,), "dtypes": ("bfloat16",), "threshold": 2**19}
 
 STAGES = (

@@ -318,9 +318,9 @@ def test_every_stage_is_ready_to_say_where_it_is_and_ends_by_its_status(
 
 def test_a_stage_has_its_environment(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/here")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     code = "import os; print(*map(os.environ.get, ('FASTVIT_NO_COMPILE', 'HOME', 'TRITON_INTERPRET')))"
     for dry, words in ((False, "1 /here None"), (True, "1 /here 1")):
+        monkeypatch.setenv("TRITON_INTERPRET", "0" if dry else "1")
         assert fake({"any": code}, environment={NO_COMPILE: "1"}, dry=dry) == 0
         assert words in {row["text"] for row in rows_in(tmp_path / "log.jsonl")}
 
