@@ -1,7 +1,7 @@
 # `make` alone prints the targets. Everything is installed into .venv; nothing outside the repository is touched.
 
 PYTHON ?= python3
-OUT ?= out/gpu
+OUT ?= $(if $(DRY),out/dry,out/gpu)
 # Test processes: one a core, at most eight.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
 # The CUDA builds of torch bring the Triton they were made with; the CPU build brings none.

@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = circumstances(torch.device("cpu" if options.dry_run else "cuda"))
     if not about["commit"]:
         print(NO_COMMIT, flush=True)
-    return campaign(stages, options.out.resolve(), budget, about, started, dry=options.dry_run)
+    out = options.out or Path("out/dry" if options.dry_run else "out/gpu")
+    return campaign(stages, out.resolve(), budget, about, started, dry=options.dry_run)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--call", choices=CALLS, help=f"the stages of one call, in its budget: {budgets}")
     chosen = "only these; repeat, or separate by commas; validate_* is all that start so"
     which.add_argument("--stage", action="append", metavar="NAME,...", help=chosen)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "out/gpu"), help="folder of results")
+    where = "folder of results; default: $OUT, else out/gpu or out/dry"
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or None, metavar="FOLDER", help=where)
     spend = "seconds for all stages together; default: all their shares"
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=spend)
     parser.add_argument(DRY_RUN, action="store_true", help="run every stage's code on the CPU; its times mean nothing")

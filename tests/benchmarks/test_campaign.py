@@ -53,7 +53,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     found: Asked = {}
 
     def note(stages: list[Stage], out: Path, budget: float, about: Asked, started: float, *, dry: bool) -> int:
-        found.update(names=[stage.name for stage in stages], budget=budget, about=about, dry=dry)
+        found.update(out=out, names=[stage.name for stage in stages], budget=budget, about=about, dry=dry)
         found["shares"] = sum(stage.share for stage in stages)
         return 0
 
@@ -86,9 +86,12 @@ def test_a_copy_without_its_history_is_told_of(asked: Asked, capsys: pytest.Capt
     assert main(["--stage", "warm"]) == 0 and "FASTVIT_COMMIT is not set" in capsys.readouterr().out
 
 
-def test_a_dry_run_is_on_the_cpu_whatever_is_there(asked: Asked) -> None:
+def test_a_dry_run_is_on_the_cpu_whatever_is_there(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    assert main(["--stage", "warm"]) == 0 and asked["out"] == Path("out/gpu").resolve()
     assert main(["--dry-run", "--stage", "build,masked"]) == 0
     assert asked["dry"] and asked["about"]["device"] == "cpu" and asked["budget"] == asked["shares"] > 200
+    assert asked["out"] == Path("out/dry").resolve(), "what a GPU has measured is not replaced"
 
 
 def test_every_stage_has_what_it_takes_to_run_dry() -> None:
