@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fastvit import tuning as tables
-from fastvit.benchmarks import add_position, problem
+from fastvit.benchmarks import add_position, problem, sweep
 from fastvit.benchmarks import tune as tuner
 from fastvit.benchmarks.campaign import launch, speed
 from fastvit.benchmarks.profiling import Setup
@@ -102,7 +103,31 @@ def test_the_headline_names_the_worst_case() -> None:
     assert speed.headline([Row(*case, "fastvit:triton", "forward", reason="wrong")]) == "1 case; 1 not timed"
 
 
-# tune and profile
+# sweep, tune and profile
+
+
+def test_the_sweep_keeps_what_comes_and_fails_where_a_variant_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blank = Row("sweep", "", "bfloat16", "", "large", "forward")
+    rows = [replace(blank, median_us=2.0), replace(blank, reason=sweep.NOT_REACHED)]
+    asked: list[dict[str, object]] = []
+
+    def run(device: str, on_rows: Callable[[list[Row]], None], **given: object) -> list[Row]:
+        asked.append(given)
+        for row in rows:
+            on_rows([row])
+        return rows
+
+    monkeypatch.setattr(sweep, "sweep", run)
+    for reason, status in (("", PASSED), (sweep.NOT_TIMED, PASSED), ("out of tolerance", FAILED)):
+        rows[-1] = replace(rows[-1], reason=reason)
+        assert speed.sweep(tmp_path, "cpu", batch=2) == status
+        printed = capsys.readouterr().out
+        assert "\n".join(sweep.format_lines(rows)) in printed
+        assert last_figure(printed) == f"1 timed, {int(status == FAILED)} wrong or not launched, of 2"
+    assert asked == [{"batch": 2, "command": "make gpu STAGE=sweep"}] * 3
+    assert len(read_json_lines(tmp_path / "bench.jsonl")) == 6
 
 
 def test_the_table_is_written_batch_by_batch_and_model_by_model(
