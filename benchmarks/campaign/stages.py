@@ -31,7 +31,7 @@ DRY_SHARE = 120
 FEW = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HYPOTHESIS_PROFILE": "gpu"}
 _CPU = {"device": "cpu"}
 _TINY = {**_CPU, "size": "tiny", "seconds": 0.001}
-_TESTS = {"paths": ("tests/validation/test_tolerance.py",)}
+_TESTS = {"paths": ("tests/validation/test_primitives.py",)}
 # What runs the kernels of a backend on a CPU, in the interpreter and in the emulation.
 _STAND_INS = {"triton": "triton", "cuda": "emulated"}
 
