@@ -1,7 +1,7 @@
 # `make` alone prints the targets. Everything is installed into .venv; nothing outside the repository is touched.
 
 PYTHON ?= python3
-OUT ?= out/gpu
+OUT ?= $(if $(DRY),out/dry,out/gpu)
 # Test processes: one a core, at most eight.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
 # The CUDA builds of torch bring the Triton they were made with; the CPU build brings none.
@@ -87,10 +87,11 @@ test-abi: install ## One binary of the binding under torch 2.11 and 2.14, each i
 	$(BIN)/python tools/test_abi.py
 
 # A machine with a GPU has its own torch and Triton and may have no network: the package alone is installed, into an
-# environment that sees the packages of $(PYTHON). The extension is built by a stage, which may fail.
-gpu: ## Test, measure and profile on the GPU of this machine with its own python3 (STAGE=a,b BUDGET=seconds); writes $OUT
-	$(PYTHON) tools/gpu_env.py build/gpu-env
-	OUT="$(OUT)" build/gpu-env/bin/python -m fastvit.benchmarks.campaign $(if $(STAGE),--stage '$(STAGE)') $(if $(BUDGET),--budget $(BUDGET))
+# environment that sees the packages of $(PYTHON). The extension is built by a stage, which may fail, or came with the
+# tree. DRY=1 needs no GPU, and takes the environment that is here.
+gpu: ## Test, measure and profile on this machine's GPU (CALL=A or B, or STAGE=a,b BUDGET=seconds; DRY=1: without one); writes $OUT
+	$(if $(DRY),,$(PYTHON) tools/gpu_env.py build/gpu-env)
+	OUT="$(OUT)" $(if $(DRY),$(BIN),build/gpu-env/bin)/python -m fastvit.benchmarks.campaign $(if $(CALL),--call '$(CALL)') $(if $(STAGE),--stage '$(STAGE)') $(if $(BUDGET),--budget $(BUDGET)) $(if $(DRY),--dry-run)
 
 clean: ## Remove what was built, measured and cached; .venv stays
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

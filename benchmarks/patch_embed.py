@@ -219,4 +219,4 @@ def _configurations(mode: str, inputs: Inputs, tile: str | None) -> Iterator[Con
                 yield Configuration(tile, programs, name)
 
 
-TUNED = Tuned(_measurements, _problem, _configurations)
+TUNED = Tuned(_measurements, _problem, _configurations, rivals.product_alone)

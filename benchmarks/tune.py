@@ -22,11 +22,12 @@ from fastvit import tuning
 from fastvit.backend import check_known
 from fastvit.benchmarks.contenders import check_backend, ours, timed_call, trained
 from fastvit.benchmarks.problem import WIDTHS, our_backends, steady
+from fastvit.benchmarks.rivals import Solution
 from fastvit.benchmarks.timing import Call, interleave
 from fastvit.discovery import Declared
 from fastvit.tuning import REFERENCE, Choice, Configuration, Problem, Table
 from fastvit.validation import Case, Inputs, make_inputs
-from fastvit.validation.ops import OPS
+from fastvit.validation.ops import OPS, heaviest_first
 
 # label → (compute dtype, dtype of the images)
 PRECISIONS = {
@@ -96,12 +97,13 @@ class Tuned:
 
     `measurements(size, scope)` are the calls to measure, `problem(mode, inputs)` is what `fastvit.functional` looks up
     for one, and `configurations(mode, inputs, tile)` are those of Triton to choose from, in training with the tile that
-    was best in forward.
+    was best in forward. `yardstick(inputs)` does a part of the job alone.
     """
 
     measurements: Callable[[Size, Scope], Iterator[Measurement]]
     problem: Callable[[str, Any], Problem]
     configurations: Callable[[str, Any, str | None], Iterable[Configuration]] = lambda *_: (tuning.DEFAULT,)
+    yardstick: Callable[[Inputs], Solution] | None = None
 
 
 TUNED: Mapping[str, Tuned] = Declared("fastvit.benchmarks", "TUNED", among=OPS)
@@ -175,7 +177,8 @@ def tune(
 def _plan(models: Sequence[str], scope: Scope, grid: int, patch: int) -> list[tuple[str, Measurement]]:
     """The op and the calls of every measurement."""
     sizes = [Size(model, batch, grid, patch) for model in models for batch in scope.batches]
-    return [(op, found) for size in sizes for op, tuned in TUNED.items() for found in tuned.measurements(size, scope)]
+    ops = [op for op in heaviest_first() if op in TUNED]
+    return [(op, found) for size in sizes for op in ops for found in TUNED[op].measurements(size, scope)]
 
 
 def _tune_case(

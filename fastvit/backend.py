@@ -208,8 +208,8 @@ def _suits_triton(problem: tuple[Any, ...], rows: int | None) -> bool:
 
     A graph, in which `rows` is None, is taken for large: its launches are not what it waits for.
     """
-    op, _, _, compute, _, shape, _ = problem
-    if op != "patch_embed" or compute not in (torch.float16, torch.bfloat16):
+    _, _, _, compute, _, shape, _ = problem
+    if len(shape) < 4 or compute not in (torch.float16, torch.bfloat16):  # without a convolution's weight: no product
         return False
     return shape[3] % 8 == 0 and shape[0] % 8 == 0 and (rows is None or rows * shape[0] >= LARGE)
 

@@ -1,4 +1,4 @@
-"""Stages tests, primitives, limits and validate_*: what is right on this GPU, and what is wrong.
+"""Stages tests, primitives, limits_* and validate_*: what is right on this GPU, and what is wrong.
 
 Tests and cases are the same as everywhere. The limits are batches whose offsets pass 2^31 values, and every even patch
 from 2 to 32 and an odd one; their numbers are new ones each time: a case's name holds the seed of the run, and its
@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastvit.benchmarks.campaign.output import append, backends_of, keep_verdicts, progress, report, skipped, why_not
+from fastvit.benchmarks.campaign import deadline
+from fastvit.benchmarks.campaign.output import append, keep_verdicts, progress, report, skipped, why_not
 from fastvit.validation import (
     AddPositionCase,
     Case,
@@ -35,7 +36,8 @@ from fastvit.validation import (
     make_inputs,
 )
 from fastvit.validation import validate as validate_backends
-from fastvit.validation.cases import DTYPES, OPS
+from fastvit.validation.cases import DTYPES
+from fastvit.validation.ops import heaviest_first
 from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report, Row
 from fastvit.validation.runner import Candidate, Tensors, backend_candidate, check_case, check_inputs
 
@@ -51,8 +53,7 @@ STARTED = "started"  # the status of a test that has not ended
 PATCHES = (*range(2, 33, 2), 7)
 THRESHOLD = 2**31  # values; what 32 bits can't count
 EDGE = 2  # samples at either end of a large batch that are compared
-MARGIN = 1.25  # of memory, for what the estimate leaves out
-GIB = 2**30
+TOO_LITTLE_MEMORY = "OutOfMemoryError"
 GIVEN = {"patch_embed": "images", "add_position": "tokens"}  # what comes in batches
 
 
@@ -76,12 +77,10 @@ def tests(out: Path, paths: Sequence[str] = TESTS) -> str:
 
 def _pytest_arguments() -> list[str]:
     arguments = ["-q", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    arguments += ["-p", deadline.__name__, deadline.OPTION, str(ONE_TEST)]
     arguments += [f"--ignore={path}" for path in ON_THE_CPU]
     if importlib.util.find_spec("xdist"):
         arguments += ["-n", str(min(WORKERS, len(os.sched_getaffinity(0))))]
-    if importlib.util.find_spec("pytest_timeout"):
-        # A signal does not reach a thread that waits for the GPU; with the thread goes its process.
-        arguments += ["--timeout", str(ONE_TEST), "--timeout-method", "thread"]
     return arguments
 
 
@@ -140,32 +139,37 @@ def primitives(out: Path, device: str = "cuda") -> str:
     return skipped("; ".join(reason for _, reason in found.skip_reasons()))
 
 
-def validate(backend: str, out: Path, device: str = "cuda", quick: bool = False) -> str:
+def validate(
+    out: Path, backend: str, device: str = "cuda", quick: bool = False, dtypes: Iterable[str] = tuple(DTYPES)
+) -> str:
     """One backend against float64, an op and a dtype at a time; skipped where it can't run.
 
     A backend has a process of its own, since a kernel that goes wrong breaks CUDA for all that run in the same one.
     """
 
     def parts() -> Iterator[Report]:
-        for op, dtype in itertools.product(OPS, DTYPES):
+        for op, dtype in itertools.product(heaviest_first(), dtypes):
             yield validate_backends([backend], [op], [dtype], quick, device, progress)
             with contextlib.suppress(RuntimeError):  # where CUDA is broken, the rows say so
                 torch.cuda.empty_cache()
 
-    if backend not in backends_of(device):
-        return skipped(f"without {backend}: {why_not(backend, device)}")
-    return keep_verdicts(out, parts())
+    reason = why_not(backend, device)
+    return skipped(f"without {backend}: {reason}") if reason else keep_verdicts(out, parts())
 
 
 def limits(
-    out: Path, device: str = "cuda", backends: Sequence[str] | None = None, patches: Sequence[int] = PATCHES,
+    out: Path, backend: str, device: str = "cuda", patches: Sequence[int] = PATCHES,
     dtypes: Iterable[str] = ("bfloat16", "float16", "float32"), threshold: int = THRESHOLD,
 ) -> str:  # fmt: skip
-    """The large batches; then all patches in both layouts, raw and float images. Default: all backends that run."""
+    """The large batches; then all patches in both layouts, raw and float images. Each backend in a process of its own,
+    as in :func:`validate`."""
+    reason = why_not(backend, device)
+    if reason:
+        return skipped(f"without {backend}: {reason}")
     seed = secrets.randbelow(2**31)
     print(f"seed {seed}, part of every case's name")
-    candidates = [backend_candidate(name, device) for name in backends or backends_of(device)]
-    checks = _check_beyond(candidates, threshold, seed), _check_patches(candidates, patches, dtypes, seed)
+    candidate = backend_candidate(backend, device)
+    checks = _check_beyond(candidate, threshold, seed), _check_patches(candidate, patches, dtypes, seed)
     return keep_verdicts(out, (Report(tuple(rows)) for rows in itertools.chain(*checks)))
 
 
@@ -179,9 +183,9 @@ def patch_cases(patches: Sequence[int], seed: int) -> Iterator[PatchEmbedCase]:
 
 
 def _check_patches(
-    candidates: Sequence[Candidate], patches: Sequence[int], dtypes: Iterable[str], seed: int
+    candidate: Candidate, patches: Sequence[int], dtypes: Iterable[str], seed: int
 ) -> Iterator[list[Row]]:
-    for dtype, case, candidate in itertools.product(dtypes, list(patch_cases(patches, seed)), candidates):
+    for dtype, case in itertools.product(dtypes, list(patch_cases(patches, seed))):
         _announce(candidate, case, dtype)
         yield check_case(candidate, case, dtype)
 
@@ -212,26 +216,17 @@ def batch_beyond(case: Case, inputs: Inputs, what: str, threshold: int) -> int:
     return max(2 * EDGE, -(-threshold // sample.numel()) + EDGE)
 
 
-def bytes_needed(case: Case, inputs: Inputs, batch: int) -> int:
-    """An estimate of the memory: the batch and what it is put together from, tokens, and the gradients of both."""
-    given, result = inputs[GIVEN[case.op]][0], inputs.grad[0]
-    copies = 4 if given.is_floating_point() else 2
-    return round(MARGIN * batch * (copies * given.nbytes + 5 * result.nbytes))
-
-
-def _check_beyond(candidates: Sequence[Candidate], threshold: int, seed: int) -> Iterator[list[Row]]:
-    for (case, what), candidate in itertools.product(beyond_cases(seed), candidates):
+def _check_beyond(candidate: Candidate, threshold: int, seed: int) -> Iterator[list[Row]]:
+    for case, what in beyond_cases(seed):
         _announce(candidate, case, "bfloat16")
         inputs = make_inputs(case, torch.bfloat16, candidate.device)
         batch = batch_beyond(case, inputs, what, threshold)
-        needed, free = bytes_needed(case, inputs, batch), _free_bytes(candidate.device)
-        if needed > free:
-            reason = f"needs {needed / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB are free"
-            where = str(candidate.device)
-            yield [Row(candidate.name, case.op, "bfloat16", case.name, "all", SKIPPED, reason=reason, device=where)]
-        else:
-            large = at_the_ends(candidate, case, batch)
-            yield check_inputs(large, case.op, inputs, f"{case.name}, batch {batch}", "bfloat16")
+        rows = check_inputs(
+            at_the_ends(candidate, case, batch), case.op, inputs, f"{case.name}, batch {batch}", "bfloat16"
+        )
+        yield [replace(row, status=SKIPPED) if TOO_LITTLE_MEMORY in row.reason else row for row in rows]
+        with contextlib.suppress(RuntimeError):  # where CUDA is broken, the rows say so
+            torch.cuda.empty_cache()
 
 
 def at_the_ends(candidate: Candidate, case: Any, batch: int) -> Candidate:
@@ -257,10 +252,3 @@ def _random_like(tensor: Tensor, batch: int) -> Tensor:
     """[batch, ...] random numbers, laid out as the tensor."""
     found = torch.empty_strided((batch, *tensor.shape[1:]), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return found.normal_() if found.is_floating_point() else found.random_(256)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

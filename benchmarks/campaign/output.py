@@ -17,6 +17,7 @@ import torch
 
 from fastvit.backend import available_backends
 from fastvit.benchmarks.problem import WITHOUT, left_out, our_backends
+from fastvit.benchmarks.rows import Row
 from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report
 
 FILES = (
@@ -70,6 +71,13 @@ def progress(done: int, total: int, title: str) -> None:
     print(f"{done}/{total} {title}", flush=True)
 
 
+def all_timed(missing: Sequence[Row]) -> bool:
+    """Whether no row is without the time that it ought to have; of those that are, the reasons are printed."""
+    for row in missing:
+        print(f"not timed: {row.provider}, {row.shape}, {row.dtype}, {row.mode}: {row.reason}")
+    return not missing
+
+
 def append(path: Path, lines: Iterable[str]) -> None:
     """Add lines to a file that grows as results come, from several stages in turn."""
     with path.open("a", encoding="utf-8") as file:
@@ -111,12 +119,12 @@ def backends_of(device: str) -> list[str]:
     found = our_backends(torch.device(device))
     for name in FOR_GPUS:
         if name not in found:
-            print(f"without {name}: {why_not(name, device)}", flush=True)
+            print(f"without {name}: {why_not(name, device) or 'it is interpreted'}", flush=True)
     return found
 
 
 def why_not(backend: str, device: str) -> str:
-    """Why a backend is not among `backends_of`."""
+    """Why a backend does not run on a device, "" if it does."""
     return f"{WITHOUT} names it" if backend in left_out() else available_backends(device)[backend]
 
 

@@ -26,53 +26,53 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 REPORT = "==="  # starts a line of the tool's own
 ERRORS = 86  # exit code by which the tool says that it found some
 MOST_LINES = 60  # of a tool's report that are printed; it can have thousands
+# In place of the tool, where it is not: the program alone, and a report.
+STAND_IN = "import subprocess, sys; subprocess.run(sys.argv[5:], check=True); print('= ERROR SUMMARY: 0 errors')"
 # "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)(?:.*\((\d+) errors?)?")
 
 
-def sanitize(out: Path, device: str = "cuda", backends: Sequence[str] | None = None) -> str:
+def sanitize(
+    out: Path, device: str = "cuda", backends: Sequence[str] | None = None, program: Sequence[str] = (),
+    tools: Sequence[str] = TOOLS,
+) -> str:  # fmt: skip
     """Each tool on each backend (default: all that run), beside each other, since most of their time is loading.
 
-    What they print is passed on as it comes, so that a cut-off loses none of it.
+    What they print is passed on as it comes, so that a cut-off loses none of it. `program` stands in for the tools'.
     """
-    program = shutil.which(PROGRAM, path=os.pathsep.join([os.environ.get("PATH", ""), *FOLDERS]))
-    if program is None:
+    found_at = shutil.which(PROGRAM, path=os.pathsep.join([os.environ.get("PATH", ""), *FOLDERS]))
+    if not program and found_at is None:
         return skipped(f"{PROGRAM} is not on the PATH or in {', '.join(FOLDERS)}")
+    program = program or [str(found_at)]
     found: dict[str, tuple[str, str]] = {}
-    runs = {f"{name} {tool}": (tool, name) for name, tool in itertools.product(backends or backends_of(device), TOOLS)}
+    runs = {f"{name} {tool}": (tool, name) for name, tool in itertools.product(backends or backends_of(device), tools)}
     with ThreadPoolExecutor(max(1, len(runs))) as pool:
         waiting = {pool.submit(_run, run, program, tool, device, name): run for run, (tool, name) in runs.items()}
         for future in as_completed(waiting):
             run = waiting[future]
             status, words = found[run] = judge(*future.result())
-            _say(run, f"{status}: {words}")
+            print(f"{run}: {status}: {words}", flush=True)
             figure = "; ".join(f"{run} {found[run][1]}" for run in runs if run in found)
             report(run=run, status=status, words=words, figure=figure)
     statuses = {status for status, _ in found.values()}
     return next((status for status in (FAILED, PASSED) if status in statuses), SKIPPED)
 
 
-def _run(run: str, program: str, tool: str, device: str, backend: str) -> tuple[int, list[str]]:
+def _run(run: str, program: Sequence[str], tool: str, device: str, backend: str) -> tuple[int, list[str]]:
     """The exit code of a tool and all that it printed, of which its own report is passed on as far as MOST_LINES."""
-    command = [program, "--tool", tool, "--error-exitcode", str(ERRORS)]
+    command = [*program, "--tool", tool, "--error-exitcode", str(ERRORS)]
     command += [sys.executable, "-u", "-m", tiny.__name__, device, backend]
     reported = itertools.count(1)
 
     def pass_on(line: str) -> None:
         if not line.startswith(REPORT) or next(reported) <= MOST_LINES:
-            _say(run, line)
+            sys.stdout.write(f"{run}: {line}\n")  # one write, since the runs print beside each other
 
     try:
         # An allocator that hands out parts of larger blocks would hide accesses outside of a tensor.
         return run_program(command, pass_on, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     except OSError as error:
         return -1, [str(error)]
-
-
-def _say(run: str, words: str) -> None:
-    # One write, since the runs print beside each other.
-    sys.stdout.write(f"{run}: {words}\n")
-    sys.stdout.flush()
 
 
 def judge(code: int, lines: Sequence[str]) -> tuple[str, str]:

@@ -1,5 +1,5 @@
-"""Stages ceilings, tune, profile and one for each suite: how fast this GPU is at best, how fast we and others are on
-it, and where the time goes. Rows are written as they come.
+"""Stages ceilings, sweep, tune, profile and one for each suite: how fast this GPU is at best, how fast we and others
+are on it, and where the time goes. Rows are written as they come.
 
 The suites run without torch.compile. The stage `compiled` measures the cases that have compiled contenders once more,
 with everybody in them, so that the best rival is the best of all; a cut-off there loses none of the other rows.
@@ -11,6 +11,7 @@ import functools
 import gc
 import itertools
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -19,8 +20,18 @@ from typing import Any
 
 import torch
 
+from fastvit.benchmarks import sweep as sweeper
 from fastvit.benchmarks import tune as tuner
-from fastvit.benchmarks.campaign.output import COMMAND, append, backends_of, print_table, progress, report, skipped
+from fastvit.benchmarks.campaign.output import (
+    COMMAND,
+    all_timed,
+    append,
+    backends_of,
+    print_table,
+    progress,
+    report,
+    skipped,
+)
 from fastvit.benchmarks.problem import COMPILED, GRAPH, NO_COMPILE, NOT_COMPILED, NotCompiled, Problem, filled
 from fastvit.benchmarks.profiling import OURS as OUR_MODEL
 from fastvit.benchmarks.profiling import Setup, profile
@@ -63,22 +74,24 @@ def ceilings(out: Path, device: str = "cuda", size: int = 8192, values: int = 2*
     return PASSED
 
 
-def suite(name: str, out: Path, device: str = "cuda", size: str = "small", seconds: float = SECONDS) -> str:
+def suite(out: Path, name: str, device: str = "cuda", size: str = "small", seconds: float = SECONDS) -> str:
     """One suite; fails where one of ours was not timed, because its results are wrong or it did not run."""
     return _measure(name, [name], out, device, size, seconds)
 
 
 def compiled(
-    out: Path, device: str = "cuda", size: str = "small", seconds: float = SECONDS, names: Sequence[str] = WITH_COMPILED
-) -> str:
-    """The cases of suites that have compiled contenders; skipped where FASTVIT_NO_COMPILE is set."""
+    out: Path, device: str = "cuda", size: str = "small", seconds: float = SECONDS,
+    names: Sequence[str] = WITH_COMPILED, most: int = sys.maxsize,
+) -> str:  # fmt: skip
+    """The first so many cases of suites that have compiled contenders; skipped where FASTVIT_NO_COMPILE is set."""
+    found = itertools.count()
 
-    def has_compiled(problem: Problem) -> bool:
-        return any(COMPILED in contender.setting for contender in problem.contenders)
+    def is_wanted(problem: Problem) -> bool:
+        return any(COMPILED in contender.setting for contender in problem.contenders) and next(found) < most
 
     if os.environ.get(NO_COMPILE):
         return skipped(NOT_COMPILED)
-    return _measure("compiled", names, out, device, size, seconds, has_compiled)
+    return _measure("compiled", names, out, device, size, seconds, is_wanted)
 
 
 def _measure(
@@ -95,10 +108,7 @@ def _measure(
 
     run_suites(names, size, device, progress, on_rows=keep, only=only, seconds=seconds)
     print_table(lambda: format_table(rows))
-    missing = not_timed(rows)
-    for row in missing:
-        print(f"not timed: {row.provider}, {row.shape}, {row.dtype}, {row.mode}: {row.reason}")
-    return PASSED if not missing and any(row.is_ours for row in rows) else FAILED
+    return PASSED if all_timed(not_timed(rows)) and any(row.is_ours for row in rows) else FAILED
 
 
 def not_timed(rows: Sequence[Row]) -> list[Row]:
@@ -110,11 +120,15 @@ def not_timed(rows: Sequence[Row]) -> list[Row]:
 
 def headline(rows: Sequence[Row]) -> str:
     """How many cases, the worst and best ratio of the fastest of ours to the best rival, which case is the worst, and
-    how often each of ours is the fastest."""
+    how often each of ours is the fastest.
+
+    Judged by CUDA graphs, where there are any: what is launched one by one is over before the host has launched it all.
+    """
     cases = grouped(rows, lambda row: row.case)
     words = [f"{len(cases)} case{'' if len(cases) == 1 else 's'}"]
-    judged = {case: [row for row in mine if row.headline is not None] for case, mine in cases.items()}
-    fastest = [max(mine, key=_ratio) for mine in judged.values() if mine]
+    ratios = [row for row in rows if row.headline is not None]
+    judged = grouped([row for row in ratios if row.mode.endswith(GRAPH)] or ratios, lambda row: row.case)
+    fastest = [max(mine, key=_ratio) for mine in judged.values()]
     if fastest:
         worst, best = min(fastest, key=_ratio), max(fastest, key=_ratio)
         words.append(f"{_ratio(worst):.2f}x to {_ratio(best):.2f}x the best rival")
@@ -130,10 +144,25 @@ def _ratio(row: Row) -> float:
     return row.headline or 0.0
 
 
-def tune(out: Path, device: str = "cuda", models: Sequence[str] = TUNED) -> str:
+def sweep(out: Path, device: str = "cuda", **sizes: Any) -> str:
+    """Each kernel in every variant; fails where one of them is wrong, or on a GPU was not timed."""
+
+    def keep(found: Sequence[Row]) -> None:
+        append(out / "bench.jsonl", (row.to_json() for row in found))
+        progress(len(found), len(found), f"{found[0].dtype}, {found[0].mode}")
+
+    rows = sweeper.sweep(device, keep, command=f"{COMMAND}sweep", **sizes)
+    print("\n".join(sweeper.format_lines(rows)), flush=True)
+    timed = [row for row in rows if row.median_us]
+    bad = [row for row in rows if row.reason not in ("", sweeper.NOT_TIMED, sweeper.NOT_REACHED)]
+    report(figure=f"{len(timed)} timed, {len(bad)} wrong or not launched, of {len(rows)}")
+    return FAILED if bad or not rows else PASSED
+
+
+def tune(out: Path, device: str = "cuda", models: Sequence[str] = TUNED, scope: tuner.Scope | None = None) -> str:
     """What is fastest on this GPU, as a table that can ship with the package. It grows and is written batch by batch
     and model by model, the largest batch first."""
-    scope = tuner.scope_of(torch.device(device), quick=True)
+    scope = scope or tuner.scope_of(torch.device(device), quick=True)
     table: Table | None = None
     for batch, model in itertools.product(sorted(scope.batches, reverse=True), models):
         found = tuner.tune(device, [model], scope=replace(scope, batches=(batch,)), progress=progress)

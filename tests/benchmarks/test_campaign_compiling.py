@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastvit import backend as backends
 from fastvit import cuda
 from fastvit.benchmarks.campaign import compiling
 from fastvit.kernels import launch, manifest
@@ -30,9 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H100 without anything that builds for it."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    """An H100 without a library, and without anything that builds for it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(cuda, "is_outdated", lambda: False)
+    monkeypatch.setattr(cuda, "why_missing", lambda: "the C++/CUDA extension is not built")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     monkeypatch.delenv("FASTVIT_BUILD_CUDA", raising=False)
 
@@ -60,7 +58,7 @@ def test_without_nvcc_nothing_is_built_and_the_row_says_why(
     monkeypatch.setenv("CXX", shutil.which("c++") or shutil.which("g++") or "c++")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("FASTVIT_BUILD_CUDA", mode)
-    assert compiling.build(tmp_path, "cuda", tool) == (SKIPPED if mode == "auto" else FAILED)
+    assert compiling.build(tmp_path, tool) == (SKIPPED if mode == "auto" else FAILED)
     figure = last_figure(capsys.readouterr().out)
     asked_for = "FASTVIT_BUILD_CUDA=1, but there is no nvcc"
     assert figure.startswith("not built: ") and "nvcc" in figure and (asked_for in figure) == (mode == "1")
@@ -81,7 +79,7 @@ def test_a_tool_that_breaks_fails_and_an_older_build_is_told_of(
     text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cuda, "is_outdated", lambda: True)
-    assert compiling.build(tmp_path, "cuda", _tool(tmp_path, text)) == FAILED
+    assert compiling.build(tmp_path, _tool(tmp_path, text)) == FAILED
     printed = capsys.readouterr().out
     assert last_figure(printed) == f"not built: {words}; what is measured is an older build"
     assert ("x.cu(3): error\n" in printed) == ("x.cu" in text)
@@ -93,15 +91,56 @@ def test_it_is_built_for_this_gpu_alone_and_must_load(
     tool = _tool(tmp_path, "import os; print(os.environ['FASTVIT_CUDA_ARCHS']); print('built: /here/_fastvit_cuda.so')")
     monkeypatch.setenv("FASTVIT_CUDA_ARCHS", "80;100")
     for reason, status in (("", PASSED), ("it can't be loaded", FAILED)):
-        monkeypatch.setitem(backends._REASONS, "cuda", lambda device_type, reason=reason: reason)
-        assert compiling.build(tmp_path, "cuda", tool) == status
+        monkeypatch.setattr(compiling, "_why_not_running", lambda reason=reason: reason)
+        assert compiling.build(tmp_path, tool) == status
         printed = capsys.readouterr().out
         assert printed.startswith("90a\n") and last_figure(printed).startswith("built for sm_90a in ")
         assert reason in last_figure(printed)
 
 
+@pytest.mark.parametrize(
+    ("what", "notes", "is_outdated", "reasons", "status"),
+    [
+        ("it loads", {"sources": "1"}, False, [""], SKIPPED),
+        ("of other sources", {"sources": "1"}, True, [""], PASSED),
+        ("it came without its notes", {}, False, [""], PASSED),
+        ("it does not load", {"sources": "1"}, False, ["undefined symbol", ""], PASSED),
+        ("nor does what is built", {"sources": "1"}, False, ["undefined symbol", "undefined symbol"], FAILED),
+    ],
+)
+def test_a_library_that_came_with_the_tree_is_built_anew_only_where_it_is_of_no_use(
+    what: str, notes: dict[str, Any], is_outdated: bool, reasons: list[str], status: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cuda, "why_missing", lambda: "")
+    monkeypatch.setattr(cuda, "build_info", lambda: {"architectures": ["90a"], **notes})
+    monkeypatch.setattr(cuda, "is_outdated", lambda: is_outdated)
+    monkeypatch.setattr(compiling, "_why_not_running", lambda: reasons.pop(0))
+    assert compiling.build(tmp_path, _tool(tmp_path, "print('built: /here/_fastvit_cuda.so')")) == status
+    printed = capsys.readouterr().out
+    assert ("not needed: it loads, built for sm_90a" in last_figure(printed)) == (status == SKIPPED) and not reasons
+    assert ("the library that is here can't run: undefined symbol" in printed) == ("does" in what)
+
+
+def test_a_library_is_loaded_anew_once_another_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found out about the first is forgotten."""
+    words = ["cannot open shared object file", ""]
+
+    def load(path: str) -> None:
+        if words.pop(0):
+            raise OSError("cannot open shared object file")
+
+    monkeypatch.setattr(cuda, "why_missing", lambda: "")
+    monkeypatch.setattr(cuda, "_why_not_compiled_for", lambda major, minor: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    assert "cannot open" in compiling._why_not_running() and not compiling._why_not_running()
+    cuda.why_unavailable.cache_clear()
+    cuda.why_not_loaded.cache_clear()
+
+
 def test_without_a_checkout_it_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compiling.build(tmp_path, "cuda", tmp_path / "tool.py") == SKIPPED
+    assert compiling.build(tmp_path, tmp_path / "tool.py") == SKIPPED
     assert "run this from a checkout" in last_figure(capsys.readouterr().out)
 
 
@@ -134,41 +173,22 @@ def test_installing_on_a_gpu_builds_nothing_and_asks_no_network(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_warming_compiles_what_a_launch_would_look_for(tmp_path: Path) -> None:
-    """With a driver that only names its GPU, an entry compiles along the path of a launch."""
-    pytest.importorskip("triton")
-    code = """
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-class Driver:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device=None: 0)
-driver.set_active(Driver())
-from fastvit.benchmarks.campaign.compiling import warm_entry
-from fastvit.kernels import manifest
-for kernel in ("add_position", "sum_rows"):
-    entry = next(entry for entry in manifest.entries() if entry.kernel == kernel)
-    assert warm_entry(entry).asm["cubin"]
-"""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_kernel_that_does_not_compile_is_named(
+def test_warming_compiles_what_a_launch_would_look_for_and_names_what_does_not_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a driver none compiles."""
+    """With a driver that only names its GPU, an entry compiles along the path of a launch; without any, none does."""
     pytest.importorskip("triton")
     monkeypatch.setattr(compiling, "PROCESSES", 1)
-    first = manifest.entries()[:1]
-    monkeypatch.setattr(manifest, "entries", lambda: first)
-    assert compiling.warm(tmp_path) == FAILED
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    entries = manifest.entries()
+    every = len(entries)  # the first alone
+    assert compiling.warm(tmp_path, every, 90) == PASSED
     printed = capsys.readouterr().out
-    assert last_figure(printed) == "0 of 1 kernels compiled" and f"\n{first[0].name}: " in printed
+    assert last_figure(printed) == "1 of 1 kernels compiled" and list(tmp_path.rglob("*.cubin"))
+    assert set(said(printed, "kernel")) == {compiling.EMULATION, entries[0].name}
+    assert compiling.warm(tmp_path, every) == FAILED
+    printed = capsys.readouterr().out
+    assert last_figure(printed) == "0 of 1 kernels compiled" and f"\n{entries[0].name}: " in printed
 
 
 def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
@@ -183,15 +203,23 @@ def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
                 raise RuntimeError("out of resource: shared memory")
             self.n_regs, self.n_spills = 168, 4
 
-    entries = manifest.entries()[:1]
-    function = SimpleNamespace(params=[], warmup=lambda **_: Kernel())
+    about = {"name": "kernel", "pointers": (), "constants_by_name": {"BLOCK_M": 64}, "num_warps": 4, "num_stages": 2}
+    entries, given = [SimpleNamespace(**about, options={"num_warps": 4, "maxnreg": 128})], []
+
+    def warm_up(grid: tuple[int, ...], **options: Any) -> Kernel:
+        given.append(options)
+        return Kernel()
+
+    function = SimpleNamespace(params=[], warmup=warm_up)
     monkeypatch.setattr(manifest, "entries", lambda: entries)
     monkeypatch.setattr(launch, "jit_function", lambda entry: function)
     monkeypatch.setattr(compiling, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
-    for has_gpu, fits, status in ((False, True, PASSED), (True, True, PASSED), (True, False, FAILED)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
-        assert compiling.warm(tmp_path) == status
+    monkeypatch.setattr(compiling, "_warm_emulation", dict)
+    monkeypatch.setattr(compiling, "_pretend", lambda target: None)
+    for target, fits, status in ((90, True, PASSED), (0, True, PASSED), (0, False, FAILED)):
+        assert compiling.warm(tmp_path, target=target) == status
         printed = capsys.readouterr().out
-        assert said(printed, "kernel") == [entries[0].name]
+        assert set(said(printed, "kernel")) == {entries[0].name, compiling.EMULATION}
         assert ["shared memory" in error for error in said(printed, "error")] == ([] if fits else [True])
-        assert [*said(printed, "n_regs"), *said(printed, "n_spills")] == ([168, 4] if has_gpu and fits else [])
+        assert [*said(printed, "n_regs"), *said(printed, "n_spills")] == ([] if target or not fits else [168, 4])
+        assert given.pop() == {"BLOCK_M": 64, "num_warps": 4, "maxnreg": 128}, "what a launch is given too"

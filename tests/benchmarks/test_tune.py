@@ -38,6 +38,8 @@ def test_every_case_is_measured_in_both_modes() -> None:
         "cpu", ("Ti", "S"), scope=TINY, threads=1, backends=["cpu"], image=32, progress=lambda *step: seen.append(step)
     )
     assert len(seen) == 13 and seen[-1] == (12, 12, "done") and [step[0] for step in seen] == list(range(13))
+    ops = [title.split()[0] for _, _, title in seen[:6]]  # of the first model
+    assert ops == sorted(ops, key=lambda op: op != "patch_embed"), "what multiplies comes first"
     for mode in (FORWARD, TRAINING):
         found = {p for p in table.choices if p.mode == mode}
         assert {(p.shape, p.image, p.compute, p.keep) for p in found if p.op == "patch_embed"} == {

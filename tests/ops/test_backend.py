@@ -187,3 +187,21 @@ except (ValueError, RuntimeError) as error:
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert expected in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("compute", "shape", "rows", "suits"),
+    [
+        (torch.bfloat16, (768, 3, 16, 16), 256 * 196, True),
+        (torch.float16, (768, 3, 16, 16), None, True),
+        (torch.bfloat16, (768, 3, 16, 16), 196, False),  # small
+        (torch.float32, (768, 3, 16, 16), 256 * 196, False),
+        (torch.bfloat16, (768, 3, 14, 14), 256 * 196, False),  # rows of 28 bytes
+        (torch.bfloat16, (63, 3, 16, 16), 2**20, False),
+        (torch.bfloat16, (768,), 256 * 196, False),  # no product
+    ],
+)
+def test_what_suits_triton_is_a_matter_of_the_shape_whatever_the_op(
+    compute: torch.dtype, shape: tuple[int, ...], rows: int | None, suits: bool
+) -> None:
+    assert backends._suits_triton(("an op", "forward", torch.uint8, compute, compute, shape, False), rows) == suits

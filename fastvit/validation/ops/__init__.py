@@ -44,6 +44,11 @@ class Op:
 OPS: Mapping[str, Op] = Declared(__name__, "OP")
 
 
+def heaviest_first() -> list[str]:
+    """The ops, those that multiply first: the order in which to go through them where time may run out."""
+    return sorted(OPS, key=lambda op: not OPS[op].multiplies)
+
+
 def arguments(op: str, inputs: Inputs, tensors: Tensors) -> tuple[list[Any], dict[str, Any]]:
     """The call of an op on `tensors` (those of `inputs`, perhaps as leaves), positional and by name; without
     `backend`."""
