@@ -204,7 +204,7 @@ def _problem(mode: str, inputs: Any) -> tuning.Problem:
     return tuning.Problem("patch_embed", mode, images.dtype, inputs.compute, inputs.out, shape, is_masked)
 
 
-def _configurations(mode: str, inputs: Inputs, tile: str | None) -> Iterator[Configuration]:
+def _configurations(mode: str, inputs: Any, tile: str | None) -> Iterator[Configuration]:
     """Tiles in forward mode; in training tiles and splits of the weight gradient, with the best tile of forward."""
     from fastvit.kernels.patch_embed import forward_tiles, weight_tiles
     from fastvit.kernels.row_sums import TARGET_PROGRAMS

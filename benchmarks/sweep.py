@@ -105,7 +105,8 @@ def _is_variant(one: Any, other: Any) -> bool:
 @contextmanager
 def substituted(chosen: Any) -> Iterator[None]:
     """Inside the block launchers find this entry wherever they look for one of its variants."""
-    entries = Declared("fastvit.kernels", "ENTRIES")[chosen.module]
+    declared: Declared[Any] = Declared("fastvit.kernels", "ENTRIES")
+    entries = declared[chosen.module]
     with mock.patch.dict(entries, {place: chosen for place, entry in entries.items() if _is_variant(chosen, entry)}):
         yield
 

@@ -103,7 +103,7 @@ class Tuned:
     measurements: Callable[[Size, Scope], Iterator[Measurement]]
     problem: Callable[[str, Any], Problem]
     configurations: Callable[[str, Any, str | None], Iterable[Configuration]] = lambda *_: (tuning.DEFAULT,)
-    yardstick: Callable[[Inputs], Solution] | None = None
+    yardstick: Callable[[Any], Solution] | None = None
 
 
 TUNED: Mapping[str, Tuned] = Declared("fastvit.benchmarks", "TUNED", among=OPS)

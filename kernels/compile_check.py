@@ -102,7 +102,7 @@ def inspect(entry: Entry, target: int) -> Row:
         prefetched, buffers = pipeline(compiled.asm["ttgir"])
     except Exception as error:  # a compiler that fails, in whatever way, is a row of the table and not the end of it
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Row(target, entry.kernel, _config(entry), 0, 0, 0, "", {}, (f"does not compile: {message}",))
+        return Row(target, entry.kernel, _config(entry), 0, 0, 0, "", {}, problems=(f"does not compile: {message}",))
     ptx = compiled.asm["ptx"]
     accesses = list(global_accesses(ptx, list(dict(entry.pointers)), _parameter_names(entry)))
     row = Row(
@@ -318,9 +318,8 @@ def run(entries: Sequence[Entry], targets: Sequence[int], workers: int, as_json:
 
 def print_table(rows: Sequence[Row]) -> None:
     """Plain text, so that a log keeps it whole however wide the terminal is."""
-    names = ("target", "kernel", "config", "registers", "stack", "shared", "programs", "mma")
-    names = (*names, "copies", "prefetched", "buffers")
-    _print_columns([names, *(tuple(_cell(row, name) for name in names) for row in rows)])
+    names = "target kernel config registers stack shared programs mma copies prefetched buffers".split()
+    _print_columns([tuple(names), *(tuple(_cell(row, name) for name in names) for row in rows)])
 
 
 def print_calls() -> None:

@@ -143,10 +143,10 @@ def prepare(
     source = weight.dtype
     if source not in (compute_dtype, torch.float32) or any(tensor.dtype != source for tensor in given):
         source = torch.float32
-    weight, bias, positions, prefix = (
-        tensor.to(source).contiguous() if tensor is not None else None for tensor in (weight, bias, positions, prefix)
+    weight = weight.to(source).contiguous()
+    bias, positions, prefix = (
+        tensor.to(source).contiguous() if tensor is not None else None for tensor in (bias, positions, prefix)
     )
-    assert weight is not None
     width = weight.shape[0]
     prepared = torch.empty(width, order.length, dtype=compute_dtype, device=weight.device)
     normaliser = torch.empty(2, order.length, dtype=torch.float32, device=weight.device)

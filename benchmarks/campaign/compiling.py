@@ -150,8 +150,7 @@ def warm_entry(entry: Any, load: bool = True) -> Any:
             arguments[parameter.name] = MockTensor(dtypes[pointers[parameter.name]])
         else:  # never specialised on, so that any value will do
             arguments[parameter.name] = 1.0 if "fp" in parameter.annotation_type else 64
-    options = getattr(entry, "options", {"num_warps": entry.num_warps, "num_stages": entry.num_stages})
-    kernel = function.warmup(grid=(1,), **arguments, **entry.constants_by_name, **options)
+    kernel = function.warmup(grid=(1,), **arguments, **entry.constants_by_name, **entry.options)
     if load:
         kernel._init_handles()  # what a first launch does; Triton has no public name for it
     return kernel

@@ -15,6 +15,7 @@ from fastvit import cuda
 from fastvit._version import __version__
 from fastvit.backend import available_backends
 from fastvit.benchmarks.rows import processor
+from fastvit.kernels.manifest import TARGETS
 
 # First and last minor version that the tests are run with.
 TESTED = {"torch": ((2, 11), (2, 14)), "triton": ((3, 6), (3, 8))}
@@ -84,10 +85,6 @@ def gpus() -> list[dict[str, Any]]:
 
 def compiled_targets() -> dict[str, str]:
     """For each kind of kernel, the GPU targets it is compiled for, and when."""
-    try:
-        from fastvit.kernels.compile_check import TARGETS
-    except ImportError:  # no Triton here; its launcher would say so
-        TARGETS = (80, 90, 100)
     return {
         "triton": ", ".join(f"sm_{target}" for target in TARGETS) + " (compiled at first use)",
         "cuda": ", ".join(cuda.architectures()) if not cuda.why_missing() else "none",
