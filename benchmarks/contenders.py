@@ -98,11 +98,8 @@ class Task:
 
 def trained(inputs: Inputs) -> Any:
     """The inputs with tensors of their own, of which those that are trained require gradients."""
-    tensors = {name: None if tensor is None else tensor.detach() for name, tensor in inputs.tensors.items()}
-    found = replace(inputs, tensors=tensors)
-    for name in set(found.differentiable()) - set(inputs.data):
-        found[name].requires_grad_()
-    return found
+    names = set(inputs.differentiable()) - set(inputs.data)
+    return replace(inputs, tensors=inputs.tensors | {name: inputs[name].detach().requires_grad_() for name in names})
 
 
 def ours(op: str, inputs: Inputs, backend: str) -> Solution:
@@ -137,10 +134,7 @@ def timed_call(solution: Solution, grads: Iterable[Tensor], mode: str) -> Call:
 def yardstick(op: str, inputs: Inputs) -> tuple[Any, float]:
     """The float64 truth, and plain PyTorch's error."""
     with torch.no_grad():
-        wide = {
-            name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
-            for name, tensor in inputs.tensors.items()
-        }
+        wide = inputs.tensors | {name: inputs[name].double() for name in inputs.differentiable()}
         exact = truth(op, inputs, wide)
         return exact, largest_error(OPS[op].plain(inputs, inputs.tensors), exact)
 
