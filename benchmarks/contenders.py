@@ -51,19 +51,9 @@ class Task:
         """The case as a problem of a suite in each mode; without `work` it has no floor."""
         for mode in modes:
             flops, moved = work(self.inputs, mode) if work else (0.0, 0.0)
-            yield Problem(
-                op=suite,
-                shape=shape,
-                dtype=precision,
-                layout=layout,
-                mode=mode,
-                contenders=list(contenders(self, mode)),
-                check=self.check,
-                compute=self.inputs.compute,
-                batch=self.inputs.grad.shape[0],
-                flops=flops,
-                moved=moved,
-            )
+            everybody, batch = list(contenders(self, mode)), self.inputs.grad.shape[0]
+            case = (suite, shape, precision, layout, mode)
+            yield Problem(*case, everybody, self.check, self.inputs.compute, batch=batch, flops=flops, moved=moved)
 
     def ours(self, mode: str, make: Callable[[str], Make] | None = None) -> Iterator[Contender]:
         """Every backend that runs at full speed; `make` says how, given one, where it is not the op's own call."""
@@ -124,9 +114,8 @@ def timed_call(solution: Solution, grads: Iterable[Tensor], mode: str) -> Call:
 
     def forward_and_backward() -> object:
         outs = results_of(solution.tokens())
-        return torch.autograd.grad(
-            outs, solution.parameters, [grad.to(out.dtype) for grad, out in zip(grads, outs, strict=True)]
-        )
+        upstream = [grad.to(out.dtype) for grad, out in zip(grads, outs, strict=True)]
+        return torch.autograd.grad(outs, solution.parameters, upstream)
 
     return forward if mode == FORWARD else forward_and_backward
 
