@@ -1,4 +1,4 @@
-"""Packaging: which folder becomes which module, the version, and the C++/CUDA extension. The rest: pyproject.toml.
+"""Packaging: which folder becomes which module, and the C++/CUDA extension. The rest: pyproject.toml.
 
 Two folders at the top of the repository are installed under other names:
 
@@ -15,7 +15,6 @@ tells the variables that it heeds.
 
 from __future__ import annotations
 
-import re
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -33,15 +32,6 @@ RENAMED = {"kernels": "fastvit.kernels", "benchmarks": "fastvit.benchmarks"}
 
 sys.path.insert(0, str(ROOT / "tools"))
 import build_extension as extension  # noqa: E402
-
-
-def version() -> str:
-    """The version stands once, in fastvit/_version.py; it is read as text so that building needs no torch."""
-    text = (ROOT / "fastvit" / "_version.py").read_text(encoding="utf-8")
-    match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
-    if match is None:
-        raise RuntimeError('fastvit/_version.py: no line of the form __version__ = "1.2.3"')
-    return match.group(1)
 
 
 def renamed_packages() -> dict[str, str]:
@@ -120,7 +110,6 @@ class BuildWheel(bdist_wheel):
 is_built()
 renamed = renamed_packages()
 setup(
-    version=version(),
     license="Apache-2.0",
     packages=sorted({*find_packages(include=["fastvit", "fastvit.*"]), *renamed}),
     package_dir={"fastvit": "fastvit", **renamed},

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.benchmarks import models
+from fastvit.benchmarks import model, models
 from fastvit.benchmarks.patch_embed import YARDSTICK
 from fastvit.benchmarks.problem import Contender, Plan, Problem, our_backends
 from fastvit.benchmarks.rivals import loader, patches_of
@@ -31,20 +31,14 @@ ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
-class Setup:
+class Setup(model.Setup):
     """One model of one library on one batch."""
 
-    library: str
-    model: str
-    batch: int
-    device: torch.device
-    depth: int = 0  # blocks; 0: all
+    library: str = "timm"
 
     def original(self) -> nn.Module:
         """The library's own, from seed 0."""
-        overrides = {"depth": self.depth} if self.depth else {}
-        with self.device:  # see `model.Setup.make`
-            return models.RIVALS[self.library](self.model, **overrides).to(self.device)
+        return self.make(models.RIVALS[self.library])
 
     def accelerated(self, backend: str) -> nn.Module:
         """The same model, accelerated."""
@@ -55,12 +49,8 @@ class Setup:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(256, (self.batch, 3, 224, 224), dtype=torch.uint8, generator=generator).to(self.device)
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-
     def __str__(self) -> str:
-        depth = f", depth {self.depth}" if self.depth else ""
-        return f"{self.library} ViT-{self.model}/16 224, batch {self.batch}{depth}"
+        return f"{self.library} {self.shape}"
 
 
 def plan_tokens(size: str, device: torch.device) -> Plan:
@@ -80,9 +70,11 @@ def plan_model(size: str, device: torch.device) -> Plan:
 def _plan(
     tasks: tuple[str, ...], size: str, device: torch.device, names: tuple[str, ...], batch: int, depth: int = 0
 ) -> Plan:
-    cases = [Setup(library, name, batch, device, depth) for library in models.RIVALS for name in names]
     if size == "tiny":
-        cases = [Setup(library, "Ti", 1, device, depth=2) for library in models.RIVALS]
+        names, batch, depth = ("Ti",), 1, 2
+    residual = torch.float32 if device.type == "cuda" else None  # autocast on a GPU alone
+    overrides = {"depth": depth} if depth else {}
+    cases = [Setup(name, batch, device, residual, overrides, library) for library in models.RIVALS for name in names]
     return [(f"accelerated {setup}", functools.partial(_problems_of, setup, tasks)) for setup in cases]
 
 
@@ -97,16 +89,9 @@ def _problems_of(setup: Setup, tasks: tuple[str, ...]) -> Iterator[Problem]:
         if task == TOKENS:
             contenders.append(Contender(YARDSTICK, functools.partial(_product, setup), whole=False))
         on_gpu = setup.device.type == "cuda"
-        yield Problem(
-            op="accelerated" if task == TOKENS else "accelerated_model",
-            shape=str(setup),
-            dtype="uint8 to bfloat16, autocast" if on_gpu else "uint8 to float32",
-            layout="NCHW",
-            mode=task,
-            contenders=contenders,
-            check=check,
-            batch=setup.batch,
-        )
+        op = "accelerated" if task == TOKENS else "accelerated_model"
+        dtype = "uint8 to bfloat16, autocast" if on_gpu else "uint8 to float32"
+        yield Problem(op, str(setup), dtype, "NCHW", task, contenders, check, batch=setup.batch)
 
 
 def _ours(setup: Setup, task: str, backend: str) -> Call:
@@ -134,6 +119,6 @@ def _under(setup: Setup, call: Callable[[], object]) -> Call:
 
 def _check(setup: Setup, backend: str) -> str:
     """Why ours must not be timed: its outputs and gradients against float64, held to twice the original's error."""
-    model = setup.accelerated(backend)
-    found = verify_acceleration(model, settings_of(model), check=False)
+    subject = setup.accelerated(backend)
+    found = verify_acceleration(subject, settings_of(subject), check=False)
     return f"not timed, out of tolerance: {found.verdict}" if found.failures else ""

@@ -7,22 +7,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastvit.benchmarks.rows import Row
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from fastvit.benchmarks.rows import Row, grouped
 
+TIMES = ("median_us", "p20_us", "p80_us")
 LEAST_CHANGE = 0.03  # of the median: a smaller change is none, however narrow the spreads
-STOPPED, SLOWER, FASTER, STARTED, UNCHANGED, NEVER = VERDICTS = (
-    "stopped running",
-    "slower",
-    "faster",
-    "runs now",
-    "unchanged",
-    "never ran",
-)
+VERDICTS = ("stopped running", "slower", "faster", "runs now", "unchanged", "never ran")
+STOPPED, SLOWER, FASTER, STARTED, UNCHANGED, NEVER = VERDICTS
 STYLES = {STOPPED: "red", SLOWER: "red", FASTER: "green"}
 
 
@@ -57,13 +54,12 @@ class Change:
         return self.before.is_ours and self.verdict in (STOPPED, SLOWER)
 
     def to_json(self) -> str:
-        row, times = self.after, ("median_us", "p20_us", "p80_us")
-        about: dict[str, Any] = {
-            name: getattr(row, name) for name in ("op", "shape", "dtype", "layout", "mode", "provider")
-        }
+        def some(row: Row, *names: str) -> dict[str, Any]:
+            return {name: getattr(row, name) for name in names}
+
+        about = some(self.after, "op", "shape", "dtype", "layout", "mode", "provider")
         about |= {"verdict": self.verdict, "change": self.change, "regression": self.is_regression}
-        about |= {"before": {name: getattr(self.before, name) for name in times}}
-        about |= {"after": {name: getattr(self.after, name) for name in times}, "reason": row.reason}
+        about |= {"before": some(self.before, *TIMES), "after": some(self.after, *TIMES), "reason": self.after.reason}
         return json.dumps(about)
 
 
@@ -102,13 +98,10 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
 
 def format_comparison(comparison: Comparison) -> RenderableType:
     """For the terminal: how the machines differ, our rows with regressions first, rivals that moved, the rest."""
-    from rich.console import Group
-    from rich.text import Text
-
     ours = sorted((c for c in comparison.changes if c.before.is_ours), key=_most_urgent_first)
     rivals = sorted((c for c in comparison.changes if not c.before.is_ours), key=_most_urgent_first)
     moved = [change for change in rivals if change.verdict not in (UNCHANGED, NEVER)]
-    parts: list[Any] = []
+    parts: list[RenderableType] = []
     if comparison.differences:
         parts.append(Text("The two files differ in more than the code; times may have changed for that alone:", "bold"))
         parts += [Text(f"  {line}", "yellow") for line in comparison.differences]
@@ -153,16 +146,10 @@ def _most_urgent_first(change: Change) -> tuple[int, float]:
     return VERDICTS.index(change.verdict), -(change.change or 0.0)
 
 
-def _table(title: str, changes: Sequence[Change], style: str = "") -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", style=style, row_styles=[style])
-    for heading in ("case", "dtype", "mode", "provider"):
-        table.add_column(heading)
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+def _table(title: str, changes: Sequence[Change], style: str = "") -> Table:
+    numbers = [Column(heading, justify="right") for heading in ("before", "after", "change")]
+    headings = ("case", "dtype", "mode", "provider", *numbers, "verdict")
+    table = Table(*headings, title=title, title_justify="left", style=style, row_styles=[style])
     for change in changes:
         row = change.before
         cells = (f"{row.op}, {row.shape}", f"{row.dtype}, {row.layout}", row.mode, row.provider)
@@ -185,10 +172,8 @@ def _time_or_reason(row: Row) -> str:
 
 def _cases(rows: Sequence[Row]) -> list[str]:
     """A line for each case, with everybody who is in it."""
-    providers: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
-        providers.setdefault(row.case, []).append(row.provider)
-    return [f"{', '.join(case)}: {', '.join(names)}" for case, names in providers.items()]
+    cases = grouped(rows, lambda row: row.case)
+    return [f"{', '.join(case)}: {', '.join(row.provider for row in mine)}" for case, mine in cases.items()]
 
 
 def _counted(changes: Sequence[Change]) -> str:

@@ -51,19 +51,9 @@ class Task:
         """The case as a problem of a suite in each mode; without `work` it has no floor."""
         for mode in modes:
             flops, moved = work(self.inputs, mode) if work else (0.0, 0.0)
-            yield Problem(
-                op=suite,
-                shape=shape,
-                dtype=precision,
-                layout=layout,
-                mode=mode,
-                contenders=list(contenders(self, mode)),
-                check=self.check,
-                compute=self.inputs.compute,
-                batch=self.inputs.grad.shape[0],
-                flops=flops,
-                moved=moved,
-            )
+            everybody, batch = list(contenders(self, mode)), self.inputs.grad.shape[0]
+            case = (suite, shape, precision, layout, mode)
+            yield Problem(*case, everybody, self.check, self.inputs.compute, batch=batch, flops=flops, moved=moved)
 
     def ours(self, mode: str, make: Callable[[str], Make] | None = None) -> Iterator[Contender]:
         """Every backend that runs at full speed; `make` says how, given one, where it is not the op's own call."""
@@ -98,11 +88,8 @@ class Task:
 
 def trained(inputs: Inputs) -> Any:
     """The inputs with tensors of their own, of which those that are trained require gradients."""
-    tensors = {name: None if tensor is None else tensor.detach() for name, tensor in inputs.tensors.items()}
-    found = replace(inputs, tensors=tensors)
-    for name in set(found.differentiable()) - set(inputs.data):
-        found[name].requires_grad_()
-    return found
+    names = set(inputs.differentiable()) - set(inputs.data)
+    return replace(inputs, tensors=inputs.tensors | {name: inputs[name].detach().requires_grad_() for name in names})
 
 
 def ours(op: str, inputs: Inputs, backend: str) -> Solution:
@@ -127,9 +114,8 @@ def timed_call(solution: Solution, grads: Iterable[Tensor], mode: str) -> Call:
 
     def forward_and_backward() -> object:
         outs = results_of(solution.tokens())
-        return torch.autograd.grad(
-            outs, solution.parameters, [grad.to(out.dtype) for grad, out in zip(grads, outs, strict=True)]
-        )
+        upstream = [grad.to(out.dtype) for grad, out in zip(grads, outs, strict=True)]
+        return torch.autograd.grad(outs, solution.parameters, upstream)
 
     return forward if mode == FORWARD else forward_and_backward
 
@@ -137,10 +123,7 @@ def timed_call(solution: Solution, grads: Iterable[Tensor], mode: str) -> Call:
 def yardstick(op: str, inputs: Inputs) -> tuple[Any, float]:
     """The float64 truth, and plain PyTorch's error."""
     with torch.no_grad():
-        wide = {
-            name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
-            for name, tensor in inputs.tensors.items()
-        }
+        wide = inputs.tensors | {name: inputs[name].double() for name in inputs.differentiable()}
         exact = truth(op, inputs, wide)
         return exact, largest_error(OPS[op].plain(inputs, inputs.tensors), exact)
 

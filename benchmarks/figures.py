@@ -54,7 +54,7 @@ def _detailed_parts(ours: Sequence[Row], partial: set[str]) -> list[list[tuple[s
     """A group of bars for each row, in parts of about BARS bars."""
     parts: list[list[tuple[str, list[Bar]]]] = [[]]
     for row in ours:
-        heading = f"{row.shape}, {row.dtype}, {row.layout}: {row.provider} takes {time_text(row.median_us)}"
+        heading = f"{row.label}: {row.provider} takes {time_text(row.median_us)}"
         bars = ranked_bars(row.ratios, partial, row.median_us or 0.0, time_text)
         if parts[-1] and sum(len(group) for _, group in parts[-1]) + len(bars) > BARS:
             parts.append([])
@@ -64,15 +64,11 @@ def _detailed_parts(ours: Sequence[Row], partial: set[str]) -> list[list[tuple[s
 
 def _brief_parts(ours: Sequence[Row]) -> list[list[tuple[str, list[Bar]]]]:
     """A bar for each row, in parts of BARS."""
-    bars = [
-        Bar(
-            f"{row.shape}, {row.dtype}, {row.layout}",
-            row.headline,
-            textwrap.shorten(f"({row.provider} beside {row.best_rival})", NOTE, placeholder=" …)"),
-        )
-        for row in ours
-        if row.headline is not None
-    ]
+    bars = []
+    for row in ours:
+        if row.headline is not None:
+            note = textwrap.shorten(f"({row.provider} beside {row.best_rival})", NOTE, placeholder=" …)")
+            bars.append(Bar(row.label, row.headline, note))
     return [[("", bars[start : start + BARS])] for start in range(0, len(bars), BARS)]
 
 
@@ -89,21 +85,28 @@ def draw_roofline(path: Path, rows: Sequence[Row]) -> Path:
     ridges = [flops / moved for flops, moved in roofs]
     reach = [*ridges, *(row.flops / row.moved_bytes for row in rows)]
     low, high = min(reach) / 3, max(reach) * 3
-    columns = min(2, len(ops))
-    lines = -(-len(ops) // columns)
-    figure, axes = new_figure(lines, columns, (11, 4.0 * lines + 1.5), sharex=True, sharey=True)
-    for axis, op in zip(axes.flat, [*ops, *[""] * (lines * columns - len(ops))], strict=True):
-        axis.set_visible(bool(op))
+    figure, axes = _panels(len(ops), 2, 4.0, 1.5, sharex=True, sharey=True)
+    for axis, (op, mine) in zip(axes, ops.items(), strict=True):
         for (flops, moved), style in zip(roofs, LINES * len(roofs), strict=False):
             places = [low, flops / moved, high]
             axis.plot(places, [min(flops, moved * place) / 1000 for place in places], color=INK, ls=style, lw=1.3)
-        for row in sorted(ops.get(op, ()), key=lambda row: row.is_ours):
+        for row in sorted(mine, key=lambda row: row.is_ours):
             _draw_point(axis, row, colours[row.dtype], markers[row.mode])
         axis.set(xscale="log", yscale="log", title=op, xlabel="FLOP per byte", ylabel="GFLOP/s")
         _plain_numbers(axis.xaxis)
         _plain_numbers(axis.yaxis)
     figure.legend(handles=_roofline_legend(colours, markers, roofs), loc="outside lower center", ncols=2, frameon=False)
     return save(figure, path)
+
+
+def _panels(count: int, columns: int, height: float, more: float, **shared: bool) -> tuple[Any, Sequence[Any]]:
+    """A figure and its axes, as many as are needed in at most so many columns; a row is `height` inches high."""
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure, axes = new_figure(lines, columns, (11, height * lines + more), **shared)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes.flat[:count]
 
 
 def _draw_point(axis: Any, row: Row, colour: str, marker: str) -> None:
@@ -169,15 +172,9 @@ def batch_pictures(folder: Path, suite: str, rows: Sequence[Row]) -> list[Pictur
 
 @styled
 def _draw_batches(path: Path, panels: Sequence[Sequence[Row]], colours: dict[str, str]) -> Path:
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = new_figure(lines, columns, (11, 3.0 * lines + 0.8))
+    figure, axes = _panels(len(panels), 3, 3.0, 0.8)
     drawn: dict[str, Any] = {}
-    for place, axis in enumerate(axes.flat):
-        axis.set_visible(place < len(panels))
-        if place >= len(panels):
-            continue
-        panel = panels[place]
+    for axis, panel in zip(axes, panels, strict=True):
         for name, points in _best_times(panel).items():
             style = _line_style(name, colours)
             (drawn[name],) = axis.plot(

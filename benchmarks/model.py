@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class Setup:
     device: torch.device
     residual: torch.dtype | None = None  # None: no autocast, all in float32
     overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> str:
+        more = "".join(f", {name} {value}" for name, value in self.overrides.items())
+        return f"ViT-{self.model}/16 224, batch {self.batch}{more}"
 
     @property
     def precision(self) -> str:
@@ -105,28 +110,18 @@ def _problems_of(setup: Setup, who_is_compiled: dict[str, tuple[str, ...]]) -> I
     truth = functools.lru_cache(lambda: _truth(setup, images[:CHECKED], labels[:CHECKED]))
     check = functools.lru_cache(lambda backend: _check(backend, setup, images[:CHECKED], labels[:CHECKED], truth))
     for mode in (FORWARD, STEP):
-        contenders = []
-        also_compiled = who_is_compiled.get(mode, ())
-        for backend in our_backends(setup.device):
-            name = f"{OURS}{backend}"
-            for how in ("", COMPILED) if name in also_compiled else ("",):
-                build = functools.partial(timed_model, models.ours, setup, images, labels, mode, backend, how)
-                contenders.append(Contender(name, build, how))
-        for name, make in models.RIVALS.items():
-            for how in ("", COMPILED) if name in also_compiled else ("",):
-                build = functools.partial(_build_rival, make, setup, images, labels, mode, how, truth)
-                contenders.append(Contender(name, build, how))
-        yield Problem(
-            op="model",
-            shape=f"ViT-{setup.model}/16 224, batch {setup.batch}"
-            + "".join(f", {name} {value}" for name, value in setup.overrides.items()),
-            dtype=setup.precision,
-            layout="NCHW",
-            mode=mode,
-            contenders=contenders,
-            check=check,
-            batch=setup.batch,
-        )
+        data = (setup, images, labels, mode)
+        builds = {
+            **{f"{OURS}{b}": functools.partial(timed_model, models.ours, *data, b) for b in our_backends(setup.device)},
+            **{name: functools.partial(_build_rival, make, *data, truth) for name, make in models.RIVALS.items()},
+        }
+        contenders = [
+            Contender(name, functools.partial(build, how), how)
+            for name, build in builds.items()
+            for how in (("", COMPILED) if name in who_is_compiled.get(mode, ()) else ("",))
+        ]
+        case = ("model", setup.shape, setup.precision, "NCHW", mode)
+        yield Problem(*case, contenders, check, batch=setup.batch)
 
 
 def timed_model(
@@ -169,8 +164,8 @@ def _build_rival(
     images: Tensor,
     labels: Tensor,
     mode: str,
-    how: str,
     truth: Callable[[], tuple[Outcome, Outcome]],
+    how: str,
 ) -> Call:
     """The timed call of a rival that computes the same as timm does."""
     exact, plain = truth()
@@ -194,8 +189,7 @@ def _truth(setup: Setup, images: Tensor, labels: Tensor) -> tuple[Outcome, Outco
     theirs = setup.make(models.timm)
     exact = copy.deepcopy(theirs).double()
     plain = _outcome(theirs, setup, images, labels)
-    wide = Setup(setup.model, setup.batch, setup.device)
-    return _outcome(exact, wide, images.double(), labels), plain
+    return _outcome(exact, replace(setup, residual=None), images.double(), labels), plain
 
 
 def _check(

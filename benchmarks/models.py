@@ -45,8 +45,7 @@ def torchvision(model: str, residual: torch.dtype | None = None, **overrides: An
     """torchvision's, with our weights."""
     vit = imported("torchvision.models.vision_transformer")
     source = ours(model, **overrides)
-    blocks, width, heads, hidden = _sizes(source)
-    classes = source.head.out_features  # type: ignore[union-attr]
+    blocks, width, heads, hidden, classes = _sizes(source)
     module = vit.VisionTransformer(224, 16, blocks, heads, width, hidden, num_classes=classes)
     module.load_state_dict(write_names(TORCHVISION, "", source.state_dict()))
     return _with_residual(module, residual, ["class_token", "encoder.pos_embedding"])
@@ -56,7 +55,7 @@ def huggingface(model: str, residual: torch.dtype | None = None, **overrides: An
     """transformers' ViTForImageClassification, with our weights; returns logits."""
     vit = imported("transformers.models.vit.modeling_vit")
     source = ours(model, **overrides)
-    blocks, width, heads, hidden = _sizes(source)
+    blocks, width, heads, hidden, classes = _sizes(source)
     config = vit.ViTConfig(
         hidden_size=width,
         num_hidden_layers=blocks,
@@ -65,7 +64,7 @@ def huggingface(model: str, residual: torch.dtype | None = None, **overrides: An
         layer_norm_eps=1e-6,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=source.head.out_features,  # type: ignore[union-attr]
+        num_labels=classes,
         attn_implementation="sdpa",
     )
     module = vit.ViTForImageClassification(config)
@@ -90,10 +89,10 @@ class _Logits(nn.Module):
         return self.model(pixel_values=images).logits
 
 
-def _sizes(model: Any) -> tuple[int, int, int, int]:
-    """Depth, width, heads and the width inside the MLP."""
-    block = model.blocks[0]
-    return len(model.blocks), model.embed_dim, block.attn.num_heads, block.mlp.fc1.out_features
+def _sizes(model: Any) -> tuple[int, int, int, int, int]:
+    """Depth, width, heads, the width inside the MLP, and classes."""
+    block, classes = model.blocks[0], model.head.out_features
+    return len(model.blocks), model.embed_dim, block.attn.num_heads, block.mlp.fc1.out_features, classes
 
 
 def _with_residual(module: nn.Module, residual: torch.dtype | None, names: list[str]) -> nn.Module:

@@ -13,12 +13,15 @@ import argparse
 import json
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console, Group, RenderableType
+from rich.table import Column, Table
+from rich.text import Text
 from torch import nn
 from torch.autograd import DeviceType
 
@@ -27,9 +30,6 @@ from fastvit.benchmarks import model, models
 from fastvit.benchmarks.problem import COMPILED, FORWARD, STEP, Unavailable
 from fastvit.benchmarks.rows import commit, device_name, versions
 from fastvit.benchmarks.timing import Call, quiet_errors
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 OURS = "fastvit"
 PROVIDERS: dict[str, Callable[..., nn.Module]] = {OURS: models.ours, **models.RIVALS}
@@ -143,15 +143,19 @@ def profile(setup: Setup, device: str | torch.device, **overrides: Any) -> Profi
     """
     device = torch.device(device)
     call = _call(setup, device, overrides)
-    for _ in range(WARM_UP):
-        call()
-    step_us = _median_us(call, device)
     on_gpu = device.type == "cuda"
+
+    def step() -> None:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    timeit.timeit(step, number=WARM_UP)
+    step_us = 1e6 * statistics.median(timeit.repeat(step, number=1, repeat=ROUNDS))
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
     with quiet_errors(), torch.profiler.profile(activities=activities) as recorded:
-        call()
-        _wait(device)
+        step()
     kernels = tuple(sorted(_kernels(recorded.key_averages(), on_gpu), key=lambda kernel: -kernel.us))
     dtype = "bfloat16 autocast" if on_gpu else "float32"
     return Profile(setup, device_name(device), versions(device.type), dtype, step_us, kernels)
@@ -170,22 +174,6 @@ def _call(setup: Setup, device: torch.device, overrides: dict[str, Any]) -> Call
     return model.timed_model(PROVIDERS[provider], suite, *suite.data(), MODES[setup.mode], backend, how)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _median_us(call: Call, device: torch.device) -> float:
-    samples = []
-    for _ in range(ROUNDS):
-        _wait(device)
-        started = time.perf_counter()
-        call()
-        _wait(device)
-        samples.append((time.perf_counter() - started) * 1e6)
-    return statistics.median(samples)
-
-
 def _kernels(events: Sequence[Any], on_gpu: bool) -> Iterator[Kernel]:
     """What the profiler recorded, by name. On a GPU its own annotations span kernels, and would count them twice."""
     times: dict[str, tuple[float, int]] = {}
@@ -202,17 +190,13 @@ def _kernels(events: Sequence[Any], on_gpu: bool) -> Iterator[Kernel]:
 
 def format_table(found: Profile, top: int = 15) -> RenderableType:
     """The classes, and the `top` longest kernels."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
-    classes = Table(title="time by class")
-    kernels = Table(title=f"the longest of {len(found.kernels)} kernels")
-    for table, first in ((classes, "class"), (kernels, "kernel")):
-        table.add_column(first, max_width=100, no_wrap=True)
-        for heading in ("time", "share", "count"):
-            table.add_column(heading, justify="right")
-    kernels.add_column("class")
+    def table(title: str, first: str, *more: str) -> Table:
+        numbers = [Column(heading, justify="right") for heading in ("time", "share", "count")]
+        return Table(Column(first, max_width=100, no_wrap=True), *numbers, *more, title=title)
+
+    classes = table("time by class", "class")
+    kernels = table(f"the longest of {len(found.kernels)} kernels", "kernel", "class")
     for group, (us, share, count) in found.groups().items():
         classes.add_row(group, _milliseconds(us), f"{share:.1%}", str(count))
     for kernel in found.kernels[:top]:
@@ -254,8 +238,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print("\n".join(found.to_json_lines()))
     else:
-        from rich.console import Console
-
         Console(width=160).print(format_table(found, options.top))
     return 0
 

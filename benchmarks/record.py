@@ -17,8 +17,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from fastvit.benchmarks.problem import SIZES
 from fastvit.benchmarks.rows import Row, read_json_lines, rivals_of, write_json_lines
 from fastvit.benchmarks.runner import SUITES, run_suites
@@ -46,7 +44,8 @@ def render(files: Sequence[tuple[str, str, Sequence[Row]]]) -> str:
     above = ""
     for name, suite, rows in files:
         if name != above:
-            parts.append(f"\n## {rows[0].device if rows else name}{_capability(rows)}\n")
+            capability = rows[0].versions.get("capability", "") if rows else ""
+            parts.append(f"\n## {rows[0].device if rows else name}{capability and f', {capability}'}\n")
             above = name
         if not rows:
             parts.append(f"\n### {suite}\n\nNo rows.\n")
@@ -55,11 +54,6 @@ def render(files: Sequence[tuple[str, str, Sequence[Row]]]) -> str:
         reasons = dict.fromkeys((row.provider, row.shape, row.mode, row.reason) for row in rows if row.reason)
         parts += [f"- {provider}, {shape}, {mode}: {reason}\n" for provider, shape, mode, reason in reasons]
     return "".join(parts)
-
-
-def _capability(rows: Sequence[Row]) -> str:
-    capability = rows[0].versions.get("capability") if rows else ""
-    return f", {capability}" if capability else ""
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -72,7 +66,7 @@ def _table(rows: Sequence[Row]) -> str:
             cells = [*row.case[1:], row.provider]
             cells += [f"{_ratio(row.headline)} ({row.best_rival})" if row.best_rival else ""]
             cells += [_ratio(row.ratios.get(rival)) for rival in rivals]
-            cells += [_time(row), "" if row.floor_share is None else f"{row.floor_share:.0%}"]
+            cells += [_time(row), row.floor_text()]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n"
 
@@ -100,17 +94,13 @@ def _time(row: Row) -> str:
     return f"{median:.2f} ms ({p20:.2f} to {p80:.2f})"
 
 
-def _measured(options: argparse.Namespace, suites: Sequence[str]) -> Iterator[list[Row]]:
-    """The rows of each suite, measured here and now."""
-    for name in suites:
-        yield run_suites(
-            [name],
-            options.size,
-            "cuda" if torch.cuda.is_available() else "cpu",
-            lambda done, total, title: print(f"{done}/{total} {title}", file=sys.stderr, flush=True),
-            seconds=options.seconds,
-            threads=options.threads,
-        )
+def _measured(options: argparse.Namespace, suite: str) -> list[Row]:
+    """The rows of a suite, measured here and now."""
+
+    def progress(done: int, total: int, title: str) -> None:
+        print(f"{done}/{total} {title}", file=sys.stderr, flush=True)
+
+    return run_suites([suite], options.size, progress=progress, seconds=options.seconds, threads=options.threads)
 
 
 def _recorded(options: argparse.Namespace) -> Iterator[list[Row]]:
@@ -123,7 +113,7 @@ def _recorded(options: argparse.Namespace) -> Iterator[list[Row]]:
     if options.render:
         return iter(())
     if not options.source:
-        return _measured(options, suites)
+        return (_measured(options, suite) for suite in suites)
     found = list(of_campaign(read_json_lines(options.source), suites))
     if not found:
         raise ValueError(f"{options.source}: no rows of {', '.join(suites)}")

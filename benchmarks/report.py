@@ -6,15 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from fastvit.benchmarks.figures import (
-    Picture,
-    batch_panels,
-    batch_pictures,
-    draw_roofline,
-    ratio_pictures,
-    with_work,
-    yardsticks,
-)
+from fastvit.benchmarks import figures
+from fastvit.benchmarks.figures import Picture
 from fastvit.benchmarks.rows import Row, grouped, rivals_of, time_text, write_json_lines
 from fastvit.pages import Markup, head, picture, ratio, section, table, write_page
 
@@ -74,27 +67,16 @@ def _head(rows: Sequence[Row]) -> str:
     missing = sum(row.median_us is None for row in ours)
     judged = _judged(ours)
     devices = list(dict.fromkeys(row.device or "unknown" for row in rows))
-    cards = [
-        (
-            f"{len(measured)} case" + "s" * (len(measured) != 1),
-            "measured; " + (f"{missing} of our rows did not run" if missing else "every row of ours ran"),
-            "bad" if missing else "",
-        )
-    ]
+    ran = f"measured; {missing} of our rows did not run" if missing else "measured; every row of ours ran"
+    cards = [(f"{len(measured)} case" + "s" * (len(measured) != 1), ran, "bad" if missing else "")]
     if judged:
         worst, row = min(judged, key=lambda pair: pair[0])
-        cards += [
-            (_score(judged), "our rows against the best rival of each case", ""),
-            (
-                f"{worst:.2f}x",
-                f"our worst {'loss' if worst < 1 else 'ratio'}: {row.op}, {_case(row)}, {row.mode}, "
-                f"beside {row.best_rival}",
-                "bad" if worst < 1 else "good",
-            ),
-        ]
-    cards.append(
-        (devices[0], "the machine", "") if len(devices) == 1 else (f"{len(devices)} machines", "; ".join(devices), "")
-    )
+        name, kind = ("loss", "bad") if worst < 1 else ("ratio", "good")
+        about = f"our worst {name}: {row.op}, {row.label}, {row.mode}, beside {row.best_rival}"
+        cards.append((_score(judged), "our rows against the best rival of each case", ""))
+        cards.append((f"{worst:.2f}x", about, kind))
+    several = len(devices) > 1
+    cards.append((f"{len(devices)} machines", "; ".join(devices), "") if several else (devices[0], "the machine", ""))
     return head(
         "FastViT benchmarks",
         "Every contender in one process, taking turns, after its result was checked. A ratio is the rival's median "
@@ -107,11 +89,12 @@ def ratio_section(folder: Path, name: str, rows: Sequence[Row]) -> str:
     """The section of a suite: its score, its pictures, which are written into `folder`, and its ratios as a table."""
     judged = _judged(rows)
     text = f"<p>{_score(judged)} against the best rival of each case.</p>" if judged else ""
-    partial = sorted(yardsticks(rows))
+    partial = sorted(figures.yardsticks(rows))
     if partial:
         text += f"<p class='note'>{escape(', '.join(partial))}: only a part of the job, a yardstick and no rival.</p>"
     return section(
-        name, text + _pictures(ratio_pictures(folder, name, rows)) + _folded("Ratios as a table", _ratio_table(rows))
+        name,
+        text + _pictures(figures.ratio_pictures(folder, name, rows)) + _folded("Ratios as a table", _ratio_table(rows)),
     )
 
 
@@ -119,7 +102,7 @@ def _ratio_table(rows: Sequence[Row]) -> str:
     rivals = rivals_of(rows)
     lines = [
         [
-            _case(row),
+            row.label,
             row.mode,
             row.provider,
             time_text(row.median_us),
@@ -135,38 +118,31 @@ def _ratio_table(rows: Sequence[Row]) -> str:
 
 
 def _roofline(folder: Path, rows: Sequence[Row]) -> str:
-    devices = grouped(with_work(rows), lambda row: row.device)
-    pictures = [
-        Picture(draw_roofline(folder / f"roofline-{number}.png", known), f"Roofline of {device}")
-        for number, (device, known) in enumerate(devices.items(), start=1)
-    ]
+    devices = grouped(figures.with_work(rows), lambda row: row.device)
     text = (
         "<p>How fast each case computes, over how much it computes for each byte that any solution must move. The "
         "lines are this machine's own ceilings, the rate of a large matrix product and the bandwidth of a copy, "
         "measured in the same run. Data that stay in a cache can lie above the slope.</p>"
-        if pictures
+        if devices
         else "<p>None of these rows states its work and the machine's ceilings: <code>fastvit bench patch_embed "
         "--report FOLDER</code> measures rows that do.</p>"
     )
-    titled = "".join(
-        (f"<h3>{escape(device)}</h3>" if len(devices) > 1 else "") + picture(made.path, made.description)
-        for device, made in zip(devices, pictures, strict=True)
-    )
-    return section("Roofline", text + titled)
+    for number, (device, known) in enumerate(devices.items(), start=1):
+        drawn = figures.draw_roofline(folder / f"roofline-{number}.png", known)
+        title = f"<h3>{escape(device)}</h3>" if len(devices) > 1 else ""
+        text += title + picture(drawn, f"Roofline of {device}")
+    return section("Roofline", text)
 
 
 def _batches(folder: Path, suites: Suites) -> str:
-    parts = ["<p>Of a rival, the best setting at each batch size.</p>"]
+    text = "<p>Of a rival, the best setting at each batch size.</p>"
     for name, rows in suites.items():
-        if batch_panels(rows):
-            parts.append(f"<h3>{escape(name)}</h3>" + _pictures(batch_pictures(folder, name, rows)))
+        if pictures := figures.batch_pictures(folder, name, rows):
+            text += f"<h3>{escape(name)}</h3>" + _pictures(pictures)
         else:
-            command = f"fastvit bench {rows[0].op} --size full --report FOLDER"
-            parts.append(
-                f"<p class='note'>{escape(name)}: no shape was measured at two batch sizes; "
-                f"<code>{escape(command)}</code> measures several.</p>"
-            )
-    return section("Time against batch size", "".join(parts))
+            text += f"<p class='note'>{escape(name)}: no shape was measured at two batch sizes; <code>fastvit bench "
+            text += f"{escape(rows[0].op)} --size full --report FOLDER</code> measures several.</p>"
+    return section("Time against batch size", text)
 
 
 def _all_rows(suites: Suites) -> str:
@@ -179,12 +155,12 @@ def _row_table(rows: Sequence[Row]) -> str:
     heads = ["case", "mode", "provider", "median", "p20 to p80", "vs best", "of floor", "peak memory"]
     lines = [
         [
-            *(("", "") if row.case == above else (_case(row), row.mode)),
+            *(("", "") if row.case == above else (row.label, row.mode)),
             row.provider,
             time_text(row.median_us),
-            "" if row.p20_us is None else f"{time_text(row.p20_us)} to {time_text(row.p80_us)}",
+            row.spread_text(" to "),
             ratio(row.headline) if row.is_ours else "",
-            "" if row.floor_share is None else f"{row.floor_share:.0%}",
+            row.floor_text(),
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.1f} MiB",
             Markup(f"<span class='reason'>{escape(row.reason)}</span>") if row.reason else "",
         ]
@@ -222,15 +198,10 @@ def _reproduce(rows: Sequence[Row]) -> str:
     )
 
 
-def _case(row: Row) -> str:
-    return f"{row.shape}, {row.dtype}, {row.layout}"
-
-
 def _pictures(pictures: Sequence[Picture]) -> str:
     shown = [picture(made.path, made.description) for made in pictures]
-    return "".join(shown[:SHOWN]) + (
-        _folded(f"{len(shown) - SHOWN} more pictures", "".join(shown[SHOWN:])) if len(shown) > SHOWN else ""
-    )
+    more = _folded(f"{len(shown) - SHOWN} more pictures", "".join(shown[SHOWN:])) if len(shown) > SHOWN else ""
+    return "".join(shown[:SHOWN]) + more
 
 
 def _folded(summary: str, body: str) -> str:

@@ -136,45 +136,42 @@ def imported(module: str) -> Any:
         raise Unavailable(str(error)) from error
 
 
-def _copy(inputs: Inputs, module: Any, targets: list[Tensor], channels_last: bool = False) -> list[Tensor]:
+def _sizes(inputs: Inputs) -> tuple[tuple[int, int], int, int]:
+    """Height and width of the images, the side of a patch, and the width of a token."""
+    images, weight = inputs["images"], inputs["weight"]
+    return (images.shape[2], images.shape[3]), weight.shape[2], weight.shape[0]
+
+
+def _like(inputs: Inputs, module: Any) -> Any:
+    """A rival's module, on the device of the case and with parameters of its dtype."""
+    return module.to(inputs.grad.device, inputs["weight"].dtype)
+
+
+def _copy(inputs: Inputs, targets: list[Tensor]) -> list[Tensor]:
     """The case's parameters, in a rival's own."""
     with torch.no_grad():
         for target, value in zip(targets, parameters_of(inputs), strict=True):
             target.copy_(value.reshape(target.shape))
-    if channels_last:
-        module.to(memory_format=torch.channels_last)
     return targets
 
 
 def timm(inputs: Inputs, channels_last: bool = False) -> Solution:
     """timm's PatchEmbed and _pos_embed."""
     vit = imported("timm.models.vision_transformer")
-    images, weight = inputs["images"], inputs["weight"]
-    model = vit.VisionTransformer(
-        img_size=(images.shape[2], images.shape[3]),
-        patch_size=weight.shape[2],
-        embed_dim=weight.shape[0],
-        depth=1,
-        num_heads=1,
-        num_classes=0,
-    ).to(images.device, weight.dtype)
+    size, patch, width = _sizes(inputs)
+    model = _like(inputs, vit.VisionTransformer(size, patch, embed_dim=width, depth=1, num_heads=1, num_classes=0))
     targets = [model.patch_embed.proj.weight, model.patch_embed.proj.bias, model.pos_embed, model.cls_token]
-    parameters = _copy(inputs, model, targets, channels_last)
+    parameters = _copy(inputs, targets)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
     return _solution(inputs, lambda x: model._pos_embed(model.patch_embed(x)), parameters, channels_last)
 
 
 def torchvision(inputs: Inputs) -> Solution:
     """torchvision's VisionTransformer, as far as its first block."""
     vit = imported("torchvision.models.vision_transformer")
-    images, weight = inputs["images"], inputs["weight"]
-    model = vit.VisionTransformer(
-        image_size=images.shape[2],
-        patch_size=weight.shape[2],
-        num_layers=1,
-        num_heads=1,
-        hidden_dim=weight.shape[0],
-        mlp_dim=1,
-    ).to(images.device, weight.dtype)
+    (size, _), patch, width = _sizes(inputs)
+    model = _like(inputs, vit.VisionTransformer(size, patch, 1, 1, hidden_dim=width, mlp_dim=1))
     targets = [model.conv_proj.weight, model.conv_proj.bias, model.encoder.pos_embedding, model.class_token]
 
     def embed(x: Tensor) -> Tensor:
@@ -182,21 +179,15 @@ def torchvision(inputs: Inputs) -> Solution:
         x = torch.cat([model.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         return x + model.encoder.pos_embedding
 
-    return _solution(inputs, embed, _copy(inputs, model, targets))
+    return _solution(inputs, embed, _copy(inputs, targets))
 
 
 def huggingface(inputs: Inputs) -> Solution:
     """ViTEmbeddings of transformers."""
     vit = imported("transformers.models.vit.modeling_vit")
-    images, weight = inputs["images"], inputs["weight"]
-    config = vit.ViTConfig(
-        hidden_size=weight.shape[0],
-        image_size=(images.shape[2], images.shape[3]),
-        patch_size=weight.shape[2],
-        num_channels=images.shape[1],
-        hidden_dropout_prob=0.0,
-    )
-    model = vit.ViTEmbeddings(config).to(images.device, weight.dtype)
+    size, patch, width = _sizes(inputs)
+    config = vit.ViTConfig(hidden_size=width, image_size=size, patch_size=patch, hidden_dropout_prob=0.0)
+    model = _like(inputs, vit.ViTEmbeddings(config))
     projection = model.patch_embeddings.projection
     targets = [projection.weight, projection.bias, model.position_embeddings, model.cls_token]
-    return _solution(inputs, model, _copy(inputs, model, targets))
+    return _solution(inputs, model, _copy(inputs, targets))

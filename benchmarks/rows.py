@@ -75,10 +75,23 @@ class Row:
         return self.op, self.shape, self.dtype, self.layout, self.mode
 
     @property
+    def label(self) -> str:
+        """The case of a mode, in words."""
+        return f"{self.shape}, {self.dtype}, {self.layout}"
+
+    @property
     def about(self) -> str:
         """The device, the versions and the commit, in words."""
         known = ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
         return f"{self.device}; {known}; commit {self.commit or 'unknown'}"
+
+    def spread_text(self, between: str) -> str:
+        """The 20th and the 80th percentile for people, "" where it did not run."""
+        return "" if self.p20_us is None else f"{time_text(self.p20_us)}{between}{time_text(self.p80_us)}"
+
+    def floor_text(self) -> str:
+        """The share of the floor for people, "" where it is not known."""
+        return "" if self.floor_share is None else f"{self.floor_share:.0%}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -219,39 +232,28 @@ def rivals_of(rows: Sequence[Row]) -> list[str]:
 
 
 def _ratio_table(op: str, rows: Sequence[Row]) -> Any:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     rivals = rivals_of(rows)
-    table = Table(title=f"{op}: how many times faster than ...")
-    for heading in ("shape", "dtype", "layout", "mode", "provider"):
-        table.add_column(heading)
-    for heading in ("best rival", *rivals, "median", "p20..p80", "of floor"):
-        table.add_column(heading, justify="right")
+    numbers = [Column(name, justify="right") for name in ("best rival", *rivals, "median", "p20..p80", "of floor")]
+    title = f"{op}: how many times faster than ..."
+    table = Table("shape", "dtype", "layout", "mode", "provider", *numbers, title=title)
     for row in rows:
-        if not row.is_ours:
-            continue
-        table.add_row(
-            *row.case[1:],
-            row.provider,
-            _ratio_text(row.headline) + (f" {row.best_rival}" if row.best_rival else ""),
-            *[_ratio_text(row.ratios.get(rival)) for rival in rivals],
-            time_text(row.median_us),
-            "" if row.p20_us is None else f"{time_text(row.p20_us)}..{time_text(row.p80_us)}",
-            "" if row.floor_share is None else f"{row.floor_share:.0%}",
-        )
+        if row.is_ours:
+            best = f"{_ratio_text(row.headline)} {row.best_rival}".rstrip()
+            ratios = [_ratio_text(row.ratios.get(rival)) for rival in rivals]
+            times = (time_text(row.median_us), row.spread_text(".."), row.floor_text())
+            table.add_row(*row.case[1:], row.provider, best, *ratios, *times)
     return table
 
 
 def time_table(rows: Sequence[Row]) -> Any:
     """The median of every provider, a line for each case."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     providers = list(dict.fromkeys(row.provider for row in rows))
-    table = Table(title="medians")
-    for heading in ("shape", "dtype", "layout", "mode"):
-        table.add_column(heading)
-    for provider in providers:
-        table.add_column(provider, justify="right")
+    times_of = [Column(provider, justify="right") for provider in providers]
+    table = Table("shape", "dtype", "layout", "mode", *times_of, title="medians")
     for case, mine in grouped(rows, lambda row: row.case).items():
         times = {row.provider: row.median_us for row in mine}
         table.add_row(*case[1:], *[time_text(times.get(provider)) for provider in providers])

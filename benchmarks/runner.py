@@ -6,13 +6,12 @@ import gc
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from fastvit.benchmarks import accelerated, input, masked, model
 from fastvit.benchmarks.problem import Plan, Problem, check_size, measure, steady
-from fastvit.benchmarks.rows import Row, command_line, commit, device_name, format_table, versions, write_json_lines
+from fastvit.benchmarks.rows import Row, circumstances, command_line, format_table, write_json_lines
 from fastvit.discovery import Declared
 from fastvit.validation.ops import OPS
 
@@ -84,12 +83,7 @@ def run_plan(
     """`run_suites` for a plan of one's own choice."""
     rows: list[Row] = []
     with steady(device, threads):
-        stamp: dict[str, Any] = {
-            "device": device_name(device),
-            "versions": versions(device.type),
-            "commit": commit(),
-            "command": command_line(),
-        }
+        stamp = circumstances(device, command=command_line())
         for done, (title, problems) in enumerate(plan):
             if progress:
                 progress(done, len(plan), title)

@@ -62,11 +62,8 @@ def test_suite(title: str, problems: Problems, mode: str, provider: str, benchma
 
 
 def _synchronised(call: Callable[[], object]) -> Callable[[], object]:
-    if DEVICE.type != "cuda":
-        return call
-
     def run() -> None:
         call()
         torch.cuda.synchronize()
 
-    return run
+    return run if DEVICE.type == "cuda" else call

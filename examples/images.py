@@ -1,15 +1,17 @@
-"""What the examples share, so that each shows its library alone: real images, and the options of the command line."""
+"""What the examples share, so that each shows its library alone: real images, options, epochs."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -20,6 +22,20 @@ from fastvit.training.folder import split_folder
 from fastvit.training.image_set import split_by_class
 from fastvit.validation import photographs
 
+
+def missing(error: BaseException, packages: str) -> str:
+    """What to do about an import that failed, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{error}; pip install {packages} (torchvision: the build that fits your torch)"
+
+
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(missing(error, "tqdm"))
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # in the 0..1 scale
 BUILT_IN = ("photographs", "digits")
 CROPS, HELD_OUT = 512, 0.2
@@ -89,6 +105,32 @@ def load(args: argparse.Namespace, raw: bool, drop_last: bool = False) -> tuple[
     )
 
 
+def fit(
+    loader: DataLoader, epochs: int, optimizer: torch.optim.Optimizer, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[float, float]:
+    """Minimise what `loss_of` makes of images and labels: the mean loss of the last epoch, and images per second."""
+    seen, start = 0, time.perf_counter()
+    for epoch in range(epochs):
+        losses = []
+        for images, labels in tqdm(loader, desc=f"epoch {epoch}", unit="batch"):
+            loss = loss_of(images.to(DEVICE), labels.to(DEVICE))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen += len(images)
+            losses.append(loss.detach())
+    mean_loss = torch.stack(losses).mean().item()  # waits for the GPU
+    return mean_loss, seen / (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, loader: DataLoader) -> float:
+    """The share of images that are classified correctly."""
+    model.eval()
+    correct = [(model(images.to(DEVICE)).argmax(1).cpu() == labels).float() for images, labels in loader]
+    return torch.cat(correct).mean().item()
+
+
 def _images(source: str, size: int) -> tuple[Callable[[int], Tensor], list[int], list[int], list[int]]:
     """What reads an image as uint8 [3, size, size], all labels, and which to train and to test on."""
     if source not in BUILT_IN:
@@ -142,10 +184,3 @@ def _whole(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
-
-
-def missing(error: BaseException, packages: str) -> str:
-    """What to do about an import that failed, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{error}; pip install {packages} (torchvision: the build that fits your torch)"

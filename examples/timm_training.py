@@ -7,9 +7,8 @@ import sys
 import time
 
 import torch
-from images import MEAN, STD, TINY_TIMM, load, missing, options
+from images import DEVICE, MEAN, STD, TINY_TIMM, accuracy, load, missing, options
 from torch import nn
-from torch.utils.data import DataLoader
 
 import fastvit
 
@@ -34,14 +33,6 @@ def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, device: str) -> float:
-    """The share of images that are classified correctly."""
-    model.eval()
-    correct = [(model(images.to(device)).argmax(1).cpu() == labels).float() for images, labels in loader]
-    return torch.cat(correct).mean().item()
-
-
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="default: %(default)s")
@@ -54,11 +45,10 @@ def main() -> None:
     if args.mixup and args.batch_size % 2:
         parser.error("--mixup: pairs the images of a batch; --batch-size must be even")
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     # With --raw the loader hands over uint8, a quarter of the bytes: the model normalises while it projects.
     train, test, classes = load(args, raw=args.raw, drop_last=args.mixup > 0)
-    model = create_model(args, classes).to(device)
+    model = create_model(args, classes).to(DEVICE)
     print(fastvit.report(model))
 
     ema = ModelEmaV3(model, decay=0.9)
@@ -72,10 +62,10 @@ def main() -> None:
         model.train()
         losses = []
         for images, labels in tqdm(train, desc=f"epoch {epoch}", unit="batch"):
-            images, labels = images.to(device), labels.to(device)
+            images, labels = images.to(DEVICE), labels.to(DEVICE)
             if mixup:
                 images, labels = mixup(images, labels)
-            with torch.autocast(device, torch.bfloat16, enabled=args.amp):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=args.amp):
                 loss = criterion(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
@@ -86,7 +76,7 @@ def main() -> None:
             losses.append(loss.detach())
     mean_loss = torch.stack(losses).mean().item()  # waits for the GPU
     rate = seen / (time.perf_counter() - start)
-    print(f"loss {mean_loss:.6f}, accuracy of the EMA {evaluate(ema.module, test, device):.3f}, {rate:.0f} images/s")
+    print(f"loss {mean_loss:.6f}, accuracy of the EMA {accuracy(ema.module, test):.3f}, {rate:.0f} images/s")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+from build_extension import ONLY_SM90A, SOURCES
+
 TARGETS = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-c")
-ONLY_SM90A = "_sm90a.cu"  # the end of the name of a file that is compiled for that target alone
 SHORT = (
     ("fastvit::", ""), ("void ", ""), ("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("unsigned char", "u8"),
     ("float", "fp32"), ("(int)", ""),
@@ -237,17 +237,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if nvcc is None:
         print("csrc: not compiled, nvcc is not here (the package works without it)")
         return 0
-    sources = sorted(SOURCES.glob("*.cu"))
-    jobs = [
-        (source, target, nvcc)
-        for target in options.target or TARGETS
-        for source in sorted(sources, key=_size, reverse=True)  # the longest first, so that all cores end together
-        if target == "90a" or not source.name.endswith(ONLY_SM90A)
-    ]
+    targets = options.target or TARGETS
+    sources = sorted(SOURCES.glob("*.cu"), key=_size, reverse=True)  # the longest first: all cores end together
+    jobs = [(source, target) for target in targets for source in sources]
+    jobs = [job for job in jobs if job[1] == "90a" or not job[0].name.endswith(ONLY_SM90A)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = Path(folder)
-        rows = [row for found in pool.map(lambda job: compile_file(*job, objects), jobs) for row in found]
-        for target in options.target or TARGETS:
+        rows = [row for found in pool.map(lambda job: compile_file(*job, nvcc, objects), jobs) for row in found]
+        for target in targets:
             found = list(link_problems(target, nvcc, objects))
             rows += [Row(target, "all of them, linked", 0, 0, 0, 0, problems=found)] if found else []
     rows.sort(key=lambda row: (row.target, row.kernel))
@@ -260,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in failed:
         print(f"FAIL sm_{row.target} {row.kernel}: {'; '.join(row.problems)}")
     if not options.json:
-        print(f"csrc: {len(rows)} rows, {len(options.target or TARGETS)} targets: {len(failed)} failed")
+        print(f"csrc: {len(rows)} rows, {len(targets)} targets: {len(failed)} failed")
     return 1 if failed or not rows else 0
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from fastvit.validation.tolerance import strain
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+SUBJECT = ("backend", "device", "op", "dtype")  # what the rows of a line of the table share
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Row:
     device: str = "cpu"
 
     @property
+    def subject(self) -> tuple[str, ...]:
+        return tuple(getattr(self, name) for name in SUBJECT)
+
+    @property
     def strain(self) -> float:
         """Error as a share of the bound: above 1 is a failure."""
-        if self.error == 0.0:
-            return 0.0
-        return self.error / self.bound if self.bound else math.inf
+        return strain(self.error, self.bound)
 
     def to_json(self) -> str:
         """One line of JSON; numbers that JSON has no word for become null."""
@@ -52,7 +56,7 @@ class Row:
 class Report:
     """All rows of a validation."""
 
-    rows: tuple[Row, ...] = field(default_factory=tuple)
+    rows: tuple[Row, ...] = ()
     title: str = "Validation against float64"
 
     @property
@@ -97,38 +101,30 @@ class Report:
 
         `of bound` is the largest error found, as a share of what is allowed for it; above 100% is a failure.
         """
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table(title=self.title, caption=self.summary())
-        for heading in ("backend", "device", "op", "dtype"):
-            table.add_column(heading)
-        for heading in ("cases", "passed", "failed", "skipped", "of bound"):
-            table.add_column(heading, justify="right")
-        table.add_column("closest to its bound", max_width=60)
-        for (backend, device, op, dtype), rows in _grouped(self.rows).items():
+        numbers = [Column(name, justify="right") for name in ("cases", "passed", "failed", "skipped", "of bound")]
+        last = Column("closest to its bound", max_width=60)
+        table = Table(*SUBJECT, *numbers, last, title=self.title, caption=self.summary())
+        groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+        for row in self.rows:
+            groups[row.subject].append(row)
+        for subject, rows in groups.items():
             ran = [row for row in rows if row.status != SKIPPED]
             if not ran:
                 continue
             worst = max(ran, key=lambda row: math.inf if row.reason else row.strain)
             counts = Counter(row.status for row in rows)
-            table.add_row(
-                backend,
-                device,
-                op,
-                dtype,
-                str(len({row.case for row in ran})),
-                str(counts[PASSED]),
-                f"[red]{counts[FAILED]}[/red]" if counts[FAILED] else "0",
-                str(counts[SKIPPED]),
-                "error" if worst.reason else f"{worst.strain:.0%}" if worst.strain < 100 else "over 100x",
-                f"{worst.quantity}: {worst.case}",
-            )
+            failed = f"[red]{counts[FAILED]}[/red]" if counts[FAILED] else "0"
+            closest = "error" if worst.reason else f"{worst.strain:.0%}" if worst.strain < 100 else "over 100x"
+            counted = (str(len({row.case for row in ran})), str(counts[PASSED]), failed, str(counts[SKIPPED]))
+            table.add_row(*subject, *counted, closest, f"{worst.quantity}: {worst.case}")
         if self.failures:
             table.add_section()
         for row in self.failures[:max_failures]:
             found = row.reason or f"error {row.error:.3g} > {row.bound:.3g}, {row.where}"
             text = f"{row.quantity}: {row.case}: {found}"
-            table.add_row(row.backend, row.device, row.op, row.dtype, "", "", "[red]failed[/red]", "", "", text)
+            table.add_row(*row.subject, "", "", "[red]failed[/red]", "", "", text)
         if len(self.failures) > max_failures:
             table.add_row(*[""] * 9, f"and {len(self.failures) - max_failures} more failures")
         reasons = self.skip_reasons()
@@ -137,10 +133,3 @@ class Report:
         for (backend, reason), count in reasons.items():
             table.add_row(backend, "", "", "", "", "", "", str(count), "", reason)
         return table
-
-
-def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.backend, row.device, row.op, row.dtype), []).append(row)
-    return groups

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,13 +196,11 @@ def check_case(candidate: Candidate, case: Case, dtype: str) -> list[Row]:
         return rows
     draws += [make_inputs(case, DTYPES[dtype], candidate.device, seed) for seed in range(1, DRAWS)]
     threes = [_three(candidate, case.op, inputs) for inputs in draws]
-    settled = []
-    for row in rows:
+    for place, row in enumerate(rows):
         if _hangs_on_few(row, draws[0]):
             row = _compared(row, *(torch.cat([three[i][row.quantity] for three in threes]) for i in range(3)))
-            row = replace(row, where=f"{row.where}, of {DRAWS} draws")
-        settled.append(row)
-    return settled
+            rows[place] = replace(row, where=f"{row.where}, of {DRAWS} draws")
+    return rows
 
 
 def backend_candidate(name: str, device: str | torch.device = "cpu") -> Candidate:
@@ -216,36 +215,29 @@ def backend_candidate(name: str, device: str | torch.device = "cpu") -> Candidat
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that is allocated and not written reads as NaN inside the block, so that forgotten elements are seen."""
-    mode, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    mode = torch.get_deterministic_debug_mode()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    memory.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             # Operations without a deterministic version are no concern here: only the filling is wanted.
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
+        torch.set_deterministic_debug_mode(mode)
 
 
 def _device_for(backend: str, device: str | torch.device | None) -> tuple[torch.device, str]:
     """Where a backend is validated, and why it can't be ("" if it can)."""
-    if device is not None:
-        choices = [torch.device(device)]
-    else:
-        choices = [torch.device(kind) for kind in (["cuda"] if torch.cuda.is_available() else []) + ["cpu"]]
+    usual = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    choices = [torch.device(choice) for choice in (usual if device is None else [device])]
     if backend == "reference":
         return choices[0], "the reference is the truth and is never held to itself"
-    reasons = [available_backends(choice)[backend] for choice in choices]
-    for choice, reason in zip(choices, reasons, strict=True):
-        if not reason:
-            return choice, ""
-    return choices[0], reasons[0]
+    reasons = [(choice, available_backends(choice)[backend]) for choice in choices]
+    return next((found for found in reasons if not found[1]), reasons[0])
 
 
 def _compile_emulated(total: int, progress: Progress | None) -> None:
@@ -332,9 +324,9 @@ def _check_repeat(candidate: Candidate, case: Case, dtype: str, row: Row) -> Row
     except Exception as error:  # as above
         return _broken(row, error)
     differing = [name for name, value in first.items() if not torch.equal(value, second[name])]
-    if differing:
-        return replace(row, reason=f"two runs differ in {', '.join(differing)}")
-    return replace(row, status=PASSED)
+    return (
+        replace(row, reason=f"two runs differ in {', '.join(differing)}") if differing else replace(row, status=PASSED)
+    )
 
 
 def _compared(row: Row, ours: Tensor, theirs: Tensor, truth: Tensor) -> Row:
@@ -412,13 +404,10 @@ def _require_launches(backend: str, op: str, before: dict[tuple[str, str], int])
 
 def _leaves(inputs: Inputs, dtype: torch.dtype | None = None) -> Tensors:
     """The case's tensors as leaves, with their own strides; floats in `dtype` if given."""
-    leaves: Tensors = {}
-    for name, tensor in inputs.tensors.items():
-        if tensor is None or not tensor.is_floating_point():
-            leaves[name] = tensor
-        else:
-            leaves[name] = tensor.detach().to(dtype or tensor.dtype).requires_grad_()
-    return leaves
+    trained = {name: inputs[name].detach() for name in inputs.differentiable()}
+    return inputs.tensors | {
+        name: tensor.to(dtype or tensor.dtype).requires_grad_() for name, tensor in trained.items()
+    }
 
 
 def _results(forward: Callable[[Tensors], Outputs], inputs: Inputs, tensors: Tensors) -> Results:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,18 +74,15 @@ def compare(out: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> 
     with torch.no_grad():
         truth = truth.detach().to(torch.float64)
         ours, theirs = (_slice_errors(result.detach().to(truth), truth) for result in (out, plain))
-    tightest: Comparison | None = None
+    checks = []
     for kind, errors in ours.items():
         worst = int(errors.argmax())  # NaN counts as largest
         error = float(errors.reshape(-1)[worst])
         bound = FACTOR * float(theirs[kind].max()) + floor
-        passed = error <= bound  # False for NaN
-        where = kind if errors.numel() == 1 else f"worst {kind}: {_index(worst, errors.shape)}"
-        candidate = Comparison(name, passed, error, bound, where)
-        if tightest is None or _strain(candidate) > _strain(tightest):
-            tightest = candidate
-    assert tightest is not None
-    return tightest
+        place = tuple(map(int, np.unravel_index(worst, errors.shape)))
+        where = kind if errors.numel() == 1 else f"worst {kind}: {place if len(place) > 1 else place[0]}"
+        checks.append(Comparison(name, error <= bound, error, bound, where))  # NaN does not pass
+    return max(checks, key=lambda check: strain(check.error, check.bound))
 
 
 def assert_close(out: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> None:
@@ -99,6 +97,13 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
         return 0.0
     truth = truth.detach().to(torch.float64)
     return float(_slice_errors(out.detach().to(truth), truth)["all values"])
+
+
+def strain(error: float, bound: float) -> float:
+    """How close to failing: error over bound; an exact result at a bound of zero is not close at all."""
+    if error == 0.0:
+        return 0.0
+    return error / bound if bound > 0.0 else float("inf")
 
 
 def _slice_errors(result: Tensor, truth: Tensor) -> dict[str, Tensor]:
@@ -122,18 +127,3 @@ def _ratio(difference: Tensor, squared: Tensor) -> Tensor:
     scale = torch.maximum(squared, squared.mean())
     exact = difference == 0  # 0/0: the truth is zero and so is the result
     return torch.where(exact, 0.0, (difference / scale).sqrt())
-
-
-def _strain(comparison: Comparison) -> float:
-    """How close to failing: error over bound; an exact result at a bound of zero is not close at all."""
-    if comparison.error == 0.0:
-        return 0.0
-    return comparison.error / comparison.bound if comparison.bound > 0.0 else float("inf")
-
-
-def _index(flat: int, shape: torch.Size) -> str:
-    position = []
-    for size in reversed(shape):
-        flat, remainder = divmod(flat, size)
-        position.append(remainder)
-    return str(position[0]) if len(position) == 1 else str(tuple(reversed(position)))

@@ -1,4 +1,4 @@
-"""A CPU that runs the backends of a GPU, for what is to be seen of several backends in one table."""
+"""A CPU that runs the backends of a GPU, for what is to be seen of several backends in one table; and some rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from fastvit import backend
 from fastvit.benchmarks import problem
+from fastvit.benchmarks.rows import Row
 
 FOR_GPUS = ("triton", "cuda")
 
@@ -25,3 +26,16 @@ def gpu_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ...]]:
     backend.implementation.cache_clear()
     yield FOR_GPUS
     backend.implementation.cache_clear()
+
+
+@pytest.fixture
+def four_rows() -> list[Row]:
+    """A case of ours that one rival wins and one loses, and that a third could not run."""
+    case = ("patch_embed", "ViT-S", "float32", "NCHW")
+    ratios = {"ratios": {"timm": 1.5, "conv2d": 0.8}, "best_rival": "conv2d", "headline": 0.8}
+    return [
+        Row(*case, "fastvit:cpu", "forward", 1500.0, 1400.0, 1600.0, 9, **ratios),  # type: ignore[arg-type]
+        Row(*case, "timm", "forward", 2250.0, 2200.0, 2300.0, 9, rival="timm"),
+        Row(*case, "conv2d", "forward", 1200.0, 1100.0, 1300.0, 9, rival="conv2d"),
+        Row(*case, "linear", "forward", reason="not installed", rival="linear"),
+    ]

@@ -47,12 +47,12 @@ def test_both_compute_the_same() -> None:
 def test_originals_are_made_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def build(model: str, **overrides: object) -> nn.Module:
+    def build(model: str, residual: None) -> nn.Module:
         seen.append(torch.empty(1).device.type)
         return nn.Linear(1, 1)
 
     monkeypatch.setitem(models.RIVALS, "timm", build)
-    accelerated.Setup("timm", "Ti", 1, torch.device("meta")).original()
+    accelerated.Setup("Ti", 1, torch.device("meta")).original()
     assert seen == ["meta"]
 
 

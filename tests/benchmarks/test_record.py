@@ -10,20 +10,9 @@ import pytest
 from fastvit.benchmarks import record
 from fastvit.benchmarks.rows import Row, read_json_lines, write_json_lines
 
-RATIOS = {"timm": 1.5, "conv2d": 0.8}
 
-
-def test_the_page_is_rendered_from_the_rows(tmp_path: Path) -> None:
-    case = ("patch_embed", "ViT-S", "float32", "NCHW")
-    rows = [
-        Row(
-            *case, "fastvit:cpu", "forward", 1500.0, 1400.0, 1600.0, 9, ratios=RATIOS, best_rival="conv2d", headline=0.8
-        ),
-        Row(*case, "timm", "forward", 2250.0, 2200.0, 2300.0, 9, rival="timm"),
-        Row(*case, "conv2d", "forward", 1200.0, 1100.0, 1300.0, 9, rival="conv2d"),
-        Row(*case, "linear", "forward", reason="not installed", rival="linear"),
-    ]
-    write_json_lines(rows, tmp_path / "results" / "some-cpu" / "patch_embed.jsonl")
+def test_the_page_is_rendered_from_the_rows(tmp_path: Path, four_rows: list[Row]) -> None:
+    write_json_lines(four_rows, tmp_path / "results" / "some-cpu" / "patch_embed.jsonl")
     assert record.main(["--render"], tmp_path) == 0
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| **0.80x** (conv2d) | 1.50x | **0.80x** |" in page and "linear, ViT-S, forward: not installed" in page

@@ -94,7 +94,7 @@ def test_a_model_with_other_weights_is_not_timed() -> None:
         return model
 
     with pytest.raises(Unavailable, match="does not compute the same: output"):
-        _build_rival(swapped, setup, images, labels, FORWARD, "", lambda: _truth(setup, images, labels))
+        _build_rival(swapped, setup, images, labels, FORWARD, lambda: _truth(setup, images, labels), "")
 
 
 def test_the_best_setting_counts_and_a_yardstick_is_no_rival() -> None:

@@ -17,29 +17,16 @@ from fastvit.benchmarks import timing
 from fastvit.benchmarks.rows import Row, commit, device_name, format_table, read_json_lines, versions, write_json_lines
 from fastvit.benchmarks.timing import Ceilings, Timing, interleave, peak_bytes
 
-RATIOS = {"timm": 1.5, "conv2d": 0.8}
 KEYS = {
     "op", "shape", "dtype", "layout", "provider", "mode", "median_us", "p20_us", "p80_us", "repeats", "peak_bytes",
     "floor_share", "ratios", "device", "versions", "commit", "command",
 }  # fmt: skip
 
 
-def _rows() -> list[Row]:
-    case = ("patch_embed", "ViT-S", "float32", "NCHW")
-    return [
-        Row(
-            *case, "fastvit:cpu", "forward", 1500.0, 1400.0, 1600.0, 9, ratios=RATIOS, best_rival="conv2d", headline=0.8
-        ),
-        Row(*case, "timm", "forward", 2250.0, 2200.0, 2300.0, 9, rival="timm"),
-        Row(*case, "conv2d", "forward", 1200.0, 1100.0, 1300.0, 9, rival="conv2d"),
-        Row(*case, "linear", "forward", reason="not installed", rival="linear"),
-    ]
-
-
-def test_rows_survive_the_file(tmp_path: Path) -> None:
+def test_rows_survive_the_file(tmp_path: Path, four_rows: list[Row]) -> None:
     path = tmp_path / "deep" / "rows.jsonl"
-    write_json_lines(_rows(), path)
-    assert read_json_lines(path) == _rows() and list(path.parent.iterdir()) == [path]
+    write_json_lines(four_rows, path)
+    assert read_json_lines(path) == four_rows and list(path.parent.iterdir()) == [path]
     assert set(json.loads(path.read_text().splitlines()[0])) >= KEYS
 
 
@@ -51,9 +38,9 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
         read_json_lines(path)
 
 
-def test_the_table_prints_ratios_losses_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_prints_ratios_losses_and_reasons(four_rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(width=200, record=True, force_terminal=True)
-    console.print(format_table(_rows()))
+    console.print(format_table(four_rows))
     plain = console.export_text(clear=False)
     assert "1.50x" in plain and "0.80x" in plain and "linear, forward: not installed" in plain and "2.25 ms" in plain
     assert "\x1b[31m0.80x" in console.export_text(styles=True)

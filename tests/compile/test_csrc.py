@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import compile_csrc as tool
 import pytest
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "compile_csrc.py"
 SMALL, FP32 = "bf16 64x64x32x32x32x3x2", "fp32 64x64x16x32x32x3x2"
 ALIGNED = f"patch_embed_forward<bf16, 8, {SMALL}, TensorCoresByRows>"
 PATCH_14 = f"patch_embed_forward<bf16, 2, {SMALL}, TensorCoresByRows>"
@@ -19,16 +16,6 @@ RAW = f"patch_embed_forward<u8, 8, {SMALL}, TensorCoresByRows>"
 TF32 = f"patch_embed_weight_gradient<fp32, 4, {FP32}, TensorCoresByColumns>"
 FFMA = f"patch_embed_image_gradient<fp32, 1, {FP32}, MultiplyAddsByRows>"
 HOPPER = "patch_embed_forward<u8, 8, bf16 128x128x64x16x128x3x1, WarpgroupByRows>"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compile_csrc", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compile_csrc"] = module  # where a dataclass looks for its annotations
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -52,14 +39,14 @@ def tool() -> ModuleType:
         ("sum_rows<fp16, 8>", {"mma": "-", "copies": "-"}, ""),
     ],
 )
-def test_a_broken_rule_is_named(tool: ModuleType, kernel: str, row: dict[str, object], problem: str) -> None:
+def test_a_broken_rule_is_named(kernel: str, row: dict[str, object], problem: str) -> None:
     values = {"registers": 96, "stack": 0, "spills": 0, "shared": 0, "mma": "HMMA.16816", "copies": "16", **row}
     found = list(tool.problems(tool.Row("90a", kernel, **values)))
     assert (problem in found[0] and len(found) == 1) if problem else not found
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_what_nvcc_made_is_read(tool: ModuleType, tmp_path: Path) -> None:
+def test_what_nvcc_made_is_read(tmp_path: Path) -> None:
     rows = tool.compile_file(tool.SOURCES / "add_position.cu", "90a", shutil.which("nvcc"), tmp_path)
     by_name = {row.kernel: row for row in rows}
     wide, scalar = by_name["add_position_forward<bf16, fp32, 8>"], by_name["add_position_forward<bf16, fp32, 1>"]
@@ -68,14 +55,14 @@ def test_what_nvcc_made_is_read(tool: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_a_source_that_does_not_compile_is_a_failed_row(tool: ModuleType, tmp_path: Path) -> None:
+def test_a_source_that_does_not_compile_is_a_failed_row(tmp_path: Path) -> None:
     source = tmp_path / "wrong.cu"
     source.write_text("this is no C++\n")
     (row,) = tool.compile_file(source, "90a", shutil.which("nvcc"), tmp_path / "objects")
     assert row.problems and "does not compile" in row.problems[0]
 
 
-def test_the_shared_memory_of_a_product_is_its_stages_and_origins(tool: ModuleType) -> None:
+def test_the_shared_memory_of_a_product_is_its_stages_and_origins() -> None:
     product = tool.Product.of(ALIGNED)
     assert product.shared_bytes == 3 * (64 + 64) * 32 * 2 + 64 * 8
     assert tool.Product.of("sum_rows<fp16, 8>") is None
@@ -90,9 +77,7 @@ def test_the_shared_memory_of_a_product_is_its_stages_and_origins(tool: ModuleTy
         ({"a": "void launch(); void run() { launch(); }"}, "undefined reference"),
     ],
 )
-def test_objects_that_do_not_link_are_a_failure(
-    tool: ModuleType, files: dict[str, str], problem: str, tmp_path: Path
-) -> None:
+def test_objects_that_do_not_link_are_a_failure(files: dict[str, str], problem: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     for name, text in files.items():
         source = tmp_path / f"{name}.cu"

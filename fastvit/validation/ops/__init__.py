@@ -52,17 +52,11 @@ def heaviest_first() -> list[str]:
 def arguments(op: str, inputs: Inputs, tensors: Tensors) -> tuple[list[Any], dict[str, Any]]:
     """The call of an op on `tensors` (those of `inputs`, perhaps as leaves), positional and by name; without
     `backend`."""
-    positional: list[Any] = []
-    named: dict[str, Any] = {}
-    for name, parameter in inspect.signature(getattr(functional, op)).parameters.items():
-        if name == "backend":
-            continue
-        value = tensors[name] if name in tensors else getattr(inputs, name)
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            named[name] = value
-        else:
-            positional.append(value)
-    return positional, named
+    parameters = dict(inspect.signature(getattr(functional, op)).parameters)
+    del parameters["backend"]
+    values = {name: tensors[name] if name in tensors else getattr(inputs, name) for name in parameters}
+    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    return [values.pop(name) for name in names], values
 
 
 def call(function: Callable[..., Outputs], op: str, inputs: Inputs, tensors: Tensors, **more: Any) -> Outputs:
