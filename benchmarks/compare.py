@@ -148,7 +148,7 @@ def _most_urgent_first(change: Change) -> tuple[int, float]:
 
 def _table(title: str, changes: Sequence[Change], style: str = "") -> Table:
     numbers = [Column(heading, justify="right") for heading in ("before", "after", "change")]
-    headings = ("case", "dtype", "mode", "provider", *numbers, "verdict")
+    headings: list[Column | str] = ["case", "dtype", "mode", "provider", *numbers, "verdict"]
     table = Table(*headings, title=title, title_justify="left", style=style, row_styles=[style])
     for change in changes:
         row = change.before
