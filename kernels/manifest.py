@@ -29,6 +29,7 @@ ROUNDINGS = (
     *(("fp32", half) for half in HALF),
     *((half, "fp32") for half in HALF),
 )  # from, to
+MOST_REGISTERS = 255
 ALIGNMENTS = (("aligned", 16), ("unaligned", 1))  # name, elements that divide every stride
 
 
@@ -47,7 +48,7 @@ class Entry:
     compute: str = ""  # dtype of the operands of its products; "" where there are none
     product_rows: str = "BLOCK_M"  # the constant that says how many rows the tile of a product has
     copies: tuple[tuple[str, int], ...] = ()  # pointers to its operands, and the bytes that a copy must have at least
-    max_registers: int | None = None  # a thread, where the compiler is to keep below what it would take
+    max_registers: int | None = None  # a thread, where the compiler would set itself a limit of its own
     targets: tuple[int, ...] = TARGETS  # compute capabilities it is meant for, times ten
 
     @property

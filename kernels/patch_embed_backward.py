@@ -308,21 +308,20 @@ class Tile:
     stages: int
 
 
-def _tiles(generic: bool, image: str, compute: str) -> dict[str, Tile]:
-    if generic:
+def _tiles(variant: str, image: str, compute: str) -> dict[str, Tile]:
+    if variant == "generic":
         return {"generic": Tile(16, 64, 64, 4, 3)}
-    rows, stages = (32, 4) if image == "fp32" else (64, 3)  # 64 rows of fp32 leave no room for a second program
+    # 64 rows of fp32, or of masked bytes, leave no registers for a second program.
+    rows, stages = (32, 4) if image == "fp32" or (variant, image) == ("masked", "u8") else (64, 3)
     tiles = {"medium": Tile(rows, 128, 128, 8, stages)}
-    if image != "fp32" and compute == "bf16":  # one program a multiprocessor, but less to read a product
+    if variant == "wide" and image != "fp32" and compute == "bf16":  # one program, but less to read a product
         tiles["large"] = Tile(64, 128, 256, 8, 3)
     return tiles
 
 
 def _add_weight_gradient(variant_name: str, image: str, compute: str, precision: str = "ieee") -> None:
     variant, generic = VARIANTS[variant_name], variant_name == "generic"
-    for tile_name, tile in _tiles(generic, image, compute).items():
-        if tile_name == "large" and variant_name != "wide":
-            continue
+    for tile_name, tile in _tiles(variant_name, image, compute).items():
         for keep in ("", "keep"):
             blocks = dict(BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, SUM_ROWS=32, SUM_COLUMNS=tile.warps * 32)
             ENTRIES.add(
@@ -336,6 +335,8 @@ def _add_weight_gradient(variant_name: str, image: str, compute: str, precision:
                 compute=compute,
                 product_rows="BLOCK_N",
                 copies=copies_of(variant_name, image, "grad"),
+                # ptxas would spill some bytes for the sake of one more program on a multiprocessor.
+                max_registers=manifest.MOST_REGISTERS if generic and precision == "tf32" else None,
                 targets=(90,) if tile_name == "large" else manifest.TARGETS,  # others have no registers for it
             )
 

@@ -236,6 +236,8 @@ for _key in _specialisations():
         function="unaligned" if _variant == "generic" else "aligned",
         compute=_compute,
         copies=copies_of(_variant, _image, "weight"),
+        # ptxas would spill some bytes for the sake of one more program on a multiprocessor.
+        max_registers=manifest.MOST_REGISTERS if _variant == "generic" and _compute == "fp32" else None,
     )
 
 
