@@ -39,7 +39,7 @@ OTHER = "other"
 # What a kernel's name says of its purpose: the first class that has a part of the name, in lower case.
 CLASSES: dict[str, tuple[str, ...]] = {
     "patch embedding": (
-        "fastvit::", "patch_embed", "add_position", "prepare_weight", "prepare_table", "reduce_weight_gradient",
+        "fastvit::", "patch_embed", "add_position", "prepare_weight", "position_table", "reduce_weight_gradient",
         "sum_rows", "sum_segments",
     ),
     "attention": ("attention", "flash", "fmha", "sdpa", "mem_eff"),
