@@ -197,35 +197,44 @@ widen(Primitive p) {
   }
 }
 
-constexpr int A_ROWS = 64, B_ROWS = 128, DEPTH = 64, OPERAND_BYTES = (A_ROWS + B_ROWS) * DEPTH;
+// A product of 64 rows of A and of 128 of B, or, transposed, of 256; 64 values of the reduction.
+template <bool TRANSPOSED>
+struct WarpgroupSizes {
+  static constexpr int B_ROWS = TRANSPOSED ? 256 : 128, GROUPS = B_ROWS / 8, VALUES = (64 + B_ROWS) * 64;
+  static constexpr int SHARED = VALUES * 2, INPUT = VALUES + 64 * B_ROWS, OUTPUT = 64 * B_ROWS * 4;
+};
 
-// [64, 64] values of A, [128, 64] of B, then the 64 sums that each thread starts from, a byte each.
-template <class T>
+// The values of A and B in lines of 64, a row each, or, transposed, a value of the reduction of 64 rows each; then the
+// sums that each thread starts from; a byte each.
+template <class T, bool TRANSPOSED>
 SIMT_KERNEL(128, 1)
 warpgroup_multiply_add(Primitive p) {
-  const shared_address a = simt::shared_base(), b = a + A_ROWS * DEPTH * 2;
+  using Sizes = WarpgroupSizes<TRANSPOSED>;
+  constexpr int GROUPS = Sizes::GROUPS, PANEL = 64 * 128, STEP = TRANSPOSED ? 16 * 128 : 16 * 2;
+  const shared_address a = simt::shared_base(), b = a + PANEL;
   const int thread = simt::thread_index();
-  for (int piece = thread; piece < OPERAND_BYTES / 8; piece += 128) {
+  for (int piece = thread; piece < Sizes::VALUES / 8; piece += 128) {
     const auto in = simt::load_global<2>(input_byte(p, piece * 8));
     Four values;
     SIMT_UNROLL for (int i = 0; i < 4; i++) values.word[i] = small_pair<T>(in.word, 2 * i);
-    const int row = piece / 8, chunk = piece % 8;
-    simt::store_shared<4>(a + row * DEPTH * 2 + ((chunk ^ row % 8) << 4), values);
+    const int line = piece / 8, chunk = piece % 8;
+    simt::store_shared<4>(a + line * 128 + ((chunk ^ line % 8) << 4), values);
   }
-  float sums[16][4];
-  SIMT_UNROLL for (int j = 0; j < 16; j += 4) {
-    const Four in = input_of(p, OPERAND_BYTES / 16 + thread * 4 + j / 4);
+  float sums[GROUPS][4];
+  SIMT_UNROLL for (int j = 0; j < GROUPS; j += 4) {
+    const Four in = input_of(p, Sizes::VALUES / 16 + thread * (GROUPS / 4) + j / 4);
     SIMT_UNROLL for (int i = 0; i < 16; i++) sums[j + i / 4][i % 4] = small(in.word, i);
   }
   simt::publish_shared();
   simt::sync_threads();
   simt::warpgroup_arrive();
-  SIMT_UNROLL for (int k = 0; k < DEPTH; k += 16) {
-    simt::warpgroup_multiply_add<T>(sums, simt::matrix_descriptor(a + k * 2), simt::matrix_descriptor(b + k * 2));
+  SIMT_UNROLL for (int step = 0; step < 4 * STEP; step += STEP) {
+    simt::warpgroup_multiply_add<T, TRANSPOSED>(sums, simt::matrix_descriptor(a + step, TRANSPOSED ? PANEL : 16),
+                                                simt::matrix_descriptor(b + step, TRANSPOSED ? PANEL : 16));
   }
   simt::warpgroup_commit();
   simt::warpgroup_wait<0>(sums);
-  SIMT_UNROLL for (int j = 0; j < 16; j++) output_sums(p, thread * 16 + j, sums[j]);
+  SIMT_UNROLL for (int j = 0; j < GROUPS; j++) output_sums(p, thread * GROUPS + j, sums[j]);
 }
 
 struct Entry {
@@ -238,8 +247,11 @@ struct Entry {
 using simt::bfloat16;
 using simt::half;
 
-constexpr int SHARED = OPERAND_BYTES * 2;  // of a warpgroup's operands, two bytes a value
-constexpr int WARPGROUP_INPUT = OPERAND_BYTES + A_ROWS * B_ROWS, WARPGROUP_OUTPUT = A_ROWS * B_ROWS * 4;
+template <class T, bool TRANSPOSED>
+constexpr Entry warpgroup_entry(const char* name) {
+  using Sizes = WarpgroupSizes<TRANSPOSED>;
+  return {name, warpgroup_multiply_add<T, TRANSPOSED>, 128, Sizes::SHARED, Sizes::INPUT, Sizes::OUTPUT, true};
+}
 
 const Entry ENTRIES[] = {
     {"ldmatrix", load_matrices<false>, 32, 512, 512, 512},
@@ -257,8 +269,10 @@ const Entry ENTRIES[] = {
     {"float32 to bfloat16", narrow<bfloat16>, 32, 0, 512, 512},
     {"float16 to float32", widen<half>, 32, 0, 512, 2048},
     {"bfloat16 to float32", widen<bfloat16>, 32, 0, 512, 2048},
-    {"wgmma float16", warpgroup_multiply_add<half>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT, true},
-    {"wgmma bfloat16", warpgroup_multiply_add<bfloat16>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT, true},
+    warpgroup_entry<half, false>("wgmma float16"),
+    warpgroup_entry<bfloat16, false>("wgmma bfloat16"),
+    warpgroup_entry<half, true>("wgmma transposed float16"),
+    warpgroup_entry<bfloat16, true>("wgmma transposed bfloat16"),
 };
 
 }  // namespace

@@ -335,6 +335,24 @@ void two_groups_of_products() {
   expect_products(second, 1);
 }
 
+// The same matrices transposed: a line holds a value of the reduction of 64 rows, and 64 lines are a panel.
+template <int START, int PANEL>
+void transposed_product() {
+  float sums[16][4];
+  for (auto& four : sums) {
+    for (float& sum : four) sum = 1.0f;
+  }
+  fill_operands<NOTHING, false>();
+  warpgroup_arrive();
+  for (int k = 0; k < DEPTH; k += 16) {
+    const uint64_t a = matrix_descriptor(FIRST + START + k * 128, PANEL);
+    warpgroup_multiply_add<bfloat16, true>(sums, a, matrix_descriptor(SECOND + k * 128, PANEL));
+  }
+  warpgroup_commit();
+  warpgroup_wait<0>(sums);
+  expect_products(sums, 1);
+}
+
 void half_a_warpgroup() {
   warpgroup_arrive();
   float sums[16][4] = {};
@@ -396,10 +414,13 @@ void run_banks(const char* name, int64_t conflicts, void (*body)()) {
 
 void run_warpgroup(const char* name, void (*body)()) { run(Case{name, {body}, 128, WARPGROUP_BYTES}); }
 
-template <class T>
+template <class T, bool TRANSPOSED = false>
 void fill(uint16_t* to) {
   for (int row = 0; row < FIRST_ROWS + SECOND_ROWS; row++) {
-    for (int k = 0; k < DEPTH; k++) to[row * DEPTH + k] = round_to<T>(value(row, k)).raw;
+    for (int k = 0; k < DEPTH; k++) {
+      const int place = TRANSPOSED ? (row / 64 * DEPTH + k) * 64 + row % 64 : row * DEPTH + k;
+      to[place] = round_to<T>(value(row, k)).raw;
+    }
   }
 }
 
@@ -485,6 +506,11 @@ int main() {
   run_warpgroup("wgmma lanes apart", warpgroup_product<LANES_APART, bfloat16>);
   run_warpgroup("wgmma three warps", warpgroup_product<THREE_WARPS, bfloat16>);
   run("wgmma half a warpgroup", half_a_warpgroup);
+  fill<bfloat16, true>(operands);
+  run_warpgroup("wgmma transposed", transposed_product<0, 64 * 128>);
+  run_warpgroup("wgmma transposed leaves row", transposed_product<16, 64 * 128>);
+  run_warpgroup("wgmma transposed in another panel", transposed_product<0, 32 * 128>);
+  run_warpgroup("wgmma transposed out of range", transposed_product<0, 160 * 128>);
   // Conversions: a checksum of all 16-bit numbers there and back, for the test to compare with PyTorch's.
   for (uint32_t raw = 0; raw < 0x10000; raw += 0x10) {
     const half h{static_cast<uint16_t>(raw)};
