@@ -123,7 +123,7 @@ class Product:
     def instruction(self) -> str:
         """What the machine code must hold."""
         if self.way.startswith("Warpgroup"):
-            return "HGMMA.64x128x16"
+            return f"HGMMA.64x{self.tile[1]}x16"
         if self.way.startswith("MultiplyAdds"):
             return "FFMA"
         return "HMMA.16816" if self.size == 2 else "HMMA.1688"

@@ -66,6 +66,19 @@ def test_any_number_of_steps_of_large_tiles(steps: int) -> None:
             _hold(make_inputs(case, torch.bfloat16))
 
 
+def test_more_steps_of_the_weight_gradient_than_stages() -> None:
+    """So many tiles that their rows are not split: six steps."""
+    case = PatchEmbedCase("steps", batch=11, patch=(8, 8), channels=29, grid=(5, 6), width=1032, prefix=0)
+    inputs = make_inputs(case, torch.bfloat16)
+    images = inputs.tensors["images"]
+    assert images is not None
+    with emulation(**HOPPER):
+        found = _backward(inputs, [False, True, False, False])[1]
+    patches = torch.nn.functional.unfold(images.double(), 8, stride=8)  # [B, K, N]
+    expected = inputs.grad.to(inputs.compute).double().transpose(1, 2) @ patches.transpose(1, 2)
+    assert relative_error(found, expected.sum(0).view(found.shape)) < 2**-8
+
+
 @pytest.mark.parametrize("device", [{}, LARGE, HOPPER], ids=["small", "large", "hopper"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_schedule_changes_nothing(seed: int, device: dict[str, Any]) -> None:
@@ -204,13 +217,13 @@ def _tokens(inputs: Inputs, keep: Tensor | None) -> Tensor:
     return ops.patch_embed(images, weight, *rest, keep, _constants(inputs)[0], inputs.compute, inputs.out, False)
 
 
-def _backward(inputs: Inputs) -> tuple[Tensor, ...]:
+def _backward(inputs: Inputs, needs: list[bool] | None = None) -> tuple[Tensor, ...]:
     images, weight, prefix = (inputs.tensors[name] for name in ("images", "weight", "prefix"))
     assert images is not None and weight is not None
     return ops.patch_embed_backward(
         inputs.grad, inputs.grad.to(inputs.compute), images, weight, inputs.keep, *_constants(inputs), inputs.compute,
         0 if prefix is None else prefix.shape[0], False, inputs.mean is not None,
-        [images.is_floating_point(), True, True, True],
+        needs or [images.is_floating_point(), True, True, True],
     )  # fmt: skip
 
 
