@@ -10,11 +10,11 @@
 
 namespace fastvit {
 
-// After the pipeline its memory holds, for each warp, 16 rows of sums; padding keeps their banks apart. Behind it, the
-// origin of each row's patch.
+// After the pipeline its memory holds, for each warp, 16 rows of sums, COLUMNS at a time; padding keeps their banks
+// apart. Behind it, the origin of each row's patch.
 template <class Tile>
 struct ForwardMemory {
-  static constexpr int SUMS_STRIDE = Tile::WARP_N + 8;
+  static constexpr int COLUMNS = Tile::WARP_N < 64 ? Tile::WARP_N : 64, SUMS_STRIDE = COLUMNS + 8;
   static constexpr int SUMS_BYTES = 16 * SUMS_STRIDE * 4, ALL_SUMS_BYTES = Tile::THREADS / 32 * SUMS_BYTES;
   static constexpr int ORIGINS = Tile::PIPELINE_BYTES > ALL_SUMS_BYTES ? Tile::PIPELINE_BYTES : ALL_SUMS_BYTES;
   static constexpr int BYTES = ORIGINS + Tile::BM * 8;
@@ -110,19 +110,23 @@ SIMT_DEVICE void multiply_tile(const Patches& p, const WeightRows& weight, share
   run_pipeline<Tile>(memory, (p.k_length + Tile::BK - 1) / Tile::BK, loader, product);
 }
 
-// The sums go through shared memory, 16 rows of a warp at a time, so that a lane has eight columns of a row. `put(row of
-// the tile, origin of its patch, column of the tile, eight sums)` is called for every row that has a patch.
+// The sums go through shared memory, 16 rows and some columns of a warp at a time, so that a lane has eight columns of a
+// row. `put(row of the tile, origin of its patch, column of the tile, eight sums)` is called for every row that has a
+// patch.
 template <class Tile, class Put>
 SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address memory, Put put) {
   using Memory = ForwardMemory<Tile>;
-  constexpr int LANES_A_ROW = Tile::WARP_N / 8, ROWS_A_PASS = 32 / LANES_A_ROW;
+  constexpr int LANES_A_ROW = Memory::COLUMNS / 8, ROWS_A_PASS = 32 / LANES_A_ROW;
+  constexpr int SLABS = Tile::WARP_N / Memory::COLUMNS;  // side by side
+  static_assert(SLABS * Memory::COLUMNS == Tile::WARP_N && ROWS_A_PASS * LANES_A_ROW == 32, "slabs are whole passes");
   const int thread = simt::thread_index(), lane = thread % 32;
   const shared_address slab = memory + thread / 32 * Memory::SUMS_BYTES;
-  SIMT_UNROLL for (int i = 0; i < Tile::WARP_M / 16; i++) {
-    SIMT_UNROLL for (int j = 0; j < Tile::WARP_N / 8; j++) {
+  SIMT_UNROLL for (int which = 0; which < Tile::WARP_M / 16 * SLABS; which++) {
+    const int i = which / SLABS, first_column = which % SLABS * Memory::COLUMNS;
+    SIMT_UNROLL for (int j = 0; j < LANES_A_ROW; j++) {
       SIMT_UNROLL for (int part = 0; part < 2; part++) {
         const int place = (lane / 4 + part * 8) * Memory::SUMS_STRIDE + j * 8 + lane % 4 * 2;
-        const float* pair = sums[i][j] + part * 2;
+        const float* pair = sums[i][first_column / 8 + j] + part * 2;
         simt::store_shared<2>(slab + place * 4, {{simt::bits(pair[0]), simt::bits(pair[1])}});
       }
     }
@@ -140,7 +144,7 @@ SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address memory, Put 
       }
       const int tile_row = Tile::warp_row() + i * 16 + row;
       const int64_t origin = load_origin(memory + Memory::ORIGINS, tile_row);
-      if (origin != NO_PATCH) put(tile_row, origin, Tile::warp_column() + column, value);
+      if (origin != NO_PATCH) put(tile_row, origin, Tile::warp_column() + first_column + column, value);
     }
     simt::sync_warp();
   }

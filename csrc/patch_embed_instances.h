@@ -54,8 +54,10 @@ template <class Compute>
 using LargeTile = Tile<Compute, 128, 128, 128 / sizeof(Compute), 64, 32, 3, 1>;
 
 // Whether large tiles are enough to keep every multiprocessor busy.
-inline bool fills(const Queue& queue, int rows, int columns) {
-  return static_cast<int64_t>(simt::blocks_for(rows, 128)) * simt::blocks_for(columns, 128) >= queue.processors;
+template <class Tile>
+bool fills(const Queue& queue, int rows, int columns) {
+  return static_cast<int64_t>(simt::blocks_for(rows, Tile::BM)) * simt::blocks_for(columns, Tile::BN) >=
+         queue.processors;
 }
 
 // Of a block: on sm_90, where warpgroups are, or on sm_86, sm_89 and sm_120; others have more.
@@ -76,7 +78,8 @@ void launch_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& que
   using Small = SmallTile<Compute>;
 #if defined(FASTVIT_HAS_SM90A)
   if constexpr (sizeof(Compute) == 2) {
-    if (queue.capability == 90 && launch_forward_sm90a<Compute>(image, p, queue)) return;
+    const bool has = has_warpgroups(image, type_of<Compute>(), queue);
+    if (has && launch_forward_sm90a<Compute>(image, p, queue)) return;
   }
 #endif
   with_image<Compute>(image, [&](auto pixel) {
@@ -88,7 +91,7 @@ void launch_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& que
       }
       if constexpr (VECTOR >= 4) {
         using Large = LargeTile<Compute>;
-        if (fills(queue, p.pixels.rows(), p.width)) {
+        if (fills<Large>(queue, p.pixels.rows(), p.width)) {
           return launch_forward_tile<Image, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
         }
       }
@@ -116,7 +119,7 @@ void launch_image_gradient(bool tf32, const ImageGradient& given, const Queue& q
     }
     if constexpr (VECTOR >= 4) {
       using Large = LargeTile<Compute>;
-      if (fills(queue, p.target.rows(), p.target.k_length)) {
+      if (fills<Large>(queue, p.target.rows(), p.target.k_length)) {
         return launch_image_gradient_tile<Compute, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
       }
     }
@@ -139,7 +142,7 @@ void launch_weight_gradient(Type image, bool tf32, const WeightGradient& p, cons
   const WeightGradientTile tile = weight_gradient_tile(p, image, type_of<Compute>(), queue);
 #if defined(FASTVIT_HAS_SM90A)
   if constexpr (sizeof(Compute) == 2) {
-    if (tile.values == 256) return launch_weight_gradient_sm90a<Compute>(image, p, queue);
+    if (tile.values == simt::WARPGROUP_COLUMNS) return launch_weight_gradient_sm90a<Compute>(image, p, queue);
   }
 #endif
   with_image<Compute>(image, [&](auto pixel) {

@@ -42,18 +42,26 @@ constexpr bool HAS_SM90A = true;
 constexpr bool HAS_SM90A = false;
 #endif
 
+// Whether the warpgroups of sm_90a multiply: 16-bit values, unless pixels are of the other 16-bit type, for whose
+// conversion registers do not suffice.
+inline bool has_warpgroups(Type image, Type compute, const Queue& queue) {
+  return HAS_SM90A && queue.capability == 90 && bytes_of(compute) == 2 && (bytes_of(image) != 2 || image == compute);
+}
+
 // The tile that the weight gradient is made of, columns of the gradient by values of k, and how many blocks its splits
 // are to give: as many as an H100 holds at once. Constants, so that sums are divided alike on every GPU of a kind.
 struct WeightGradientTile {
   int columns, values, blocks;
 };
 
-// Splitting the rows makes enough of large tiles: of 16-bit products whose operands are both read eight values at a time.
+// Splitting the rows makes enough of large tiles. They are for 16-bit products whose operands are both read eight values
+// at a time.
 inline WeightGradientTile weight_gradient_tile(const WeightGradient& p, Type image, Type compute, const Queue& queue) {
   const bool is_large = bytes_of(compute) == 2 && p.width >= 128 && p.width % EIGHT == 0 && is_aligned(p.grad) &&
                         p.pixels.k_length >= 128 && pixel_vector(p.pixels, image, {EIGHT}) == EIGHT;
   if (!is_large) return {64, 64, 264};
-  return {128, HAS_SM90A && queue.capability == 90 ? 256 : 128, 132};
+  const int side = has_warpgroups(image, compute, queue) ? simt::WARPGROUP_COLUMNS : 128;
+  return {side, side, 132};
 }
 
 #if defined(FASTVIT_HAS_SM90A)

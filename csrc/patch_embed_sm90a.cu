@@ -3,25 +3,33 @@
 
 namespace fastvit {
 
+// Three warpgroups, a square: for its size it reads least, and 192 divides the width of most models.
 template <class Compute>
-bool launch_forward_sm90a(Type image, const PatchEmbed& p, const Queue& queue) {
-  bool is_launched = false;
+using WarpgroupTile = Tile<Compute, 192, simt::WARPGROUP_COLUMNS, 64, 16, simt::WARPGROUP_COLUMNS, 4, 1>;
+
+// Calls `use` with the type of the images, which has_warpgroups.
+template <class Compute, class Use>
+void with_pixel(Type image, Use use) {
   with_image<Compute>(image, [&](auto pixel) {
     using Image = decltype(pixel);
-    // Two blocks, each of which hides the other's waits, but for float32 pixels, which take too many registers.
-    constexpr bool IS_WIDE = sizeof(Image) == 4;
-    using Large = Tile<Compute, 128, 128, 64, 16, 128, IS_WIDE ? 4 : 3, IS_WIDE ? 1 : 2>;
-    if (pixel_vector(p.pixels, image, {8}) != 8 || !fills(queue, p.pixels.rows(), p.width)) return;
-    launch_forward_tile<Image, 8, Large, WarpgroupByRows<Large>>(p, queue);
-    is_launched = true;
+    if constexpr (sizeof(Image) != 2 || std::is_same_v<Image, Compute>) use(pixel);
   });
-  return is_launched;
+}
+
+template <class Compute>
+bool launch_forward_sm90a(Type image, const PatchEmbed& p, const Queue& queue) {
+  using Large = WarpgroupTile<Compute>;
+  if (pixel_vector(p.pixels, image, {EIGHT}) != EIGHT || !fills<Large>(queue, p.pixels.rows(), p.width)) return false;
+  with_pixel<Compute>(image, [&](auto pixel) {
+    launch_forward_tile<decltype(pixel), EIGHT, Large, WarpgroupByRows<Large>>(p, queue);
+  });
+  return true;
 }
 
 template <class Compute>
 void launch_weight_gradient_sm90a(Type image, const WeightGradient& p, const Queue& queue) {
-  with_image<Compute>(image, [&](auto pixel) {
-    using Large = Tile<Compute, 128, 256, 64, 16, 256, 4, 1>;
+  using Large = WarpgroupTile<Compute>;
+  with_pixel<Compute>(image, [&](auto pixel) {
     launch_weight_gradient_tile<decltype(pixel), EIGHT, Large, WarpgroupByColumns<Large>>(p, queue);
   });
 }

@@ -197,32 +197,27 @@ widen(Primitive p) {
   }
 }
 
-// A product of 64 rows of A and of 128 of B, or, transposed, of 256; 64 values of the reduction.
-template <bool TRANSPOSED>
-struct WarpgroupSizes {
-  static constexpr int B_ROWS = TRANSPOSED ? 256 : 128, GROUPS = B_ROWS / 8, VALUES = (64 + B_ROWS) * 64;
-  static constexpr int SHARED = VALUES * 2, INPUT = VALUES + 64 * B_ROWS, OUTPUT = 64 * B_ROWS * 4;
-};
+// A product of 64 rows of A and 192 of B, 64 values of the reduction.
+constexpr int WARPGROUP_ROWS = 64 + simt::WARPGROUP_COLUMNS, WARPGROUP_PRODUCTS = 64 * simt::WARPGROUP_COLUMNS;
 
 // The values of A and B in lines of 64, a row each, or, transposed, a value of the reduction of 64 rows each; then the
 // sums that each thread starts from; a byte each.
 template <class T, bool TRANSPOSED>
 SIMT_KERNEL(128, 1)
 warpgroup_multiply_add(Primitive p) {
-  using Sizes = WarpgroupSizes<TRANSPOSED>;
-  constexpr int GROUPS = Sizes::GROUPS, PANEL = 64 * 128, STEP = TRANSPOSED ? 16 * 128 : 16 * 2;
+  constexpr int GROUPS = simt::WARPGROUP_COLUMNS / 8, PANEL = 64 * 128, STEP = TRANSPOSED ? 16 * 128 : 16 * 2;
   const shared_address a = simt::shared_base(), b = a + PANEL;
   const int thread = simt::thread_index();
-  for (int piece = thread; piece < Sizes::VALUES / 8; piece += 128) {
+  for (int piece = thread; piece < WARPGROUP_ROWS * 8; piece += 128) {
     const auto in = simt::load_global<2>(input_byte(p, piece * 8));
     Four values;
     SIMT_UNROLL for (int i = 0; i < 4; i++) values.word[i] = small_pair<T>(in.word, 2 * i);
     const int line = piece / 8, chunk = piece % 8;
     simt::store_shared<4>(a + line * 128 + ((chunk ^ line % 8) << 4), values);
   }
-  float sums[GROUPS][4];
+  simt::WarpgroupSums sums;
   SIMT_UNROLL for (int j = 0; j < GROUPS; j += 4) {
-    const Four in = input_of(p, Sizes::VALUES / 16 + thread * (GROUPS / 4) + j / 4);
+    const Four in = input_of(p, WARPGROUP_ROWS * 4 + thread * (GROUPS / 4) + j / 4);
     SIMT_UNROLL for (int i = 0; i < 16; i++) sums[j + i / 4][i % 4] = small(in.word, i);
   }
   simt::publish_shared();
@@ -247,11 +242,8 @@ struct Entry {
 using simt::bfloat16;
 using simt::half;
 
-template <class T, bool TRANSPOSED>
-constexpr Entry warpgroup_entry(const char* name) {
-  using Sizes = WarpgroupSizes<TRANSPOSED>;
-  return {name, warpgroup_multiply_add<T, TRANSPOSED>, 128, Sizes::SHARED, Sizes::INPUT, Sizes::OUTPUT, true};
-}
+constexpr int SHARED = WARPGROUP_ROWS * 128;  // of a warpgroup's operands, two bytes a value
+constexpr int WARPGROUP_INPUT = WARPGROUP_ROWS * 64 + WARPGROUP_PRODUCTS, WARPGROUP_OUTPUT = WARPGROUP_PRODUCTS * 4;
 
 const Entry ENTRIES[] = {
     {"ldmatrix", load_matrices<false>, 32, 512, 512, 512},
@@ -269,10 +261,12 @@ const Entry ENTRIES[] = {
     {"float32 to bfloat16", narrow<bfloat16>, 32, 0, 512, 512},
     {"float16 to float32", widen<half>, 32, 0, 512, 2048},
     {"bfloat16 to float32", widen<bfloat16>, 32, 0, 512, 2048},
-    warpgroup_entry<half, false>("wgmma float16"),
-    warpgroup_entry<bfloat16, false>("wgmma bfloat16"),
-    warpgroup_entry<half, true>("wgmma transposed float16"),
-    warpgroup_entry<bfloat16, true>("wgmma transposed bfloat16"),
+    {"wgmma float16", warpgroup_multiply_add<half, false>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT, true},
+    {"wgmma bfloat16", warpgroup_multiply_add<bfloat16, false>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT, true},
+    {"wgmma transposed float16", warpgroup_multiply_add<half, true>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT,
+     true},
+    {"wgmma transposed bfloat16", warpgroup_multiply_add<bfloat16, true>, 128, SHARED, WARPGROUP_INPUT,
+     WARPGROUP_OUTPUT, true},
 };
 
 }  // namespace

@@ -103,13 +103,14 @@ struct MultiplyAddsByRows : Synchronous<Tile> {
 
 // A warpgroup's tensor cores (sm_90a), which read both operands from shared memory by themselves: the 128-byte swizzle
 // of their descriptors is the one of rows of 128 bytes here. A warpgroup has 64 rows of the first operand, or a panel of
-// its columns, which are as many bytes. Where no other block keeps the tensor cores busy over the fence and the barrier,
-// the product before does, and is waited for a step later.
+// its columns, which are as many bytes. A product goes on over the fence and the barrier behind it, so that they keep no
+// tensor core waiting, and is waited for a step later.
 template <class Tile, bool BY_COLUMNS>
 struct Warpgroup {
   using Compute = typename Tile::Compute;
-  static_assert(Tile::BY_WARPGROUPS && Tile::ROW_BYTES == 128 && sizeof(Compute) == 2, "m64k16 on rows of 128 bytes");
-  static constexpr int IN_FLIGHT = Tile::BLOCKS == 1 ? 1 : 0;
+  static_assert(Tile::BY_WARPGROUPS && Tile::BN == simt::WARPGROUP_COLUMNS && Tile::ROW_BYTES == 128 &&
+                    sizeof(Compute) == 2, "m64n192k16 on rows of 128 bytes");
+  static constexpr int IN_FLIGHT = 1;
   Sums<Tile> sums = {};
 
   // What a thread has written becomes visible to the tensor cores before it passes the barrier.

@@ -145,7 +145,7 @@ class Product:
         if self.op == "weight_gradient":
             return pipeline + stages * depth * 16
         warps = rows // warp_rows * (columns // warp_columns)
-        return max(pipeline, warps * 16 * (warp_columns + 8) * 4) + rows * 8
+        return max(pipeline, warps * 16 * (min(warp_columns, 64) + 8) * 4) + rows * 8
 
 
 def _usage(log: str, target: str) -> Iterator[tuple[str, Row]]:

@@ -233,68 +233,48 @@ SIMT_DEVICE uint64_t matrix_descriptor(shared_address address, int panel_bytes =
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | ROWS | SWIZZLE;
 }
 
-#define SIMT_SUMS_OF_128                                                                                              \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                            \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                                  \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                                  \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SIMT_SUMS_OF_256                                                                                              \
-  SIMT_SUMS_OF_128 ", "                                                                                               \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                                  \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                                  \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                      \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+// sums += a [64, 16] x b [192, 16] transposed; where TRANSPOSED the reduction is the rows of both. The sums may not be
+// touched until the wait. In warp w of the four, with g = lane / 4 and t = 2 (lane % 4), sums[j][i] is that of row
+// 16 w + g + 8 (i / 2) and column 8 j + t + i % 2.
+template <class T, bool TRANSPOSED = false>
+SIMT_DEVICE void warpgroup_multiply_add(WarpgroupSums& sums, uint64_t a, uint64_t b) {
 #define SIMT_FOUR(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
-#define SIMT_SIXTEEN(j) SIMT_FOUR(j), SIMT_FOUR(j + 1), SIMT_FOUR(j + 2), SIMT_FOUR(j + 3)
-#define SIMT_WGMMA(shape, types, names, operands, ...)                                                                \
-  SIMT_WARPGROUP("wgmma.mma_async.sync.aligned." shape "k16.f32." types " {" names "}, " operands                     \
-                 : __VA_ARGS__                                                                                        \
+#define SIMT_TWELVE(j) SIMT_FOUR(j), SIMT_FOUR(j + 1), SIMT_FOUR(j + 2)
+#define SIMT_WGMMA(types)                                                                                             \
+  SIMT_WARPGROUP("wgmma.mma_async.sync.aligned.m64n192k16.f32." types " "                                             \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                            \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                   \
+                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                   \
+                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "                  \
+                 "%96, %97, 1, 1, 1, %98, %98;"                                                                       \
+                 : SIMT_TWELVE(0), SIMT_TWELVE(3), SIMT_TWELVE(6), SIMT_TWELVE(9), SIMT_TWELVE(12), SIMT_TWELVE(15),  \
+                   SIMT_TWELVE(18), SIMT_TWELVE(21)                                                                   \
                  : "l"(a), "l"(b), "n"(static_cast<int>(TRANSPOSED)))
-#define SIMT_WGMMA_128(types)                                                                                         \
-  SIMT_WGMMA("m64n128", types, SIMT_SUMS_OF_128, "%64, %65, 1, 1, 1, %66, %66;", SIMT_SIXTEEN(0), SIMT_SIXTEEN(4),    \
-             SIMT_SIXTEEN(8), SIMT_SIXTEEN(12))
-#define SIMT_WGMMA_256(types)                                                                                         \
-  SIMT_WGMMA("m64n256", types, SIMT_SUMS_OF_256, "%128, %129, 1, 1, 1, %130, %130;", SIMT_SIXTEEN(0),                 \
-             SIMT_SIXTEEN(4), SIMT_SIXTEEN(8), SIMT_SIXTEEN(12), SIMT_SIXTEEN(16), SIMT_SIXTEEN(20),                  \
-             SIMT_SIXTEEN(24), SIMT_SIXTEEN(28))
-
-// sums += a [64, 16] x b [8 GROUPS, 16] transposed, where TRANSPOSED both lie with the reduction as rows; the sums may
-// not be touched until the wait. In warp w of the four, with g = lane / 4 and t = 2 (lane % 4), sums[j][i] is that of
-// row 16 w + g + 8 (i / 2) and column 8 j + t + i % 2.
-template <class T, bool TRANSPOSED = false, int GROUPS>
-SIMT_DEVICE void warpgroup_multiply_add(float (&sums)[GROUPS][4], uint64_t a, uint64_t b) {
-  static_assert(std::is_same_v<T, half> || std::is_same_v<T, bfloat16>, "products of float16 and bfloat16");
-  static_assert(GROUPS == 16 || GROUPS == 32, "128 or 256 columns");
-  if constexpr (std::is_same_v<T, half> && GROUPS == 16) {
-    SIMT_WGMMA_128("f16.f16");
-  } else if constexpr (std::is_same_v<T, half>) {
-    SIMT_WGMMA_256("f16.f16");
-  } else if constexpr (GROUPS == 16) {
-    SIMT_WGMMA_128("bf16.bf16");
+  if constexpr (std::is_same_v<T, half>) {
+    SIMT_WGMMA("f16.f16");
   } else {
-    SIMT_WGMMA_256("bf16.bf16");
+    static_assert(std::is_same_v<T, bfloat16>, "products of float16 and bfloat16");
+    SIMT_WGMMA("bf16.bf16");
   }
+#undef SIMT_WGMMA
+#undef SIMT_TWELVE
+#undef SIMT_FOUR
 }
 
 SIMT_DEVICE void warpgroup_commit() { SIMT_WARPGROUP("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Waits until at most PENDING of the committed groups of products are in flight. The instruction names no registers:
 // that the sums are not read before it must be said to the compiler.
-template <int PENDING, int GROUPS>
-SIMT_DEVICE void warpgroup_wait(float (&sums)[GROUPS][4]) {
+template <int PENDING>
+SIMT_DEVICE void warpgroup_wait(WarpgroupSums& sums) {
   SIMT_WARPGROUP("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-  SIMT_UNROLL for (int j = 0; j < GROUPS; j++) {
-    asm volatile("" : "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])::"memory");
+  SIMT_UNROLL for (auto& four : sums) {
+    asm volatile("" : "+f"(four[0]), "+f"(four[1]), "+f"(four[2]), "+f"(four[3])::"memory");
   }
 }
 
-#undef SIMT_WGMMA_256
-#undef SIMT_WGMMA_128
-#undef SIMT_WGMMA
-#undef SIMT_SIXTEEN
-#undef SIMT_FOUR
-#undef SIMT_SUMS_OF_256
-#undef SIMT_SUMS_OF_128
 #undef SIMT_WARPGROUP
 
 }  // namespace simt

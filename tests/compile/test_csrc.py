@@ -18,8 +18,8 @@ PATCH_14 = f"patch_embed_forward<bf16, 2, {SMALL}, TensorCoresByRows>"
 RAW = f"patch_embed_forward<u8, 8, {SMALL}, TensorCoresByRows>"
 TF32 = f"patch_embed_weight_gradient<fp32, 4, {FP32}, TensorCoresByColumns>"
 FFMA = f"patch_embed_image_gradient<fp32, 1, {FP32}, MultiplyAddsByRows>"
-HOPPER = "patch_embed_forward<u8, 8, bf16 128x128x64x16x128x3x1, WarpgroupByRows>"
-HOPPER_GRADIENT = "patch_embed_weight_gradient<bf16, 8, bf16 128x256x64x16x256x4x1, WarpgroupByColumns>"
+HOPPER = "patch_embed_forward<u8, 8, bf16 192x192x64x16x192x4x1, WarpgroupByRows>"
+HOPPER_GRADIENT = "patch_embed_weight_gradient<bf16, 8, bf16 192x192x64x16x192x4x1, WarpgroupByColumns>"
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,10 @@ def tool() -> ModuleType:
         (TF32, {"mma": "HMMA.16816", "copies": "4, 16"}, "no HMMA.1688"),
         (FFMA, {"mma": "FFMA", "copies": "4, 16"}, ""),
         (FFMA, {"mma": "-", "copies": "4, 16"}, "no FFMA"),
-        (HOPPER, {"mma": "HGMMA.64x128x16"}, ""),
+        (HOPPER, {"mma": "HGMMA.64x192x16"}, ""),
         (HOPPER, {}, "no HGMMA"),
-        (HOPPER_GRADIENT, {"mma": "HGMMA.64x256x16"}, ""),
-        (HOPPER_GRADIENT, {"mma": "HGMMA.64x128x16"}, "no HGMMA.64x256x16"),
+        (HOPPER_GRADIENT, {"mma": "HGMMA.64x192x16"}, ""),
+        (HOPPER_GRADIENT, {"mma": "HGMMA.64x128x16"}, "no HGMMA.64x192x16"),
         ("sum_rows<fp16, 8>", {"mma": "-", "copies": "-"}, ""),
     ],
 )

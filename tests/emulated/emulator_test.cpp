@@ -219,8 +219,9 @@ void matrices_in_the_same_banks() {
   load_matrices(fragments, thread_index() % 16 * 128);
 }
 
-// A warpgroup multiplies [64, 64] by the transpose of [128, 64], twice into the same sums.
-constexpr int DEPTH = 64, FIRST_ROWS = 64, SECOND_ROWS = 128, WARPGROUP_BYTES = (FIRST_ROWS + SECOND_ROWS) * DEPTH * 2;
+// A warpgroup multiplies [64, 64] by the transpose of [192, 64], twice into the same sums.
+constexpr int DEPTH = 64, FIRST_ROWS = 64, SECOND_ROWS = WARPGROUP_COLUMNS;
+constexpr int WARPGROUP_BYTES = (FIRST_ROWS + SECOND_ROWS) * DEPTH * 2;
 constexpr shared_address FIRST = 0, SECOND = FIRST_ROWS * DEPTH * 2;
 uint16_t operands[(FIRST_ROWS + SECOND_ROWS) * DEPTH];
 int waited;  // how many threads have
@@ -260,12 +261,12 @@ uint64_t first_descriptor(int k) {
   if (WRONG == MISALIGNED) return matrix_descriptor(FIRST + k * 2 + 8);
   if (WRONG == SECOND_ROW) return matrix_descriptor(FIRST + k * 2 + 128);
   if (WRONG == LEAVES_ROW) return matrix_descriptor(FIRST + k * 2 + 16);
-  if (WRONG == OUT_OF_RANGE) return matrix_descriptor(FIRST + k * 2 + 3 * 8192);
+  if (WRONG == OUT_OF_RANGE) return matrix_descriptor(FIRST + k * 2 + 4 * 8192);
   return matrix_descriptor(FIRST + k * 2);
 }
 
 template <Wrong WRONG, class T>
-void warpgroup_multiply(float (&sums)[16][4], int k) {
+void warpgroup_multiply(WarpgroupSums& sums, int k) {
   using Other = std::conditional_t<std::is_same_v<T, half>, bfloat16, half>;
   const uint64_t a = first_descriptor<WRONG>(k), b = matrix_descriptor(SECOND + k * 2);
   if (WRONG == LANES_APART && thread_index() % 2) return sync_warp();
@@ -273,9 +274,9 @@ void warpgroup_multiply(float (&sums)[16][4], int k) {
   warpgroup_multiply_add<T>(sums, a, b);
 }
 
-void expect_products(const float (&sums)[16][4], int times) {
+void expect_products(const WarpgroupSums& sums, int times) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
-  for (int j = 0; j < 16; j++) {
+  for (int j = 0; j < WARPGROUP_COLUMNS / 8; j++) {
     for (int i = 0; i < 4; i++) {
       const int row = warp * 16 + lane / 4 + i / 2 * 8, column = j * 8 + lane % 4 * 2 + i % 2;
       float expected = 1.0f;
@@ -287,7 +288,7 @@ void expect_products(const float (&sums)[16][4], int times) {
 
 template <Wrong WRONG, class T, bool COPIES = false>
 void warpgroup_product() {
-  float sums[16][4];
+  WarpgroupSums sums;
   for (auto& four : sums) {
     for (float& sum : four) sum = 1.0f;
   }
@@ -315,7 +316,7 @@ void warpgroup_product() {
 
 // Two groups in flight: the first has finished once one is left.
 void two_groups_of_products() {
-  float first[16][4] = {}, second[16][4] = {};
+  WarpgroupSums first = {}, second = {};
   fill_operands<NOTHING, false>();
   warpgroup_arrive();
   for (int k = 0; k < DEPTH; k += 16) warpgroup_multiply<NOTHING, bfloat16>(first, k);
@@ -338,7 +339,7 @@ void two_groups_of_products() {
 // The same matrices transposed: a line holds a value of the reduction of 64 rows, and 64 lines are a panel.
 template <int START, int PANEL>
 void transposed_product() {
-  float sums[16][4];
+  WarpgroupSums sums;
   for (auto& four : sums) {
     for (float& sum : four) sum = 1.0f;
   }
@@ -355,7 +356,7 @@ void transposed_product() {
 
 void half_a_warpgroup() {
   warpgroup_arrive();
-  float sums[16][4] = {};
+  WarpgroupSums sums = {};
   warpgroup_multiply<NOTHING, bfloat16>(sums, 0);
 }
 

@@ -344,7 +344,7 @@ FAULTS = (
         "products.h",
         "warpgroup_multiply_add<Compute, BY_COLUMNS>",
         "warpgroup_multiply_add<Compute>",
-        "value",
+        "in flight",  # such products leave their stage
     ),
     Fault(
         "panels of half the length",
@@ -353,6 +353,14 @@ FAULTS = (
         "matrix_descriptor(start, Tile::PANEL_BYTES)",
         "matrix_descriptor(start, Tile::PANEL_BYTES / 2)",
         "value",
+    ),
+    Fault(
+        "loads into the place of a product in flight",
+        HOPPER,
+        "pipeline.h",
+        "STAGES - 1 - Product::IN_FLIGHT",
+        "STAGES - 1",
+        "while a wgmma",
     ),
     Fault("warpgroup's barrier removed", HOPPER, "pipeline.h", f"    {SYNC}\n", "", "wgmma reads"),
     # The weight's gradient
@@ -545,7 +553,7 @@ CASES: dict[str, tuple[tuple[Case, torch.dtype, dict[str, Any]], ...]] = {
         (PatchEmbedCase("raw", grid=(3, 3), patch=(7, 7), width=63, images="uint8", normalise=True), torch.float32, {}),
     ),
     HOPPER: (
-        (PatchEmbedCase("warpgroups", batch=3, grid=(7, 7), patch=(8, 8), channels=7, width=136, images="uint8",
+        (PatchEmbedCase("warpgroups", batch=4, grid=(7, 7), patch=(8, 8), channels=7, width=200, images="uint8",
                         normalise=True), torch.bfloat16, {"processors": 1, "capability": 90}),
     ),
 }  # fmt: skip

@@ -52,7 +52,7 @@ def test_any_number_of_steps(steps: int, images: str, layout: str, dtype: str) -
 @pytest.mark.parametrize("device", [{}, LARGE, HOPPER], ids=["small", "large", "hopper"])
 @pytest.mark.parametrize("images", ["uint8", "same", "float32"])
 def test_more_rows_and_columns_than_a_tile(images: str, device: dict[str, Any], dtype: str) -> None:
-    case = PatchEmbedCase("tiles", batch=5, grid=(5, 6), patch=(8, 8), channels=3, width=136, prefix=2, images=images,
+    case = PatchEmbedCase("tiles", batch=7, grid=(5, 6), patch=(8, 8), channels=4, width=200, prefix=2, images=images,
                           normalise=True)  # fmt: skip
     with emulation(**device):
         _hold(make_inputs(case, DTYPES[dtype]))
@@ -68,7 +68,7 @@ def test_any_number_of_steps_of_large_tiles(steps: int) -> None:
 
 def test_more_steps_of_the_weight_gradient_than_stages() -> None:
     """So many tiles that their rows are not split: six steps."""
-    case = PatchEmbedCase("steps", batch=11, patch=(8, 8), channels=29, grid=(5, 6), width=1032, prefix=0)
+    case = PatchEmbedCase("steps", batch=11, patch=(8, 8), channels=29, grid=(5, 6), width=1160, prefix=0)
     inputs = make_inputs(case, torch.bfloat16)
     images = inputs.tensors["images"]
     assert images is not None

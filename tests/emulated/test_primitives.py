@@ -174,14 +174,14 @@ def widen(data: Array, *, dtype: torch.dtype) -> Array:
 
 
 def wgmma(data: Array, *, transposed: bool = False) -> Array:
-    """Rows are 4 warps of 2 halves of 8, columns groups of 4 pairs; a thread is (warp, row of 8, pair)."""
-    values, columns = _small(data), 256 if transposed else 128
-    panels = values[: (64 + columns) * 64].reshape(-1, 64, 64)
+    """Rows are 4 warps of 2 halves of 8, columns 24 times 4 pairs; a thread is (warp, row of 8, pair)."""
+    values = _small(data)
+    panels = values[: 256 * 64].reshape(4, 64, 64)
     if transposed:
         panels = panels.swapaxes(1, 2)
-    a, b = panels[0], panels[1:].reshape(columns, 64)
-    start = values[(64 + columns) * 64 :].reshape(4, 8, 4, columns // 8, 2, 2)
-    products = (a @ b.T).reshape(4, 2, 8, columns // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5)
+    a, b = panels[0], panels[1:].reshape(192, 64)
+    start = values[256 * 64 :].reshape(4, 8, 4, 24, 2, 2)
+    products = (a @ b.T).reshape(4, 2, 8, 24, 4, 2).transpose(0, 2, 4, 3, 1, 5)
     return np.ascontiguousarray(start + products)
 
 

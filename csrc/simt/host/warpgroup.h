@@ -58,12 +58,12 @@ void read_operand(uint64_t descriptor, float (&values)[ROWS][16], const Actor& a
 }
 
 // The sums at a place of a thread's own: taken away from it by the first product that adds to them.
-inline PendingSums& take_sums(Thread& thread, float* place, int count) {
+inline PendingSums& take_sums(Thread& thread, float* place) {
   for (PendingSums& sums : thread.sums) {
     if (sums.place == place) return sums;
   }
-  thread.sums.push_back({place, std::vector<float>(place, place + count), 0});
-  std::memset(place, 0xff, count * sizeof(float));
+  thread.sums.push_back({place, std::vector<float>(place, place + PendingSums::COUNT), 0});
+  std::memset(place, 0xff, PendingSums::COUNT * sizeof(float));
   return thread.sums.back();
 }
 
@@ -72,7 +72,7 @@ struct ProductOperands {
   uint64_t a, b;
 };
 
-template <class T, bool TRANSPOSED, int GROUPS>
+template <class T, bool TRANSPOSED>
 void warpgroup_multiply_add(void* const (&threads)[WARPGROUP]) {
   const auto operands = [&](int index) { return static_cast<const ProductOperands*>(threads[index]); };
   for (int index = 1; index < WARPGROUP; index++) {
@@ -82,13 +82,13 @@ void warpgroup_multiply_add(void* const (&threads)[WARPGROUP]) {
   }
   const auto product = std::make_shared<Product>();
   const int first = block().current().index / WARPGROUP * WARPGROUP;
-  float a[64][16], b[8 * GROUPS][16];
+  float a[64][16], b[WARPGROUP_COLUMNS][16];
   read_operand<T, TRANSPOSED>(operands(0)->a, a, block().current().actor(), *product);
   read_operand<T, TRANSPOSED>(operands(0)->b, b, block().current().actor(), *product);
   for (int index = 0; index < WARPGROUP; index++) {
     Thread& thread = block().thread(first + index);
-    PendingSums& sums = take_sums(thread, operands(index)->sums, 4 * GROUPS);
-    for (int i = 0; i < 4 * GROUPS; i++) {
+    PendingSums& sums = take_sums(thread, operands(index)->sums);
+    for (int i = 0; i < PendingSums::COUNT; i++) {
       const float* row = a[index / WARP * 16 + index % WARP / 4 + i / 2 % 2 * 8];
       const float* column = b[i / 4 * 8 + index % 4 * 2 + i % 2];
       float products = 0;
@@ -104,7 +104,7 @@ void warpgroup_multiply_add(void* const (&threads)[WARPGROUP]) {
 inline void finish_product(Thread& thread, const ProductShare& share) {
   const auto sums = std::find_if(thread.sums.begin(), thread.sums.end(),
                                  [&](const PendingSums& pending) { return pending.place == share.sums; });
-  for (std::size_t i = 0; i < sums->values.size(); i++) {
+  for (int i = 0; i < PendingSums::COUNT; i++) {
     if (bits_of(sums->place[i]) != 0xffffffffu) fail("wgmma: sums were written while products add to them");
   }
   if (--sums->products == 0) {
@@ -127,11 +127,11 @@ SIMT_DEVICE uint64_t matrix_descriptor(shared_address address, int panel_bytes =
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | ROWS | SWIZZLE;
 }
 
-template <class T, bool TRANSPOSED = false, int GROUPS>
-SIMT_DEVICE void warpgroup_multiply_add(float (&sums)[GROUPS][4], uint64_t a, uint64_t b) {
+template <class T, bool TRANSPOSED = false>
+SIMT_DEVICE void warpgroup_multiply_add(WarpgroupSums& sums, uint64_t a, uint64_t b) {
   if (!host::block().current().has_arrived) host::fail("wgmma without warpgroup_arrive since the last wait");
   host::ProductOperands mine{sums[0], a, b};
-  host::block().with_warpgroup(host::warpgroup_multiply_add<T, TRANSPOSED, GROUPS>, &mine);
+  host::block().with_warpgroup(host::warpgroup_multiply_add<T, TRANSPOSED>, &mine);
 }
 
 SIMT_DEVICE void warpgroup_commit() {
@@ -140,8 +140,8 @@ SIMT_DEVICE void warpgroup_commit() {
   thread.open_products.clear();
 }
 
-template <int PENDING, int GROUPS>
-SIMT_DEVICE void warpgroup_wait(float (&)[GROUPS][4]) {
+template <int PENDING>
+SIMT_DEVICE void warpgroup_wait(WarpgroupSums&) {
   host::Thread& thread = host::block().current();
   while (static_cast<int>(thread.products.size()) > PENDING) {
     for (const host::ProductShare& share : thread.products.front()) host::finish_product(thread, share);
