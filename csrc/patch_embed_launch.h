@@ -54,8 +54,8 @@ struct WeightGradientTile {
   int columns, values, blocks;
 };
 
-// Splitting the rows makes enough of large tiles. They are for 16-bit products whose operands are both read eight values
-// at a time.
+// Splitting the rows makes enough of large tiles. They are for 16-bit products whose operands are both read eight
+// values at a time.
 inline WeightGradientTile weight_gradient_tile(const WeightGradient& p, Type image, Type compute, const Queue& queue) {
   const bool is_large = bytes_of(compute) == 2 && p.width >= 128 && p.width % EIGHT == 0 && is_aligned(p.grad) &&
                         p.pixels.k_length >= 128 && pixel_vector(p.pixels, image, {EIGHT}) == EIGHT;

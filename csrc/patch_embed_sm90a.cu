@@ -1,5 +1,8 @@
 // The products by warpgroups; compiled for sm_90a alone.
+#include <algorithm>
+
 #include "patch_embed_instances.h"
+#include "patch_embed_stream.h"
 
 namespace fastvit {
 
@@ -16,12 +19,31 @@ void with_pixel(Type image, Use use) {
   });
 }
 
+template <class Image, class Tile>
+void launch_forward_stream(const PatchEmbed& p, const Queue& queue) {
+  using Product = WarpgroupByRows<Tile>;
+  static_assert(StreamMemory<Tile>::BYTES <= MOST_SHARED_BYTES<Tile>, "too much shared memory");
+  const int tiles_n = simt::blocks_for(p.width, Tile::BN);
+  const int prefix_tiles = simt::blocks_for(p.pixels.batch * p.prefix_rows, Tile::BM) * tiles_n;
+  const int tiles = simt::blocks_for(p.pixels.rows(), Tile::BM) * tiles_n;
+  // A block of short tiles has one alone: see StreamLoader.
+  const bool is_short = p.pixels.k_length <= (Tile::STAGES - 1 - Product::IN_FLIGHT) * Tile::BK;
+  const int blocks = is_short ? tiles : std::min(tiles, queue.processors);
+  simt::launch(queue, patch_embed_forward_stream<Image, EIGHT, Tile, Product>, prefix_tiles + blocks, 1, Tile::THREADS,
+               StreamMemory<Tile>::BYTES, p);
+}
+
 template <class Compute>
 bool launch_forward_sm90a(Type image, const PatchEmbed& p, const Queue& queue) {
   using Large = WarpgroupTile<Compute>;
   if (pixel_vector(p.pixels, image, {EIGHT}) != EIGHT || !fills<Large>(queue, p.pixels.rows(), p.width)) return false;
   with_pixel<Compute>(image, [&](auto pixel) {
-    launch_forward_tile<decltype(pixel), EIGHT, Large, WarpgroupByRows<Large>>(p, queue);
+    using Image = decltype(pixel);
+    if constexpr (sizeof(Image) == 4) {  // registers do not suffice for a stream
+      launch_forward_tile<Image, EIGHT, Large, WarpgroupByRows<Large>>(p, queue);
+    } else {
+      launch_forward_stream<Image, Large>(p, queue);
+    }
   });
   return true;
 }

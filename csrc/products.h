@@ -102,9 +102,9 @@ struct MultiplyAddsByRows : Synchronous<Tile> {
 };
 
 // A warpgroup's tensor cores (sm_90a), which read both operands from shared memory by themselves: the 128-byte swizzle
-// of their descriptors is the one of rows of 128 bytes here. A warpgroup has 64 rows of the first operand, or a panel of
-// its columns, which are as many bytes. A product goes on over the fence and the barrier behind it, so that they keep no
-// tensor core waiting, and is waited for a step later.
+// of their descriptors is the one of rows of 128 bytes here. A warpgroup has 64 rows of the first operand, or a panel
+// of its columns, which are as many bytes. A product goes on over the fence and the barrier behind it, so that they
+// keep no tensor core waiting, and is waited for a step later.
 template <class Tile, bool BY_COLUMNS>
 struct Warpgroup {
   using Compute = typename Tile::Compute;

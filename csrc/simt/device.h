@@ -18,6 +18,7 @@ extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
 SIMT_DEVICE int thread_index() { return threadIdx.x; }
 SIMT_DEVICE int block_x() { return blockIdx.x; }
+SIMT_DEVICE int grid_x() { return gridDim.x; }
 SIMT_DEVICE int block_y() { return blockIdx.y; }
 SIMT_DEVICE shared_address shared_base() { return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)); }
 

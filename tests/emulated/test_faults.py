@@ -327,7 +327,7 @@ FAULTS = (
     ),
     Fault("accumulators not announced", HOPPER, "products.h", "simt::warpgroup_arrive();", "", "wgmma"),
     Fault("not waited for", HOPPER, "products.h", "simt::warpgroup_wait<IN_FLIGHT>(sums[0]);", "", "while a wgmma"),
-    Fault("the last not waited for", HOPPER, "products.h", "simt::warpgroup_wait<0>(sums[0]);", "", "in flight"),
+    Fault("the last not waited for", HOPPER, "products.h", "simt::warpgroup_wait<0>(sums[0]);", "", "wgmma"),
     Fault("never committed", HOPPER, "products.h", "simt::warpgroup_commit();", "", "while a wgmma"),
     Fault(
         "rows of the other warpgroup",
@@ -361,6 +361,39 @@ FAULTS = (
         "STAGES - 1 - Product::IN_FLIGHT",
         "STAGES - 1",
         "while a wgmma",
+    ),
+    Fault(
+        "origins of the next tile not noted",
+        HOPPER,
+        "patch_embed_stream.h",
+        "tile + order.blocks < order.count",
+        "false",
+        "never written",
+    ),
+    Fault(
+        "origins of the next tile in the place of this one's",
+        HOPPER,
+        "patch_embed_stream.h",
+        "origins(0) + StreamMemory<Tile>::origins(1) - this->origins",
+        "origins(0)",
+        "race",
+    ),
+    Fault("columns of the tile before", HOPPER, "patch_embed_stream.h", "= order.first_column(tile);", "= 0;", "value"),
+    Fault(
+        "sums over loads",
+        HOPPER,
+        "patch_embed_stream.h",
+        "simt::shared_base() + StreamMemory<Tile>::SLABS",
+        "simt::shared_base()",
+        "race",
+    ),
+    Fault(
+        "short tiles one after another",
+        HOPPER,
+        "patch_embed_sm90a.cu",
+        "is_short ? tiles : std",
+        "std",
+        "never written",
     ),
     Fault("warpgroup's barrier removed", HOPPER, "pipeline.h", f"    {SYNC}\n", "", "wgmma reads"),
     # The weight's gradient
@@ -555,6 +588,8 @@ CASES: dict[str, tuple[tuple[Case, torch.dtype, dict[str, Any]], ...]] = {
     HOPPER: (
         (PatchEmbedCase("warpgroups", batch=4, grid=(7, 7), patch=(8, 8), channels=7, width=200, images="uint8",
                         normalise=True), torch.bfloat16, {"processors": 1, "capability": 90}),
+        (PatchEmbedCase("short", batch=4, grid=(7, 7), patch=(8, 8), channels=1, width=200, images="uint8"),
+         torch.bfloat16, {"processors": 1, "capability": 90}),
     ),
 }  # fmt: skip
 

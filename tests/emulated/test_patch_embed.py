@@ -66,6 +66,15 @@ def test_any_number_of_steps_of_large_tiles(steps: int) -> None:
             _hold(make_inputs(case, torch.bfloat16))
 
 
+@pytest.mark.parametrize("images", ["uint8", "same"])
+@pytest.mark.parametrize(("steps", "processors"), [(1, 1), (2, 1), (3, 1), (3, 3), (5, 3)])
+def test_a_block_multiplies_tile_after_tile(steps: int, processors: int, images: str) -> None:
+    """Four tiles by one block, or by three; where their steps are fewer than loads are ahead, by four."""
+    case = PatchEmbedCase("stream", batch=7, patch=(8, 8), channels=steps, grid=(5, 6), width=200, images=images)
+    with emulation(capability=90, processors=processors):
+        _hold(make_inputs(case, torch.bfloat16), gradients=1)
+
+
 def test_more_steps_of_the_weight_gradient_than_stages() -> None:
     """So many tiles that their rows are not split: six steps."""
     case = PatchEmbedCase("steps", batch=11, patch=(8, 8), channels=29, grid=(5, 6), width=1160, prefix=0)
