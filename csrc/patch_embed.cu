@@ -117,13 +117,10 @@ void weight_gradient(const PatchEmbedInputs& inputs, const Problem& problem, int
                      const PatchEmbedGradients& gradients, const float* d_bias, const Queue& queue) {
   WeightGradient p{};
   p.pixels = patches, p.grad = gradients.product_grad.data, p.prefix_rows = prefix_rows, p.width = problem.width;
-  const bool has_large_tiles = is_large(p, inputs.images.type, inputs.compute);
-  const int side = has_large_tiles ? 128 : 64, rows = patches.rows();
-  // As many blocks as an H100 holds at once, one or two a multiprocessor: constants, so that results are the same on
-  // every GPU.
-  const int blocks = has_large_tiles ? 132 : 264;
-  const int tiles = simt::blocks_for(p.width, side) * simt::blocks_for(problem.k_padded, side);
-  const int splits = std::max(1, std::min(blocks / tiles, simt::blocks_for(rows, 4 * WEIGHT_GRADIENT_STEP)));
+  const WeightGradientTile tile = weight_gradient_tile(p, inputs.images.type, inputs.compute, queue);
+  const int rows = patches.rows();
+  const int tiles = simt::blocks_for(p.width, tile.columns) * simt::blocks_for(problem.k_padded, tile.values);
+  const int splits = std::max(1, std::min(tile.blocks / tiles, simt::blocks_for(rows, 4 * WEIGHT_GRADIENT_STEP)));
   const int steps = std::max(1, simt::blocks_for(simt::blocks_for(rows, splits), WEIGHT_GRADIENT_STEP));
   p.rows_per_split = steps * WEIGHT_GRADIENT_STEP;
 

@@ -10,14 +10,15 @@
 
 namespace fastvit {
 
-// After the pipeline its memory holds, for each warp, 16 rows of sums; padding keeps their banks apart. Behind it, the
-// origin of each row's patch.
+// Each warp passes 16 rows by 32 columns of sums through a slab of its own; padding keeps their banks apart.
+constexpr int SLAB_COLUMNS = 32, SLAB_STRIDE = SLAB_COLUMNS + 8, SLAB_BYTES = 16 * SLAB_STRIDE * 4;
+
+// After the pipeline its memory holds the slabs. Behind it, the origin of each row's patch.
 template <class Tile>
 struct ForwardMemory {
-  static constexpr int SUMS_STRIDE = Tile::WARP_N + 8;
-  static constexpr int SUMS_BYTES = 16 * SUMS_STRIDE * 4, ALL_SUMS_BYTES = Tile::THREADS / 32 * SUMS_BYTES;
-  static constexpr int ORIGINS = Tile::PIPELINE_BYTES > ALL_SUMS_BYTES ? Tile::PIPELINE_BYTES : ALL_SUMS_BYTES;
-  static constexpr int BYTES = ORIGINS + Tile::BM * 8;
+  static constexpr int SLABS_BYTES = Tile::THREADS / 32 * SLAB_BYTES, ORIGINS_BYTES = Tile::BM * 8;
+  static constexpr int ORIGINS = Tile::PIPELINE_BYTES > SLABS_BYTES ? Tile::PIPELINE_BYTES : SLABS_BYTES;
+  static constexpr int BYTES = ORIGINS + ORIGINS_BYTES;
 };
 
 SIMT_DEVICE int64_t load_origin(shared_address origins, int row) {
@@ -27,6 +28,13 @@ SIMT_DEVICE int64_t load_origin(shared_address origins, int row) {
 SIMT_DEVICE void store_origin(shared_address origins, int row, int64_t origin) {
   const auto word = static_cast<uint64_t>(origin);
   simt::store_shared<2>(origins + row * 8, {{static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)}});
+}
+
+template <class Tile>
+SIMT_DEVICE void note_origins(const Patches& p, shared_address origins, int first_row) {
+  for (int row = simt::thread_index(); row < Tile::BM; row += Tile::THREADS) {
+    store_origin(origins, row, patch_origin(p, first_row + row));
+  }
 }
 
 // A matrix whose rows are the second operand: W', or the transposed weight.
@@ -45,6 +53,7 @@ struct ForwardLoader {
   static constexpr int WEIGHT_ROWS = Tile::THREADS / WEIGHT_PIECES, WEIGHT_PASSES = Tile::BN / WEIGHT_ROWS;
   static_assert(ROWS % 8 == 0 && WEIGHT_ROWS % 8 == 0, "the swizzle must not change from pass to pass");
   static_assert(ROWS * PASSES == Tile::BM && WEIGHT_ROWS * WEIGHT_PASSES == Tile::BN, "tiles are whole passes");
+  static constexpr bool IS_ASYNC = PixelCopier<Image, Compute, VECTOR, PASSES>::ASYNC;
 
   const Patches& p;
   WeightRows weight;
@@ -65,6 +74,12 @@ struct ForwardLoader {
     walk.start(p, pixel_k, Tile::BK);
   }
 
+  // Back to the first step.
+  SIMT_DEVICE void rewind() {
+    pixel_k = simt::thread_index() % PIECES * PIECE, weight_k = simt::thread_index() % WEIGHT_PIECES * WEIGHT_PIECE;
+    walk.start(p, pixel_k, Tile::BK);
+  }
+
   // Starts the loads of the next step.
   SIMT_DEVICE void start(shared_address stage) {
     const int64_t offset = walk.offset(p);
@@ -80,11 +95,11 @@ struct ForwardLoader {
       if (is_inside) from += static_cast<int64_t>(row) * weight.length + weight_k;
       simt::copy_async<16>(stage + weight_place + pass * WEIGHT_ROWS * Tile::ROW_BYTES, from, is_inside);
     }
-    if constexpr (pixels.ASYNC) advance();
+    if constexpr (IS_ASYNC) advance();
   }
 
   SIMT_DEVICE void finish(shared_address stage) {
-    if constexpr (!pixels.ASYNC) {
+    if constexpr (!IS_ASYNC) {
       pixels.finish(p, pixel_k, [&](int pass) { return stage + pixel_place + pass * ROWS * Tile::ROW_BYTES; });
       advance();
     }
@@ -102,34 +117,33 @@ template <class Image, int VECTOR, class Tile, class Product>
 SIMT_DEVICE void multiply_tile(const Patches& p, const WeightRows& weight, shared_address memory, int first_row,
                                int first_column, Product& product) {
   const shared_address origins = memory + ForwardMemory<Tile>::ORIGINS;
-  for (int row = simt::thread_index(); row < Tile::BM; row += Tile::THREADS) {
-    store_origin(origins, row, patch_origin(p, first_row + row));
-  }
+  note_origins<Tile>(p, origins, first_row);
   simt::sync_threads();
   ForwardLoader<Image, VECTOR, Tile> loader(p, weight, origins, first_column);
   run_pipeline<Tile>(memory, (p.k_length + Tile::BK - 1) / Tile::BK, loader, product);
 }
 
-// The sums go through shared memory, 16 rows of a warp at a time, so that a lane has eight columns of a row. `put(row of
+// The sums go through shared memory, a slab of a warp at a time, so that a lane has eight columns of a row. `put(row of
 // the tile, origin of its patch, column of the tile, eight sums)` is called for every row that has a patch.
 template <class Tile, class Put>
-SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address memory, Put put) {
-  using Memory = ForwardMemory<Tile>;
-  constexpr int LANES_A_ROW = Tile::WARP_N / 8, ROWS_A_PASS = 32 / LANES_A_ROW;
+SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address slabs, shared_address origins, Put put) {
+  constexpr int LANES_A_ROW = SLAB_COLUMNS / 8, ROWS_A_PASS = 32 / LANES_A_ROW;
+  constexpr int SLABS_A_ROW = Tile::WARP_N / SLAB_COLUMNS;
   const int thread = simt::thread_index(), lane = thread % 32;
-  const shared_address slab = memory + thread / 32 * Memory::SUMS_BYTES;
-  SIMT_UNROLL for (int i = 0; i < Tile::WARP_M / 16; i++) {
-    SIMT_UNROLL for (int j = 0; j < Tile::WARP_N / 8; j++) {
+  const shared_address slab = slabs + thread / 32 * SLAB_BYTES;
+  SIMT_UNROLL for (int which = 0; which < Tile::WARP_M / 16 * SLABS_A_ROW; which++) {
+    const int i = which / SLABS_A_ROW, first_column = which % SLABS_A_ROW * SLAB_COLUMNS;
+    SIMT_UNROLL for (int j = 0; j < LANES_A_ROW; j++) {
       SIMT_UNROLL for (int part = 0; part < 2; part++) {
-        const int place = (lane / 4 + part * 8) * Memory::SUMS_STRIDE + j * 8 + lane % 4 * 2;
-        const float* pair = sums[i][j] + part * 2;
+        const int place = (lane / 4 + part * 8) * SLAB_STRIDE + j * 8 + lane % 4 * 2;
+        const float* pair = sums[i][first_column / 8 + j] + part * 2;
         simt::store_shared<2>(slab + place * 4, {{simt::bits(pair[0]), simt::bits(pair[1])}});
       }
     }
     simt::sync_warp();
     SIMT_UNROLL for (int pass = 0; pass < 16 / ROWS_A_PASS; pass++) {
       const int row = pass * ROWS_A_PASS + lane / LANES_A_ROW, column = lane % LANES_A_ROW * 8;
-      const shared_address from = slab + (row * Memory::SUMS_STRIDE + column) * 4;
+      const shared_address from = slab + (row * SLAB_STRIDE + column) * 4;
       // Every other four lanes begin with the second half of their eight, which lies in the banks the others leave free.
       const int swap = lane / 4 % 2;
       const auto first = simt::load_shared<4>(from + swap * 16), second = simt::load_shared<4>(from + 16 - swap * 16);
@@ -139,8 +153,8 @@ SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address memory, Put 
         value[4 + e] = simt::from_bits(swap ? first.word[e] : second.word[e]);
       }
       const int tile_row = Tile::warp_row() + i * 16 + row;
-      const int64_t origin = load_origin(memory + Memory::ORIGINS, tile_row);
-      if (origin != NO_PATCH) put(tile_row, origin, Tile::warp_column() + column, value);
+      const int64_t origin = load_origin(origins, tile_row);
+      if (origin != NO_PATCH) put(tile_row, origin, Tile::warp_column() + first_column + column, value);
     }
     simt::sync_warp();
   }
@@ -181,6 +195,27 @@ SIMT_DEVICE void copy_prefix(const PatchEmbed& p, int first_row, int first_colum
   }
 }
 
+template <class Tile>
+SIMT_DEVICE void copy_prefix_tile(const PatchEmbed& p, int first_row, int first_column, bool is_wide) {
+  if (is_wide) return copy_prefix<EIGHT, Tile>(p, first_row, first_column);
+  copy_prefix<1, Tile>(p, first_row, first_column);
+}
+
+// The tokens of a tile, as finish_tile puts them.
+struct Tokens {
+  const PatchEmbed& p;
+  int first_row, first_column;
+  bool is_wide;
+
+  SIMT_DEVICE void operator()(int row, int64_t origin, int column, const float* sums) const {
+    column += first_column;
+    if (is_wide && column < p.width) return finish_token<EIGHT>(p, first_row + row, origin, column, sums);
+    SIMT_UNROLL for (int e = 0; e < EIGHT; e++) {
+      if (column + e < p.width) finish_token<1>(p, first_row + row, origin, column + e, sums + e);
+    }
+  }
+};
+
 template <class Image, int VECTOR, class Tile, class Product>
 SIMT_KERNEL(Tile::THREADS, Tile::BLOCKS)
 patch_embed_forward(PatchEmbed p) {
@@ -189,23 +224,15 @@ patch_embed_forward(PatchEmbed p) {
   const int prefix_tiles = (p.pixels.batch * p.prefix_rows + Tile::BM - 1) / Tile::BM;
   const int first_column = (simt::block_x() - tile * tiles_n) * Tile::BN;
   const bool is_wide = p.width % EIGHT == 0 && is_aligned(p.tokens);
-  if (tile < prefix_tiles) {
-    if (is_wide) return copy_prefix<EIGHT, Tile>(p, tile * Tile::BM, first_column);
-    return copy_prefix<1, Tile>(p, tile * Tile::BM, first_column);
-  }
+  if (tile < prefix_tiles) return copy_prefix_tile<Tile>(p, tile * Tile::BM, first_column, is_wide);
 
   const int first_row = (tile - prefix_tiles) * Tile::BM;
   const shared_address memory = simt::shared_base();
   Product product;
   multiply_tile<Image, VECTOR, Tile>(p.pixels, {p.weight, p.width, p.pixels.k_padded}, memory, first_row, first_column,
                                      product);
-  finish_tile<Tile>(product.sums, memory, [&](int row, int64_t origin, int column, const float* sums) {
-    column += first_column;
-    if (is_wide && column < p.width) return finish_token<EIGHT>(p, first_row + row, origin, column, sums);
-    SIMT_UNROLL for (int e = 0; e < EIGHT; e++) {
-      if (column + e < p.width) finish_token<1>(p, first_row + row, origin, column + e, sums + e);
-    }
-  });
+  finish_tile<Tile>(product.sums, memory, memory + ForwardMemory<Tile>::ORIGINS,
+                    Tokens{p, first_row, first_column, is_wide});
 }
 
 // The image's gradient: the same product of gradients and the transposed weight, whose columns k are pixels.
@@ -219,7 +246,8 @@ patch_embed_image_gradient(ImageGradient p) {
   Product product;
   multiply_tile<Compute, VECTOR, Tile>(p.gradients, {p.weight, target.k_length, p.gradients.k_padded}, memory,
                                        first_row, first_column, product);
-  finish_tile<Tile>(product.sums, memory, [&](int row, int64_t, int column, const float* sums) {
+  const shared_address origins = memory + ForwardMemory<Tile>::ORIGINS;
+  finish_tile<Tile>(product.sums, memory, origins, [&](int row, int64_t, int column, const float* sums) {
     PixelWalk walk;
     walk.start(target, first_column + column, 0);
     const int64_t origin = patch_origin(target, first_row + row);

@@ -54,15 +54,19 @@ template <class Compute>
 using LargeTile = Tile<Compute, 128, 128, 128 / sizeof(Compute), 64, 32, 3, 1>;
 
 // Whether large tiles are enough to keep every multiprocessor busy.
-inline bool fills(const Queue& queue, int rows, int columns) {
-  return static_cast<int64_t>(simt::blocks_for(rows, 128)) * simt::blocks_for(columns, 128) >= queue.processors;
+template <class Tile>
+bool fills(const Queue& queue, int rows, int columns) {
+  return static_cast<int64_t>(simt::blocks_for(rows, Tile::BM)) * simt::blocks_for(columns, Tile::BN) >=
+         queue.processors;
 }
 
-constexpr int MOST_SHARED_BYTES = 99 * 1024;  // of a block on sm_86, sm_89 and sm_120; others have more
+// Of a block: on sm_90, where warpgroups are, or on sm_86, sm_89 and sm_120; others have more.
+template <class Tile>
+constexpr int MOST_SHARED_BYTES = (Tile::BY_WARPGROUPS ? 227 : 99) * 1024;
 
 template <class Image, int VECTOR, class Tile, class Product>
 void launch_forward_tile(const PatchEmbed& p, const Queue& queue) {
-  static_assert(ForwardMemory<Tile>::BYTES <= MOST_SHARED_BYTES, "too much shared memory");
+  static_assert(ForwardMemory<Tile>::BYTES <= MOST_SHARED_BYTES<Tile>, "too much shared memory");
   const int prefix = p.pixels.batch * p.prefix_rows;
   const int tiles = simt::blocks_for(p.pixels.rows(), Tile::BM) + simt::blocks_for(prefix, Tile::BM);
   simt::launch(queue, patch_embed_forward<Image, VECTOR, Tile, Product>, tiles * simt::blocks_for(p.width, Tile::BN), 1,
@@ -74,7 +78,8 @@ void launch_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& que
   using Small = SmallTile<Compute>;
 #if defined(FASTVIT_HAS_SM90A)
   if constexpr (sizeof(Compute) == 2) {
-    if (queue.capability == 90 && launch_forward_sm90a<Compute>(image, p, queue)) return;
+    const bool has = has_warpgroups(image, type_of<Compute>(), queue);
+    if (has && launch_forward_sm90a<Compute>(image, p, queue)) return;
   }
 #endif
   with_image<Compute>(image, [&](auto pixel) {
@@ -86,7 +91,7 @@ void launch_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& que
       }
       if constexpr (VECTOR >= 4) {
         using Large = LargeTile<Compute>;
-        if (fills(queue, p.pixels.rows(), p.width)) {
+        if (fills<Large>(queue, p.pixels.rows(), p.width)) {
           return launch_forward_tile<Image, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
         }
       }
@@ -114,7 +119,7 @@ void launch_image_gradient(bool tf32, const ImageGradient& given, const Queue& q
     }
     if constexpr (VECTOR >= 4) {
       using Large = LargeTile<Compute>;
-      if (fills(queue, p.target.rows(), p.target.k_length)) {
+      if (fills<Large>(queue, p.target.rows(), p.target.k_length)) {
         return launch_image_gradient_tile<Compute, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
       }
     }
@@ -125,7 +130,7 @@ void launch_image_gradient(bool tf32, const ImageGradient& given, const Queue& q
 template <class Image, int VECTOR, class Tile, class Product>
 void launch_weight_gradient_tile(const WeightGradient& p, const Queue& queue) {
   static_assert(WEIGHT_GRADIENT_STEP % Tile::BK == 0, "a split is whole steps");
-  static_assert(WeightGradientMemory<Tile>::BYTES <= MOST_SHARED_BYTES, "too much shared memory");
+  static_assert(WeightGradientMemory<Tile>::BYTES <= MOST_SHARED_BYTES<Tile>, "too much shared memory");
   const int tiles = simt::blocks_for(p.width, Tile::BM) * simt::blocks_for(p.pixels.k_padded, Tile::BN);
   simt::launch(queue, patch_embed_weight_gradient<Image, VECTOR, Tile, Product>, tiles,
                simt::blocks_for(p.pixels.rows(), p.rows_per_split), Tile::THREADS, WeightGradientMemory<Tile>::BYTES, p);
@@ -134,6 +139,12 @@ void launch_weight_gradient_tile(const WeightGradient& p, const Queue& queue) {
 template <class Compute>
 void launch_weight_gradient(Type image, bool tf32, const WeightGradient& p, const Queue& queue) {
   using Small = SmallTile<Compute>;
+  const WeightGradientTile tile = weight_gradient_tile(p, image, type_of<Compute>(), queue);
+#if defined(FASTVIT_HAS_SM90A)
+  if constexpr (sizeof(Compute) == 2) {
+    if (tile.values == simt::WARPGROUP_COLUMNS) return launch_weight_gradient_sm90a<Compute>(image, p, queue);
+  }
+#endif
   with_image<Compute>(image, [&](auto pixel) {
     using Image = decltype(pixel);
     with_vector<Compute>(p.pixels, image, [&](auto vector) {
@@ -142,7 +153,7 @@ void launch_weight_gradient(Type image, bool tf32, const WeightGradient& p, cons
         if (!tf32) return launch_weight_gradient_tile<Image, VECTOR, Small, MultiplyAddsByColumns<Small>>(p, queue);
       } else if constexpr (VECTOR == EIGHT) {
         using Large = LargeTile<Compute>;
-        if (is_large(p, image, type_of<Compute>())) {
+        if (tile.values == 128) {
           return launch_weight_gradient_tile<Image, VECTOR, Large, TensorCoresByColumns<Large>>(p, queue);
         }
       }

@@ -36,17 +36,41 @@ inline int pixel_vector(const Patches& p, Type type, std::initializer_list<int> 
   return 1;
 }
 
-// Whether the weight gradient is made of tiles of 128 by 128, of which splitting the rows makes enough: of 16-bit
-// products whose operands are both read eight values at a time.
-inline bool is_large(const WeightGradient& p, Type image, Type compute) {
-  return bytes_of(compute) == 2 && p.width >= 128 && p.width % EIGHT == 0 && is_aligned(p.grad) &&
-         p.pixels.k_length >= 128 && pixel_vector(p.pixels, image, {EIGHT}) == EIGHT;
+#if defined(FASTVIT_HAS_SM90A)
+constexpr bool HAS_SM90A = true;
+#else
+constexpr bool HAS_SM90A = false;
+#endif
+
+// Whether the warpgroups of sm_90a multiply: 16-bit values, unless pixels are of the other 16-bit type, for whose
+// conversion registers do not suffice.
+inline bool has_warpgroups(Type image, Type compute, const Queue& queue) {
+  return HAS_SM90A && queue.capability == 90 && bytes_of(compute) == 2 && (bytes_of(image) != 2 || image == compute);
+}
+
+// The tile that the weight gradient is made of, columns of the gradient by values of k, and how many blocks its splits
+// are to give: as many as an H100 holds at once. Constants, so that sums are divided alike on every GPU of a kind.
+struct WeightGradientTile {
+  int columns, values, blocks;
+};
+
+// Splitting the rows makes enough of large tiles. They are for 16-bit products whose operands are both read eight
+// values at a time.
+inline WeightGradientTile weight_gradient_tile(const WeightGradient& p, Type image, Type compute, const Queue& queue) {
+  const bool is_large = bytes_of(compute) == 2 && p.width >= 128 && p.width % EIGHT == 0 && is_aligned(p.grad) &&
+                        p.pixels.k_length >= 128 && pixel_vector(p.pixels, image, {EIGHT}) == EIGHT;
+  if (!is_large) return {64, 64, 264};
+  const int side = has_warpgroups(image, compute, queue) ? simt::WARPGROUP_COLUMNS : 128;
+  return {side, side, 132};
 }
 
 #if defined(FASTVIT_HAS_SM90A)
 // By the warpgroups of sm_90a. False: the patches do not suit it, and nothing is launched.
 template <class Compute>
 bool launch_forward_sm90a(Type image, const PatchEmbed& p, const Queue& queue);
+
+template <class Compute>
+void launch_weight_gradient_sm90a(Type image, const WeightGradient& p, const Queue& queue);
 #endif
 
 }  // namespace fastvit

@@ -28,15 +28,26 @@ struct Tile {
   static constexpr int FIRST_BYTES = BM * ROW_BYTES, STAGE_BYTES = FIRST_BYTES + BN * ROW_BYTES;
   static constexpr int PIPELINE_BYTES = STAGES * STAGE_BYTES;
 
-  // The same memory as [BK, BM] and [BK, BN] values, for products whose reduction runs over rows.
+  // The same memory as [BK, BM] and [BK, BN] values, for products whose reduction runs over rows. Warpgroups, of which
+  // every warp spans the tile's columns, have them in panels of 128 bytes a row, one behind the other.
+  static constexpr bool BY_WARPGROUPS = WARP_M == 16 && WARP_N == BN;
   static constexpr int FIRST_COLUMNS = BM * SIZE, SECOND_COLUMNS = BN * SIZE;  // bytes of a row
-  static SIMT_DEVICE uint32_t first_place(int row, int byte) { return swizzled<FIRST_COLUMNS, SIZE == 4>(row, byte); }
-  static SIMT_DEVICE uint32_t second_place(int row, int byte) {
-    return FIRST_BYTES + swizzled<SECOND_COLUMNS, SIZE == 4>(row, byte);
-  }
+  static constexpr int PANEL_BYTES = BK * 128;
+  static SIMT_DEVICE uint32_t first_place(int row, int byte) { return place<FIRST_COLUMNS>(row, byte); }
+  static SIMT_DEVICE uint32_t second_place(int row, int byte) { return FIRST_BYTES + place<SECOND_COLUMNS>(row, byte); }
 
   static SIMT_DEVICE int warp_row() { return simt::thread_index() / 32 / WARPS_A_ROW * WARP_M; }
   static SIMT_DEVICE int warp_column() { return simt::thread_index() / 32 % WARPS_A_ROW * WARP_N; }
+
+ private:
+  template <int COLUMNS>
+  static SIMT_DEVICE uint32_t place(int row, int byte) {
+    if constexpr (BY_WARPGROUPS) {
+      return byte / 128 * PANEL_BYTES + swizzled<128>(row, byte % 128);
+    } else {
+      return swizzled<COLUMNS, SIZE == 4>(row, byte);
+    }
+  }
 };
 
 // A warp's sums, as the fragments of mma.sync: of each 16 by 8 values, with g = lane / 4 and t = 2 (lane % 4), a lane
@@ -44,33 +55,55 @@ struct Tile {
 template <class Tile>
 using Sums = float[Tile::WARP_M / 16][Tile::WARP_N / 8][4];
 
-// Multiplies `steps` stages. A loader starts a step's loads, and finishes those that pass through registers once the
-// product before it is under way; a product multiplies one stage and completes it before its place is written again.
+// A loader starts a step's loads, and finishes those that pass through registers once the product before it is under
+// way; a product multiplies one stage and completes all but IN_FLIGHT of those it has begun, so that the place written
+// behind the next barrier is free.
+template <class Tile, class Loader, class Product>
+struct Pipeline {
+  static constexpr int STAGES = Tile::STAGES, AHEAD = STAGES - 1 - Product::IN_FLIGHT;
+  static_assert(AHEAD > 0, "loads go on while a stage is multiplied");
+  shared_address stages;
+  int steps;  // of all products
+  Loader& loader;
+  int step = 0, reading = 0, writing = AHEAD;
+
+  SIMT_DEVICE Pipeline(shared_address stages, int steps, Loader& loader)
+      : stages(stages), steps(steps), loader(loader) {
+    SIMT_UNROLL for (int stage = 0; stage < AHEAD; stage++) {
+      if (stage < steps) {
+        loader.start(place(stage));
+        loader.finish(place(stage));
+      }
+      simt::copy_commit();
+    }
+  }
+
+  // Multiplies the steps up to `end`.
+  SIMT_DEVICE void multiply(int end, Product& product) {
+    for (; step < end; step++) {
+      simt::copy_wait<AHEAD - 1>();
+      Product::publish();
+      simt::sync_threads();
+      const bool has_more = step + AHEAD < steps;
+      if (has_more) loader.start(place(writing));
+      simt::copy_commit();
+      product.multiply(place(reading));
+      if (has_more) loader.finish(place(writing));
+      product.complete();
+      reading = reading + 1 == STAGES ? 0 : reading + 1;
+      writing = writing + 1 == STAGES ? 0 : writing + 1;
+    }
+    product.finish();
+  }
+
+ private:
+  SIMT_DEVICE shared_address place(int stage) const { return stages + stage * Tile::STAGE_BYTES; }
+};
+
+// One product of `steps` stages. Behind it their memory is free.
 template <class Tile, class Loader, class Product>
 SIMT_DEVICE void run_pipeline(shared_address stages, int steps, Loader& loader, Product& product) {
-  constexpr int STAGES = Tile::STAGES;
-  const auto place = [&](int stage) { return stages + stage * Tile::STAGE_BYTES; };
-  SIMT_UNROLL for (int stage = 0; stage < STAGES - 1; stage++) {
-    if (stage < steps) {
-      loader.start(place(stage));
-      loader.finish(place(stage));
-    }
-    simt::copy_commit();
-  }
-  int reading = 0, writing = STAGES - 1;
-  for (int step = 0; step < steps; step++) {
-    simt::copy_wait<STAGES - 2>();
-    Product::publish();
-    simt::sync_threads();
-    const bool has_more = step + STAGES - 1 < steps;
-    if (has_more) loader.start(place(writing));
-    simt::copy_commit();
-    product.multiply(place(reading));
-    if (has_more) loader.finish(place(writing));
-    product.complete();
-    reading = reading + 1 == STAGES ? 0 : reading + 1;
-    writing = writing + 1 == STAGES ? 0 : writing + 1;
-  }
+  Pipeline<Tile, Loader, Product>(stages, steps, loader).multiply(steps, product);
   simt::copy_wait<0>();
   simt::sync_threads();
 }

@@ -197,35 +197,39 @@ widen(Primitive p) {
   }
 }
 
-constexpr int A_ROWS = 64, B_ROWS = 128, DEPTH = 64, OPERAND_BYTES = (A_ROWS + B_ROWS) * DEPTH;
+// A product of 64 rows of A and 192 of B, 64 values of the reduction.
+constexpr int WARPGROUP_ROWS = 64 + simt::WARPGROUP_COLUMNS, WARPGROUP_PRODUCTS = 64 * simt::WARPGROUP_COLUMNS;
 
-// [64, 64] values of A, [128, 64] of B, then the 64 sums that each thread starts from, a byte each.
-template <class T>
+// The values of A and B in lines of 64, a row each, or, transposed, a value of the reduction of 64 rows each; then the
+// sums that each thread starts from; a byte each.
+template <class T, bool TRANSPOSED>
 SIMT_KERNEL(128, 1)
 warpgroup_multiply_add(Primitive p) {
-  const shared_address a = simt::shared_base(), b = a + A_ROWS * DEPTH * 2;
+  constexpr int GROUPS = simt::WARPGROUP_COLUMNS / 8, PANEL = 64 * 128, STEP = TRANSPOSED ? 16 * 128 : 16 * 2;
+  const shared_address a = simt::shared_base(), b = a + PANEL;
   const int thread = simt::thread_index();
-  for (int piece = thread; piece < OPERAND_BYTES / 8; piece += 128) {
+  for (int piece = thread; piece < WARPGROUP_ROWS * 8; piece += 128) {
     const auto in = simt::load_global<2>(input_byte(p, piece * 8));
     Four values;
     SIMT_UNROLL for (int i = 0; i < 4; i++) values.word[i] = small_pair<T>(in.word, 2 * i);
-    const int row = piece / 8, chunk = piece % 8;
-    simt::store_shared<4>(a + row * DEPTH * 2 + ((chunk ^ row % 8) << 4), values);
+    const int line = piece / 8, chunk = piece % 8;
+    simt::store_shared<4>(a + line * 128 + ((chunk ^ line % 8) << 4), values);
   }
-  float sums[16][4];
-  SIMT_UNROLL for (int j = 0; j < 16; j += 4) {
-    const Four in = input_of(p, OPERAND_BYTES / 16 + thread * 4 + j / 4);
+  simt::WarpgroupSums sums;
+  SIMT_UNROLL for (int j = 0; j < GROUPS; j += 4) {
+    const Four in = input_of(p, WARPGROUP_ROWS * 4 + thread * (GROUPS / 4) + j / 4);
     SIMT_UNROLL for (int i = 0; i < 16; i++) sums[j + i / 4][i % 4] = small(in.word, i);
   }
   simt::publish_shared();
   simt::sync_threads();
   simt::warpgroup_arrive();
-  SIMT_UNROLL for (int k = 0; k < DEPTH; k += 16) {
-    simt::warpgroup_multiply_add<T>(sums, simt::matrix_descriptor(a + k * 2), simt::matrix_descriptor(b + k * 2));
+  SIMT_UNROLL for (int step = 0; step < 4 * STEP; step += STEP) {
+    simt::warpgroup_multiply_add<T, TRANSPOSED>(sums, simt::matrix_descriptor(a + step, TRANSPOSED ? PANEL : 16),
+                                                simt::matrix_descriptor(b + step, TRANSPOSED ? PANEL : 16));
   }
   simt::warpgroup_commit();
   simt::warpgroup_wait<0>(sums);
-  SIMT_UNROLL for (int j = 0; j < 16; j++) output_sums(p, thread * 16 + j, sums[j]);
+  SIMT_UNROLL for (int j = 0; j < GROUPS; j++) output_sums(p, thread * GROUPS + j, sums[j]);
 }
 
 struct Entry {
@@ -238,8 +242,8 @@ struct Entry {
 using simt::bfloat16;
 using simt::half;
 
-constexpr int SHARED = OPERAND_BYTES * 2;  // of a warpgroup's operands, two bytes a value
-constexpr int WARPGROUP_INPUT = OPERAND_BYTES + A_ROWS * B_ROWS, WARPGROUP_OUTPUT = A_ROWS * B_ROWS * 4;
+constexpr int SHARED = WARPGROUP_ROWS * 128;  // of a warpgroup's operands, two bytes a value
+constexpr int WARPGROUP_INPUT = WARPGROUP_ROWS * 64 + WARPGROUP_PRODUCTS, WARPGROUP_OUTPUT = WARPGROUP_PRODUCTS * 4;
 
 const Entry ENTRIES[] = {
     {"ldmatrix", load_matrices<false>, 32, 512, 512, 512},
@@ -257,8 +261,12 @@ const Entry ENTRIES[] = {
     {"float32 to bfloat16", narrow<bfloat16>, 32, 0, 512, 512},
     {"float16 to float32", widen<half>, 32, 0, 512, 2048},
     {"bfloat16 to float32", widen<bfloat16>, 32, 0, 512, 2048},
-    {"wgmma float16", warpgroup_multiply_add<half>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT, true},
-    {"wgmma bfloat16", warpgroup_multiply_add<bfloat16>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT, true},
+    {"wgmma float16", warpgroup_multiply_add<half, false>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT, true},
+    {"wgmma bfloat16", warpgroup_multiply_add<bfloat16, false>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT, true},
+    {"wgmma transposed float16", warpgroup_multiply_add<half, true>, 128, SHARED, WARPGROUP_INPUT, WARPGROUP_OUTPUT,
+     true},
+    {"wgmma transposed bfloat16", warpgroup_multiply_add<bfloat16, true>, 128, SHARED, WARPGROUP_INPUT,
+     WARPGROUP_OUTPUT, true},
 };
 
 }  // namespace

@@ -13,8 +13,10 @@ template <class Tile_>
 struct Synchronous {
   using Tile = Tile_;
   Sums<Tile> sums = {};
+  static constexpr int IN_FLIGHT = 0;
   static SIMT_DEVICE void publish() {}
   SIMT_DEVICE void complete() {}
+  SIMT_DEVICE void finish() {}
 };
 
 // 16-bit operands, or float32 ones that are rounded to TF32 on the way: 32 bytes of a row a time in either case.
@@ -100,28 +102,43 @@ struct MultiplyAddsByRows : Synchronous<Tile> {
 };
 
 // A warpgroup's tensor cores (sm_90a), which read both operands from shared memory by themselves: the 128-byte swizzle
-// of their descriptors is the one of rows of 128 bytes here.
-template <class Tile>
-struct WarpgroupByRows {
+// of their descriptors is the one of rows of 128 bytes here. A warpgroup has 64 rows of the first operand, or a panel
+// of its columns, which are as many bytes. A product goes on over the fence and the barrier behind it, so that they
+// keep no tensor core waiting, and is waited for a step later.
+template <class Tile, bool BY_COLUMNS>
+struct Warpgroup {
   using Compute = typename Tile::Compute;
-  static_assert(Tile::ROW_BYTES == 128 && Tile::WARP_M == 16 && Tile::WARP_N == 128 && Tile::BN == 128 &&
-                    sizeof(Compute) == 2, "m64n128k16 on rows of 128 bytes");
+  static_assert(Tile::BY_WARPGROUPS && Tile::BN == simt::WARPGROUP_COLUMNS && Tile::ROW_BYTES == 128 &&
+                    sizeof(Compute) == 2, "m64n192k16 on rows of 128 bytes");
+  static constexpr int IN_FLIGHT = 1;
   Sums<Tile> sums = {};
 
   // What a thread has written becomes visible to the tensor cores before it passes the barrier.
   static SIMT_DEVICE void publish() { simt::publish_shared(); }
 
   SIMT_DEVICE void multiply(shared_address stage) {
-    const shared_address first = stage + simt::thread_index() / 128 * 64 * Tile::ROW_BYTES;
+    constexpr int STEP = BY_COLUMNS ? 16 * 128 : 16 * 2;  // bytes from 16 values of the reduction to the next
+    const shared_address first = stage + simt::thread_index() / 128 * Tile::PANEL_BYTES;
     simt::warpgroup_arrive();
-    SIMT_UNROLL for (int byte = 0; byte < Tile::ROW_BYTES; byte += 32) {
-      simt::warpgroup_multiply_add<Compute>(sums[0], simt::matrix_descriptor(first + byte),
-                                            simt::matrix_descriptor(stage + Tile::FIRST_BYTES + byte));
+    SIMT_UNROLL for (int step = 0; step < Tile::BK / 16 * STEP; step += STEP) {
+      simt::warpgroup_multiply_add<Compute, BY_COLUMNS>(sums[0], operand(first + step),
+                                                        operand(stage + Tile::FIRST_BYTES + step));
     }
     simt::warpgroup_commit();
   }
-  SIMT_DEVICE void complete() { simt::warpgroup_wait<0>(sums[0]); }
+  SIMT_DEVICE void complete() { simt::warpgroup_wait<IN_FLIGHT>(sums[0]); }
+  SIMT_DEVICE void finish() { simt::warpgroup_wait<0>(sums[0]); }
+
+ private:
+  static SIMT_DEVICE uint64_t operand(shared_address start) {
+    return BY_COLUMNS ? simt::matrix_descriptor(start, Tile::PANEL_BYTES) : simt::matrix_descriptor(start);
+  }
 };
+
+template <class Tile>
+struct WarpgroupByRows : Warpgroup<Tile, false> {};
+template <class Tile>
+struct WarpgroupByColumns : Warpgroup<Tile, true> {};
 
 template <class Tile>
 struct TensorCoresByColumns : Synchronous<Tile> {

@@ -123,7 +123,7 @@ class Product:
     def instruction(self) -> str:
         """What the machine code must hold."""
         if self.way.startswith("Warpgroup"):
-            return "HGMMA.64x128x16"
+            return f"HGMMA.64x{self.tile[1]}x16"
         if self.way.startswith("MultiplyAdds"):
             return "FFMA"
         return "HMMA.16816" if self.size == 2 else "HMMA.1688"
@@ -139,13 +139,15 @@ class Product:
 
     @property
     def shared_bytes(self) -> int:
-        """As csrc/pipeline.h, ForwardMemory and WeightGradientMemory in csrc/ have it."""
+        """As csrc/pipeline.h, ForwardMemory, StreamMemory and WeightGradientMemory in csrc/ have it."""
         rows, columns, depth, warp_rows, warp_columns, stages, _ = self.tile
         pipeline = stages * (rows + columns) * depth * self.size
         if self.op == "weight_gradient":
             return pipeline + stages * depth * 16
-        warps = rows // warp_rows * (columns // warp_columns)
-        return max(pipeline, warps * 16 * (warp_columns + 8) * 4) + rows * 8
+        slabs = rows // warp_rows * (columns // warp_columns) * 16 * (32 + 8) * 4
+        if self.op == "forward_stream":
+            return pipeline + slabs + 2 * rows * 8
+        return max(pipeline, slabs) + rows * 8
 
 
 def _usage(log: str, target: str) -> Iterator[tuple[str, Row]]:

@@ -18,6 +18,7 @@ extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
 SIMT_DEVICE int thread_index() { return threadIdx.x; }
 SIMT_DEVICE int block_x() { return blockIdx.x; }
+SIMT_DEVICE int grid_x() { return gridDim.x; }
 SIMT_DEVICE int block_y() { return blockIdx.y; }
 SIMT_DEVICE shared_address shared_base() { return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)); }
 
@@ -217,35 +218,41 @@ SIMT_DEVICE void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4], uint
 #define SIMT_WARPGROUP(...) __trap()
 #endif
 
-// What this thread has written to shared memory becomes visible to products behind the next barrier.
+// What this thread has written to shared memory becomes visible to products behind the next barrier. wgmma reads by the
+// asynchronous proxy, threads and cp.async write by the generic one, and PTX orders the two by this fence alone; every
+// spelling of it waits for the thread's own writes (MEMBAR.CTA), so that a product had better be under way meanwhile.
 SIMT_DEVICE void publish_shared() { SIMT_WARPGROUP("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first product, and before the next one whenever the thread has had its sums.
 SIMT_DEVICE void warpgroup_arrive() { SIMT_WARPGROUP("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Of a matrix of 16-bit values in rows of 128 bytes, eight of which take 1024 aligned bytes, from an address in the
-// first row. Bits 4 to 6 of every value's address are changed by bits 7 to 9: the 128-byte swizzle.
-SIMT_DEVICE uint64_t matrix_descriptor(shared_address address) {
-  constexpr uint64_t ROWS = uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32, SWIZZLE = uint64_t{1} << 62;
-  return (address & 0x3ffff) >> 4 | ROWS | SWIZZLE;
+// first row. Bits 4 to 6 of every value's address are changed by bits 7 to 9: the 128-byte swizzle. Where rows are the
+// reduction, they hold 64 columns, and the next 64 lie panel_bytes on.
+SIMT_DEVICE uint64_t matrix_descriptor(shared_address address, int panel_bytes = 16) {
+  constexpr uint64_t ROWS = uint64_t{1024 >> 4} << 32, SWIZZLE = uint64_t{1} << 62;
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | ROWS | SWIZZLE;
 }
 
-// sums += a [64, 16] x b [128, 16] transposed; they may not be touched until the wait. In warp w of the four, with
-// g = lane / 4 and t = 2 (lane % 4), sums[j][i] is that of row 16 w + g + 8 (i / 2) and column 8 j + t + i % 2.
-template <class T>
-SIMT_DEVICE void warpgroup_multiply_add(float (&sums)[16][4], uint64_t a, uint64_t b) {
+// sums += a [64, 16] x b [192, 16] transposed; where TRANSPOSED the reduction is the rows of both. The sums may not be
+// touched until the wait. In warp w of the four, with g = lane / 4 and t = 2 (lane % 4), sums[j][i] is that of row
+// 16 w + g + 8 (i / 2) and column 8 j + t + i % 2.
+template <class T, bool TRANSPOSED = false>
+SIMT_DEVICE void warpgroup_multiply_add(WarpgroupSums& sums, uint64_t a, uint64_t b) {
 #define SIMT_FOUR(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
+#define SIMT_TWELVE(j) SIMT_FOUR(j), SIMT_FOUR(j + 1), SIMT_FOUR(j + 2)
 #define SIMT_WGMMA(types)                                                                                             \
-  SIMT_WARPGROUP("wgmma.mma_async.sync.aligned.m64n128k16.f32." types " "                                             \
+  SIMT_WARPGROUP("wgmma.mma_async.sync.aligned.m64n192k16.f32." types " "                                             \
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                            \
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                  \
-                 "%64, %65, 1, 1, 1, 0, 0;"                                                                           \
-                 : SIMT_FOUR(0), SIMT_FOUR(1), SIMT_FOUR(2), SIMT_FOUR(3), SIMT_FOUR(4), SIMT_FOUR(5), SIMT_FOUR(6),  \
-                   SIMT_FOUR(7), SIMT_FOUR(8), SIMT_FOUR(9), SIMT_FOUR(10), SIMT_FOUR(11), SIMT_FOUR(12),             \
-                   SIMT_FOUR(13), SIMT_FOUR(14), SIMT_FOUR(15)                                                        \
-                 : "l"(a), "l"(b))
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                   \
+                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                   \
+                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "                  \
+                 "%96, %97, 1, 1, 1, %98, %98;"                                                                       \
+                 : SIMT_TWELVE(0), SIMT_TWELVE(3), SIMT_TWELVE(6), SIMT_TWELVE(9), SIMT_TWELVE(12), SIMT_TWELVE(15),  \
+                   SIMT_TWELVE(18), SIMT_TWELVE(21)                                                                   \
+                 : "l"(a), "l"(b), "n"(static_cast<int>(TRANSPOSED)))
   if constexpr (std::is_same_v<T, half>) {
     SIMT_WGMMA("f16.f16");
   } else {
@@ -253,6 +260,7 @@ SIMT_DEVICE void warpgroup_multiply_add(float (&sums)[16][4], uint64_t a, uint64
     SIMT_WGMMA("bf16.bf16");
   }
 #undef SIMT_WGMMA
+#undef SIMT_TWELVE
 #undef SIMT_FOUR
 }
 
@@ -261,10 +269,10 @@ SIMT_DEVICE void warpgroup_commit() { SIMT_WARPGROUP("wgmma.commit_group.sync.al
 // Waits until at most PENDING of the committed groups of products are in flight. The instruction names no registers:
 // that the sums are not read before it must be said to the compiler.
 template <int PENDING>
-SIMT_DEVICE void warpgroup_wait(float (&sums)[16][4]) {
+SIMT_DEVICE void warpgroup_wait(WarpgroupSums& sums) {
   SIMT_WARPGROUP("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-  SIMT_UNROLL for (int j = 0; j < 16; j++) {
-    asm volatile("" : "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])::"memory");
+  SIMT_UNROLL for (auto& four : sums) {
+    asm volatile("" : "+f"(four[0]), "+f"(four[1]), "+f"(four[2]), "+f"(four[3])::"memory");
   }
 }
 

@@ -19,6 +19,10 @@ struct alignas(4 * WORDS) Vector {
   uint32_t word[WORDS];
 };
 
+// Columns of the one shape that warpgroups multiply in here, and the sums that a thread has of 64 rows of them.
+constexpr int WARPGROUP_COLUMNS = 192;
+using WarpgroupSums = float[WARPGROUP_COLUMNS / 8][4];
+
 }  // namespace simt
 
 #if defined(__CUDACC__)

@@ -219,8 +219,9 @@ void matrices_in_the_same_banks() {
   load_matrices(fragments, thread_index() % 16 * 128);
 }
 
-// A warpgroup multiplies [64, 64] by the transpose of [128, 64], twice into the same sums.
-constexpr int DEPTH = 64, FIRST_ROWS = 64, SECOND_ROWS = 128, WARPGROUP_BYTES = (FIRST_ROWS + SECOND_ROWS) * DEPTH * 2;
+// A warpgroup multiplies [64, 64] by the transpose of [192, 64], twice into the same sums.
+constexpr int DEPTH = 64, FIRST_ROWS = 64, SECOND_ROWS = WARPGROUP_COLUMNS;
+constexpr int WARPGROUP_BYTES = (FIRST_ROWS + SECOND_ROWS) * DEPTH * 2;
 constexpr shared_address FIRST = 0, SECOND = FIRST_ROWS * DEPTH * 2;
 uint16_t operands[(FIRST_ROWS + SECOND_ROWS) * DEPTH];
 int waited;  // how many threads have
@@ -260,12 +261,12 @@ uint64_t first_descriptor(int k) {
   if (WRONG == MISALIGNED) return matrix_descriptor(FIRST + k * 2 + 8);
   if (WRONG == SECOND_ROW) return matrix_descriptor(FIRST + k * 2 + 128);
   if (WRONG == LEAVES_ROW) return matrix_descriptor(FIRST + k * 2 + 16);
-  if (WRONG == OUT_OF_RANGE) return matrix_descriptor(FIRST + k * 2 + 3 * 8192);
+  if (WRONG == OUT_OF_RANGE) return matrix_descriptor(FIRST + k * 2 + 4 * 8192);
   return matrix_descriptor(FIRST + k * 2);
 }
 
 template <Wrong WRONG, class T>
-void warpgroup_multiply(float (&sums)[16][4], int k) {
+void warpgroup_multiply(WarpgroupSums& sums, int k) {
   using Other = std::conditional_t<std::is_same_v<T, half>, bfloat16, half>;
   const uint64_t a = first_descriptor<WRONG>(k), b = matrix_descriptor(SECOND + k * 2);
   if (WRONG == LANES_APART && thread_index() % 2) return sync_warp();
@@ -273,9 +274,9 @@ void warpgroup_multiply(float (&sums)[16][4], int k) {
   warpgroup_multiply_add<T>(sums, a, b);
 }
 
-void expect_products(const float (&sums)[16][4], int times) {
+void expect_products(const WarpgroupSums& sums, int times) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
-  for (int j = 0; j < 16; j++) {
+  for (int j = 0; j < WARPGROUP_COLUMNS / 8; j++) {
     for (int i = 0; i < 4; i++) {
       const int row = warp * 16 + lane / 4 + i / 2 * 8, column = j * 8 + lane % 4 * 2 + i % 2;
       float expected = 1.0f;
@@ -287,7 +288,7 @@ void expect_products(const float (&sums)[16][4], int times) {
 
 template <Wrong WRONG, class T, bool COPIES = false>
 void warpgroup_product() {
-  float sums[16][4];
+  WarpgroupSums sums;
   for (auto& four : sums) {
     for (float& sum : four) sum = 1.0f;
   }
@@ -315,7 +316,7 @@ void warpgroup_product() {
 
 // Two groups in flight: the first has finished once one is left.
 void two_groups_of_products() {
-  float first[16][4] = {}, second[16][4] = {};
+  WarpgroupSums first = {}, second = {};
   fill_operands<NOTHING, false>();
   warpgroup_arrive();
   for (int k = 0; k < DEPTH; k += 16) warpgroup_multiply<NOTHING, bfloat16>(first, k);
@@ -335,9 +336,27 @@ void two_groups_of_products() {
   expect_products(second, 1);
 }
 
+// The same matrices transposed: a line holds a value of the reduction of 64 rows, and 64 lines are a panel.
+template <int START, int PANEL>
+void transposed_product() {
+  WarpgroupSums sums;
+  for (auto& four : sums) {
+    for (float& sum : four) sum = 1.0f;
+  }
+  fill_operands<NOTHING, false>();
+  warpgroup_arrive();
+  for (int k = 0; k < DEPTH; k += 16) {
+    const uint64_t a = matrix_descriptor(FIRST + START + k * 128, PANEL);
+    warpgroup_multiply_add<bfloat16, true>(sums, a, matrix_descriptor(SECOND + k * 128, PANEL));
+  }
+  warpgroup_commit();
+  warpgroup_wait<0>(sums);
+  expect_products(sums, 1);
+}
+
 void half_a_warpgroup() {
   warpgroup_arrive();
-  float sums[16][4] = {};
+  WarpgroupSums sums = {};
   warpgroup_multiply<NOTHING, bfloat16>(sums, 0);
 }
 
@@ -396,10 +415,13 @@ void run_banks(const char* name, int64_t conflicts, void (*body)()) {
 
 void run_warpgroup(const char* name, void (*body)()) { run(Case{name, {body}, 128, WARPGROUP_BYTES}); }
 
-template <class T>
+template <class T, bool TRANSPOSED = false>
 void fill(uint16_t* to) {
   for (int row = 0; row < FIRST_ROWS + SECOND_ROWS; row++) {
-    for (int k = 0; k < DEPTH; k++) to[row * DEPTH + k] = round_to<T>(value(row, k)).raw;
+    for (int k = 0; k < DEPTH; k++) {
+      const int place = TRANSPOSED ? (row / 64 * DEPTH + k) * 64 + row % 64 : row * DEPTH + k;
+      to[place] = round_to<T>(value(row, k)).raw;
+    }
   }
 }
 
@@ -485,6 +507,11 @@ int main() {
   run_warpgroup("wgmma lanes apart", warpgroup_product<LANES_APART, bfloat16>);
   run_warpgroup("wgmma three warps", warpgroup_product<THREE_WARPS, bfloat16>);
   run("wgmma half a warpgroup", half_a_warpgroup);
+  fill<bfloat16, true>(operands);
+  run_warpgroup("wgmma transposed", transposed_product<0, 64 * 128>);
+  run_warpgroup("wgmma transposed leaves row", transposed_product<16, 64 * 128>);
+  run_warpgroup("wgmma transposed in another panel", transposed_product<0, 32 * 128>);
+  run_warpgroup("wgmma transposed out of range", transposed_product<0, 160 * 128>);
   // Conversions: a checksum of all 16-bit numbers there and back, for the test to compare with PyTorch's.
   for (uint32_t raw = 0; raw < 0x10000; raw += 0x10) {
     const half h{static_cast<uint16_t>(raw)};

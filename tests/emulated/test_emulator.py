@@ -40,6 +40,7 @@ RIGHT = (
     "wgmma bfloat16",
     "wgmma of copies",
     "wgmma in two groups",
+    "wgmma transposed",
 )
 WRONG = {
     "neighbours without barrier": ("without a barrier", "never written"),
@@ -85,12 +86,15 @@ WRONG = {
     "wgmma different descriptors": ("different descriptors",),
     "wgmma misaligned": ("descriptor is misaligned",),
     "wgmma second row": ("first row of 1024 aligned bytes",),
-    "wgmma leaves row": ("leave a row",),
+    "wgmma leaves row": ("leaves a row",),
     "wgmma out of range": ("out of range",),
     "wgmma lanes apart": ("different warp operations",),
     "wgmma warps apart": ("warps of a warpgroup are at different operations",),
     "wgmma three warps": ("after a lane has ended", "deadlock"),
     "wgmma half a warpgroup": ("not whole warpgroups",),
+    "wgmma transposed leaves row": ("leaves a row",),
+    "wgmma transposed in another panel": ("wrong product",),
+    "wgmma transposed out of range": ("out of range",),
 }
 
 

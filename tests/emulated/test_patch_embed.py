@@ -52,7 +52,7 @@ def test_any_number_of_steps(steps: int, images: str, layout: str, dtype: str) -
 @pytest.mark.parametrize("device", [{}, LARGE, HOPPER], ids=["small", "large", "hopper"])
 @pytest.mark.parametrize("images", ["uint8", "same", "float32"])
 def test_more_rows_and_columns_than_a_tile(images: str, device: dict[str, Any], dtype: str) -> None:
-    case = PatchEmbedCase("tiles", batch=5, grid=(5, 6), patch=(8, 8), channels=3, width=136, prefix=2, images=images,
+    case = PatchEmbedCase("tiles", batch=7, grid=(5, 6), patch=(8, 8), channels=4, width=200, prefix=2, images=images,
                           normalise=True)  # fmt: skip
     with emulation(**device):
         _hold(make_inputs(case, DTYPES[dtype]))
@@ -64,6 +64,28 @@ def test_any_number_of_steps_of_large_tiles(steps: int) -> None:
     for device in (LARGE, HOPPER):
         with emulation(**device):
             _hold(make_inputs(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("images", ["uint8", "same"])
+@pytest.mark.parametrize(("steps", "processors"), [(1, 1), (2, 1), (3, 1), (3, 3), (5, 3)])
+def test_a_block_multiplies_tile_after_tile(steps: int, processors: int, images: str) -> None:
+    """Four tiles by one block, or by three; where their steps are fewer than loads are ahead, by four."""
+    case = PatchEmbedCase("stream", batch=7, patch=(8, 8), channels=steps, grid=(5, 6), width=200, images=images)
+    with emulation(capability=90, processors=processors):
+        _hold(make_inputs(case, torch.bfloat16), gradients=1)
+
+
+def test_more_steps_of_the_weight_gradient_than_stages() -> None:
+    """So many tiles that their rows are not split: six steps."""
+    case = PatchEmbedCase("steps", batch=11, patch=(8, 8), channels=29, grid=(5, 6), width=1160, prefix=0)
+    inputs = make_inputs(case, torch.bfloat16)
+    images = inputs.tensors["images"]
+    assert images is not None
+    with emulation(**HOPPER):
+        found = _backward(inputs, [False, True, False, False])[1]
+    patches = torch.nn.functional.unfold(images.double(), 8, stride=8)  # [B, K, N]
+    expected = inputs.grad.to(inputs.compute).double().transpose(1, 2) @ patches.transpose(1, 2)
+    assert relative_error(found, expected.sum(0).view(found.shape)) < 2**-8
 
 
 @pytest.mark.parametrize("device", [{}, LARGE, HOPPER], ids=["small", "large", "hopper"])
@@ -204,13 +226,13 @@ def _tokens(inputs: Inputs, keep: Tensor | None) -> Tensor:
     return ops.patch_embed(images, weight, *rest, keep, _constants(inputs)[0], inputs.compute, inputs.out, False)
 
 
-def _backward(inputs: Inputs) -> tuple[Tensor, ...]:
+def _backward(inputs: Inputs, needs: list[bool] | None = None) -> tuple[Tensor, ...]:
     images, weight, prefix = (inputs.tensors[name] for name in ("images", "weight", "prefix"))
     assert images is not None and weight is not None
     return ops.patch_embed_backward(
         inputs.grad, inputs.grad.to(inputs.compute), images, weight, inputs.keep, *_constants(inputs), inputs.compute,
         0 if prefix is None else prefix.shape[0], False, inputs.mean is not None,
-        [images.is_floating_point(), True, True, True],
+        needs or [images.is_floating_point(), True, True, True],
     )  # fmt: skip
 
 

@@ -173,12 +173,15 @@ def widen(data: Array, *, dtype: torch.dtype) -> Array:
     return np.concatenate([words, words], axis=1)
 
 
-def wgmma(data: Array) -> Array:
-    """Rows are 4 warps of 2 halves of 8, columns 16 times 4 pairs; a thread is (warp, row of 8, pair)."""
+def wgmma(data: Array, *, transposed: bool = False) -> Array:
+    """Rows are 4 warps of 2 halves of 8, columns 24 times 4 pairs; a thread is (warp, row of 8, pair)."""
     values = _small(data)
-    a, b = values[: 64 * 64].reshape(64, 64), values[64 * 64 : 192 * 64].reshape(128, 64)
-    start = values[192 * 64 :].reshape(4, 8, 4, 16, 2, 2)
-    products = (a @ b.T).reshape(4, 2, 8, 16, 4, 2).transpose(0, 2, 4, 3, 1, 5)
+    panels = values[: 256 * 64].reshape(4, 64, 64)
+    if transposed:
+        panels = panels.swapaxes(1, 2)
+    a, b = panels[0], panels[1:].reshape(192, 64)
+    start = values[256 * 64 :].reshape(4, 8, 4, 24, 2, 2)
+    products = (a @ b.T).reshape(4, 2, 8, 24, 4, 2).transpose(0, 2, 4, 3, 1, 5)
     return np.ascontiguousarray(start + products)
 
 
@@ -200,6 +203,8 @@ EXPECTED: dict[str, Callable[[Array], Array]] = {
     "bfloat16 to float32": lambda data: widen(data, dtype=torch.bfloat16),
     "wgmma float16": wgmma,
     "wgmma bfloat16": wgmma,
+    "wgmma transposed float16": lambda data: wgmma(data, transposed=True),
+    "wgmma transposed bfloat16": lambda data: wgmma(data, transposed=True),
 }
 
 
@@ -215,7 +220,7 @@ def test_a_primitive_is_what_arithmetic_says(primitives: Primitives, name: str) 
         np.testing.assert_array_equal(primitives.run(name, data, seed=seed), expected, err_msg=f"seed {seed}")
 
 
-@pytest.mark.parametrize("name", ["wgmma float16", "wgmma bfloat16"])
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith("wgmma")])
 @pytest.mark.parametrize("capability", [80, 100])
 def test_wgmma_is_refused_where_it_does_not_exist(primitives: Primitives, name: str, capability: int) -> None:
     with pytest.raises(RuntimeError, match=f"{name}: not on this device"):

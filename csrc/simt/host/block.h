@@ -42,6 +42,7 @@ class Block {
     random_ = seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
     by_priority_ = draw(2);
     stacks_.resize(static_cast<std::size_t>(threads) * STACK_BYTES);
+    grid_x_ = grid.x;
     for (y_ = 0; y_ < grid.y; y_++) {
       for (x_ = 0; x_ < grid.x; x_++) run_block(threads, shared_bytes);
     }
@@ -49,6 +50,7 @@ class Block {
 
   Thread& current() { return *current_; }
   int x() const { return x_; }
+  int grid_x() const { return grid_x_; }
   int y() const { return y_; }
   SharedMemory& shared() { return shared_; }
   uint64_t draw(uint64_t below) {
@@ -240,7 +242,7 @@ class Block {
   std::string fault_;
   uint64_t random_ = 1;
   bool by_priority_ = true;
-  int x_ = 0, y_ = 0, waiting_ = 0, alive_ = 0;
+  int x_ = 0, y_ = 0, grid_x_ = 0, waiting_ = 0, alive_ = 0;
 };
 
 // The block that runs now.

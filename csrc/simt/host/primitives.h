@@ -17,6 +17,7 @@ namespace simt {
 
 SIMT_DEVICE int thread_index() { return host::block().current().index; }
 SIMT_DEVICE int block_x() { return host::block().x(); }
+SIMT_DEVICE int grid_x() { return host::block().grid_x(); }
 SIMT_DEVICE int block_y() { return host::block().y(); }
 SIMT_DEVICE shared_address shared_base() { return 0; }
 

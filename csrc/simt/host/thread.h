@@ -42,7 +42,7 @@ struct ProductShare {
 
 // Sums of one thread that products in flight add to. They are kept here, and those of the kernel are NaN until then.
 struct PendingSums {
-  static constexpr int COUNT = 64;
+  static constexpr int COUNT = WARPGROUP_COLUMNS / 2;
   float* place;
   std::vector<float> values;
   int products;

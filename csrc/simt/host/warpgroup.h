@@ -15,37 +15,44 @@
 namespace simt {
 namespace host {
 
-// What a descriptor says of a matrix of 16-bit values: rows of 128 bytes, swizzled, eight of them in 1024 bytes.
+// What a descriptor says of a matrix of 16-bit values: rows of 128 bytes, swizzled, eight of them in 1024 bytes. A row
+// is one of the matrix's, or, transposed, one value of the reduction for each of 64 rows: a panel.
+template <bool TRANSPOSED>
 class Operand {
  public:
   explicit Operand(uint64_t descriptor)
-      : start_(static_cast<uint32_t>(descriptor & 0x3fff) << 4),
-        stride_(static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4) {
+      : start_(field(descriptor, 0)), panel_(field(descriptor, 16)), stride_(field(descriptor, 32)) {
     if (descriptor >> 62 != 1) fail("wgmma: only the swizzle of 128 bytes is emulated");
     if (start_ >> 7 & 7) fail("wgmma: the descriptor does not start in the first row of 1024 aligned bytes");
-    if (start_ % ROW_BYTES > ROW_BYTES - 32) fail("wgmma: 16 values from the descriptor's start leave a row");
+    if (start_ % ROW_BYTES > (TRANSPOSED ? 0 : ROW_BYTES - 32)) {
+      fail("wgmma: what is read from the descriptor's start on leaves a row");
+    }
   }
 
   // Of eight values, as they lie in memory. The swizzle is one of address bits: 4 to 6 are changed by 7 to 9.
   uint32_t address(int row, int k) const {
-    const uint32_t linear = start_ + row / 8 * stride_ + row % 8 * ROW_BYTES + k * 2;
+    const int line = TRANSPOSED ? k : row, across = TRANSPOSED ? row % 64 : k;
+    const uint32_t linear = start_ + (TRANSPOSED ? row / 64 * panel_ : 0) + line / 8 * stride_ + line % 8 * ROW_BYTES +
+                            static_cast<uint32_t>(across) * 2;
     return linear ^ (linear >> 7 & 7) << 4;
   }
 
  private:
   static constexpr uint32_t ROW_BYTES = 128;
-  uint32_t start_, stride_;
+  static uint32_t field(uint64_t descriptor, int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; }
+  uint32_t start_, panel_, stride_;
 };
 
-template <class T, int ROWS>
+template <class T, bool TRANSPOSED, int ROWS>
 void read_operand(uint64_t descriptor, float (&values)[ROWS][16], const Actor& actor, Product& product) {
-  const Operand operand(descriptor);
-  for (int row = 0; row < ROWS; row++) {
-    for (int k = 0; k < 16; k += 8) {
-      uint16_t raw[8];
-      product.operands.push_back(operand.address(row, k));
-      block().shared().read_operand(product.operands.back(), raw, sizeof raw, actor);
-      for (int i = 0; i < 8; i++) values[row][k + i] = to_float(T{raw[i]});
+  const Operand<TRANSPOSED> operand(descriptor);
+  for (int first = 0; first < ROWS * 16; first += 8) {
+    const int row = TRANSPOSED ? first % ROWS : first / 16, k = TRANSPOSED ? first / ROWS : first % 16;
+    uint16_t raw[8];
+    product.operands.push_back(operand.address(row, k));
+    block().shared().read_operand(product.operands.back(), raw, sizeof raw, actor);
+    for (int i = 0; i < 8; i++) {
+      (TRANSPOSED ? values[row + i][k] : values[row][k + i]) = to_float(T{raw[i]});
     }
   }
 }
@@ -65,7 +72,7 @@ struct ProductOperands {
   uint64_t a, b;
 };
 
-template <class T>
+template <class T, bool TRANSPOSED>
 void warpgroup_multiply_add(void* const (&threads)[WARPGROUP]) {
   const auto operands = [&](int index) { return static_cast<const ProductOperands*>(threads[index]); };
   for (int index = 1; index < WARPGROUP; index++) {
@@ -75,9 +82,9 @@ void warpgroup_multiply_add(void* const (&threads)[WARPGROUP]) {
   }
   const auto product = std::make_shared<Product>();
   const int first = block().current().index / WARPGROUP * WARPGROUP;
-  float a[64][16], b[128][16];
-  read_operand<T>(operands(0)->a, a, block().current().actor(), *product);
-  read_operand<T>(operands(0)->b, b, block().current().actor(), *product);
+  float a[64][16], b[WARPGROUP_COLUMNS][16];
+  read_operand<T, TRANSPOSED>(operands(0)->a, a, block().current().actor(), *product);
+  read_operand<T, TRANSPOSED>(operands(0)->b, b, block().current().actor(), *product);
   for (int index = 0; index < WARPGROUP; index++) {
     Thread& thread = block().thread(first + index);
     PendingSums& sums = take_sums(thread, operands(index)->sums);
@@ -114,17 +121,17 @@ SIMT_DEVICE void publish_shared() { host::block().shared().publish(host::block()
 
 SIMT_DEVICE void warpgroup_arrive() { host::block().current().has_arrived = true; }
 
-SIMT_DEVICE uint64_t matrix_descriptor(shared_address address) {
+SIMT_DEVICE uint64_t matrix_descriptor(shared_address address, int panel_bytes = 16) {
   if (address % 16) host::fail("wgmma: the address of a descriptor is misaligned");
-  constexpr uint64_t ROWS = uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32, SWIZZLE = uint64_t{1} << 62;
-  return (address & 0x3ffff) >> 4 | ROWS | SWIZZLE;
+  constexpr uint64_t ROWS = uint64_t{1024 >> 4} << 32, SWIZZLE = uint64_t{1} << 62;
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | ROWS | SWIZZLE;
 }
 
-template <class T>
-SIMT_DEVICE void warpgroup_multiply_add(float (&sums)[16][4], uint64_t a, uint64_t b) {
+template <class T, bool TRANSPOSED = false>
+SIMT_DEVICE void warpgroup_multiply_add(WarpgroupSums& sums, uint64_t a, uint64_t b) {
   if (!host::block().current().has_arrived) host::fail("wgmma without warpgroup_arrive since the last wait");
   host::ProductOperands mine{sums[0], a, b};
-  host::block().with_warpgroup(host::warpgroup_multiply_add<T>, &mine);
+  host::block().with_warpgroup(host::warpgroup_multiply_add<T, TRANSPOSED>, &mine);
 }
 
 SIMT_DEVICE void warpgroup_commit() {
@@ -134,7 +141,7 @@ SIMT_DEVICE void warpgroup_commit() {
 }
 
 template <int PENDING>
-SIMT_DEVICE void warpgroup_wait(float (&)[16][4]) {
+SIMT_DEVICE void warpgroup_wait(WarpgroupSums&) {
   host::Thread& thread = host::block().current();
   while (static_cast<int>(thread.products.size()) > PENDING) {
     for (const host::ProductShare& share : thread.products.front()) host::finish_product(thread, share);
