@@ -425,7 +425,7 @@ def test_memory_that_is_not_there(ops: Any, which: str) -> None:
 
 def test_what_kernels_throw_arrives_with_its_text(ops: Any) -> None:
     # std::invalid_argument, from a primitive that the emulated GPU, of capability 8.0, has not.
-    which, operands, sums = 15, (64 + 128) * 64 + 64 * 128, 64 * 128 * 4
+    which, operands, sums = 15, (64 + 192) * 64 + 64 * 192, 64 * 192 * 4
     given, out = torch.zeros(operands, dtype=torch.uint8), torch.zeros(sums, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="wgmma float16: not on this device"):
         ops.run_primitive_cuda(which, given, out)
@@ -436,7 +436,7 @@ def test_run_primitive(ops: Any) -> None:
     ops.run_primitive_cuda(0, given, out)  # ldmatrix: the bytes in another order
     assert torch.equal(given.sort().values, out.sort().values) and not torch.equal(given, out)
     for which, tensors, message in (
-        (17, (given, out), "which: 17; accepted: 0 to 16"),
+        (19, (given, out), "which: 19; accepted: 0 to 18"),
         (0, (given[1:], out), "input: expected 512 contiguous bytes, got [511]"),
         (0, (given, torch.zeros(1024, dtype=torch.uint8)[::2]), "output: expected 512 contiguous bytes, got [512]"),
         (0, (given, torch.zeros(513, dtype=torch.uint8)[1:]), "output: its address is not a multiple of 16"),
