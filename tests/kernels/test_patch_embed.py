@@ -238,6 +238,22 @@ def test_splits_do_not_change_the_sum(check: Callable, monkeypatch: pytest.Monke
     assert min(splits) > 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "rides"),
+    [
+        ((256, 197, 768), True),
+        ((4096, 197, 768), True),
+        ((2000, 5, 64), False),
+        ((8, 5, 64), True),
+        ((0, 5, 64), False),
+    ],
+)
+def test_rows_are_summed_beside_the_product_unless_few_programs_would(shape: tuple[int, ...], rides: bool) -> None:
+    from fastvit.kernels.patch_embed import _may_ride
+
+    assert _may_ride(torch.empty(shape, device="meta")) is rides
+
+
 def test_keep_out_of_range(make: Callable, forward: Callable, backward: Callable) -> None:
     """Such a token is NaN, and neither it nor its gradient reaches anything else."""
     for width, patch in ((16, (8, 8)), (17, (4, 4))):
