@@ -11,7 +11,10 @@ from torch import Tensor
 from fastvit.kernels import launch, manifest
 from fastvit.kernels.jit import jit
 from fastvit.kernels.layout import INT32_LIMIT, cdiv
+from fastvit.kernels.prepare_weight import alike, table_rows
 from fastvit.kernels.row_sums import sum_rows
+
+READABLE = (torch.float32, torch.float16, torch.bfloat16)  # by every kernel
 
 
 @functools.partial(jit, any_address=["positions_ptr", "prefix_ptr"])
@@ -28,11 +31,7 @@ def position_table(
 ):
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (row < rows)[:, None] & (d < width)[None, :]
-    place = row[:, None] * width + d[None, :]
-    value = tl.load(prefix_ptr + place, mask=inside & (row < prefix)[:, None], other=0.0).to(tl.float32)
-    position_ptrs = positions_ptr + place - position_start * width
-    value += tl.load(position_ptrs, mask=inside & (row >= position_start)[:, None], other=0.0).to(tl.float32)
+    value, place, inside = table_rows(positions_ptr, prefix_ptr, 0.0, row, d, rows, width, prefix, position_start)
     tl.store(table_ptr + place, value, mask=inside)
 
 
@@ -135,16 +134,14 @@ def forward(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: tor
 def _table(positions: Tensor, prefix: Tensor | None, length: int) -> Tensor:
     """[length, D] fp32: what is added to every image alike. Parameters of one dtype are read as they are."""
     width = positions.shape[-1]
-    is_one = prefix is None or prefix.dtype == positions.dtype
-    source = positions.dtype if is_one and ENTRIES.find("position_table", positions.dtype) else torch.float32
-    positions = positions.to(source).contiguous()
+    positions, prefix = alike(READABLE, positions, prefix)
     table = torch.empty(length, width, dtype=torch.float32, device=positions.device)
     entry = ENTRIES.one("position_table", positions.dtype)
     launch.launch(
         entry,
         (cdiv(length, entry.constant("BLOCK_ROWS")), cdiv(width, entry.constant("BLOCK_D"))),
         positions_ptr=positions,
-        prefix_ptr=prefix.to(source).contiguous() if prefix is not None else positions,
+        prefix_ptr=prefix if prefix is not None else positions,
         table_ptr=table,
         rows=length,
         width=width,
@@ -163,7 +160,7 @@ def backward(grad: Tensor) -> Tensor:
 
 def supported(grad: Tensor) -> Tensor:
     """The gradient in a dtype the kernels read."""
-    return grad if grad.dtype in (torch.float32, torch.float16, torch.bfloat16) else grad.float()
+    return grad if grad.dtype in READABLE else grad.float()
 
 
 def _example(*shape: int) -> Tensor:

@@ -182,7 +182,7 @@ def _may_ride(grad: Tensor) -> bool:
     """Whether the weight gradient's own launch may sum the rows of grad [B, R+N, D]: a program sums some columns over
     the whole batch, which would take long where many images meet few columns."""
     batch, length, width = grad.shape
-    return 0 < batch <= MOST_IMAGES or (batch > 0 and length * width >= 64 * TARGET_PROGRAMS)
+    return batch > 0 and (batch <= MOST_IMAGES or length * width >= 64 * TARGET_PROGRAMS)
 
 
 def _row_gradients(grad: Tensor, keep: Tensor | None, prefix_rows: int, patches: int) -> Tensor:

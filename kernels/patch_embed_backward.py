@@ -20,9 +20,8 @@ from fastvit.kernels.precision import round_to_tf32
 
 
 @triton.jit
-def _columns(k, padded_rows, planes, runs, channel_stride, row_stride, RUN: tl.constexpr):
-    """Offset of each k from the patch's first value, the places that decide whether k is padding, and its channel in
-    an NCHW image."""
+def _columns(k, padded_rows, planes, runs, channels, channels_last, channel_stride, row_stride, RUN: tl.constexpr):
+    """Offset of each k from the patch's first value, the places that decide whether k is padding, and its channel."""
     column = k % RUN
     stretch_row = k // RUN
     plane = stretch_row // padded_rows
@@ -30,13 +29,9 @@ def _columns(k, padded_rows, planes, runs, channel_stride, row_stride, RUN: tl.c
     plane = tl.minimum(plane, planes - 1)  # past the last one: somewhere inside the image, never used
     channel = plane // runs
     run_start = (plane - channel * runs) * RUN
-    return channel * channel_stride + row * row_stride + run_start + column, run_start + column, row, channel
-
-
-@triton.jit
-def _channels(place, channel, channels, channels_last):
-    """The channel of each k in either layout."""
-    return tl.where(channels_last != 0, place % channels, channel)
+    place = run_start + column
+    offset = channel * channel_stride + row * row_stride + place
+    return offset, place, row, tl.where(channels_last != 0, place % channels, channel)
 
 
 @triton.jit
@@ -113,10 +108,12 @@ def _patch_embed_weight_gradient(
     tile_n = tl.program_id(0) // tiles_k
     tile_k = tl.program_id(0) - tile_n * tiles_k
     k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offset, place, row, channel = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)
+    channel_stride = channel_stride_units * ALIGN
+    offset, place, row, channel = _columns(
+        k, padded_rows, planes, runs, channels, channels_last, channel_stride, row_stride, RUN
+    )
     d = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if CONVERT:
-        channel = _channels(place, channel, channels, channels_last)
         shift = tl.load(constants_ptr + channels + channel)
 
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
@@ -282,8 +279,11 @@ def _patch_embed_image_gradient(
     patch_offset = (m // patches).to(tl.int64) * (batch_stride_units.to(tl.int64) * ALIGN) + (
         grid_y * (patch_height * row_stride) + grid_x * stretch
     )
-    offset, place, row, channel = _columns(k, padded_rows, planes, runs, channel_stride_units * ALIGN, row_stride, RUN)
-    acc = acc * tl.load(constants_ptr + 3 * channels + _channels(place, channel, channels, channels_last))[None, :]
+    channel_stride = channel_stride_units * ALIGN
+    offset, place, row, channel = _columns(
+        k, padded_rows, planes, runs, channels, channels_last, channel_stride, row_stride, RUN
+    )
+    acc = acc * tl.load(constants_ptr + 3 * channels + channel)[None, :]
     inside = (k < k_length) & (place < stretch) & (row < patch_height)
     image_ptrs = images_ptr + patch_offset[:, None] + offset[None, :]
     tl.store(image_ptrs, acc.to(images_ptr.dtype.element_ty), mask=(m < rows)[:, None] & inside[None, :])

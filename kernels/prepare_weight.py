@@ -6,10 +6,11 @@ How the normalisation is divided between the two is told in normalisation.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,6 +19,19 @@ from fastvit.kernels.jit import jit
 from fastvit.kernels.layout import KOrder, PatchLayout, cdiv
 from fastvit.kernels.normalisation import UINT8_SCALE, ChannelConstants, constants_on_device
 from fastvit.kernels.precision import product_precision, round_to_tf32
+
+
+@triton.jit
+def table_rows(positions_ptr, prefix_ptr, bias, row, d, rows, width, prefix, position_start):
+    """What is added to rows of the sequence at columns d: positions from position_start on, behind the prefix or the
+    bias [1, D]; and where these rows lie in the table, and whether they do."""
+    inside = (row < rows)[:, None] & (d < width)[None, :]
+    is_prefix = (row < prefix)[:, None]
+    place = row[:, None] * width + d[None, :]
+    first = tl.load(prefix_ptr + place, mask=inside & is_prefix, other=0.0).to(tl.float32)
+    position_ptrs = positions_ptr + place - position_start * width
+    position = tl.load(position_ptrs, mask=inside & (row >= position_start)[:, None], other=0.0).to(tl.float32)
+    return tl.where(is_prefix, first, bias) + position, place, inside
 
 
 @functools.partial(jit, any_address=["weight_ptr", "bias_ptr", "positions_ptr", "prefix_ptr"])
@@ -88,14 +102,8 @@ def prepare_weight(
     bias = tl.load(bias_ptr + d, mask=in_width & (has_bias != 0), other=0.0).to(tl.float32) + correction / factor
     for row_start in range(0, rows, BLOCK_ROWS):
         row = row_start + tl.arange(0, BLOCK_ROWS)
-        inside = (row < rows)[:, None] & in_width[None, :]
-        is_prefix = (row < prefix)[:, None]
-        place = row[:, None] * width + d[None, :]
-        value = tl.load(prefix_ptr + place, mask=inside & is_prefix, other=0.0).to(tl.float32)
-        value = tl.where(is_prefix, value, bias[None, :])
-        has_position = (row >= position_start)[:, None]
-        value += tl.load(positions_ptr + place - position_start * width, mask=inside & has_position, other=0.0).to(
-            tl.float32
+        value, place, inside = table_rows(
+            positions_ptr, prefix_ptr, bias[None, :], row, d, rows, width, prefix, position_start
         )
         tl.store(table_ptr + place, value * factor, mask=inside)
 
@@ -122,6 +130,14 @@ class Prepared(NamedTuple):
     table: Tensor  # [R+N, D] fp32
 
 
+def alike(readable: Container[torch.dtype], *tensors: Tensor | None) -> list[Any]:
+    """Contiguous and of one dtype: as they are where they share one that can be read, else in fp32."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    shared = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = shared if shared in readable else torch.float32
+    return [None if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
+
+
 def prepare(
     weight: Tensor,
     constants: Sequence[ChannelConstants],
@@ -139,19 +155,12 @@ def prepare(
     positions has `rows` rows, or as many as there are without prefix. Parameters of one dtype are read as they are, of
     several in fp32.
     """
-    given = [tensor for tensor in (weight, bias, positions, prefix) if tensor is not None]
-    source = weight.dtype
-    if source not in (compute_dtype, torch.float32) or any(tensor.dtype != source for tensor in given):
-        source = torch.float32
-    weight = weight.to(source).contiguous()
-    bias, positions, prefix = (
-        tensor.to(source).contiguous() if tensor is not None else None for tensor in (bias, positions, prefix)
-    )
+    weight, bias, positions, prefix = alike((compute_dtype, torch.float32), weight, bias, positions, prefix)
     width = weight.shape[0]
     prepared = torch.empty(width, order.length, dtype=compute_dtype, device=weight.device)
     normaliser = torch.empty(2, order.length, dtype=torch.float32, device=weight.device)
     table = torch.empty(rows, width, dtype=torch.float32, device=weight.device)
-    entry = ENTRIES.one("prepare_weight", source, compute_dtype, f"run{order.run}")
+    entry = ENTRIES.one("prepare_weight", weight.dtype, compute_dtype, f"run{order.run}")
     launch.launch(
         entry,
         (cdiv(width, entry.constant("BLOCK_D")),),
