@@ -36,7 +36,8 @@ def check_primitives(device: str | torch.device | None = None, progress: Progres
 
     capability = torch.cuda.get_device_capability(where)
     with call.emulation(capability=10 * capability[0] + capability[1]):
-        known, rows = call.library().primitives(), []
+        known = call.library().primitives()
+        rows = []
         for which, (name, input_bytes, output_bytes) in enumerate(known):
             if progress:
                 progress(which, len(known), name)

@@ -324,9 +324,9 @@ def _check_repeat(candidate: Candidate, case: Case, dtype: str, row: Row) -> Row
     except Exception as error:  # as above
         return _broken(row, error)
     differing = [name for name, value in first.items() if not torch.equal(value, second[name])]
-    return (
-        replace(row, reason=f"two runs differ in {', '.join(differing)}") if differing else replace(row, status=PASSED)
-    )
+    if differing:
+        return replace(row, reason=f"two runs differ in {', '.join(differing)}")
+    return replace(row, status=PASSED)
 
 
 def _compared(row: Row, ours: Tensor, theirs: Tensor, truth: Tensor) -> Row:
