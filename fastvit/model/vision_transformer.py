@@ -158,7 +158,6 @@ class VisionTransformer(nn.Module):
         self.grad_checkpointing = False
         self.pos_embed_kind = pos_embed or "none"
 
-        self.mean, self.std = model_normalisation(mean, std, in_chans)
         embed_norm = norm_layer_of(embed_norm_layer, "embed_norm_layer")
         # Modules are made in timm's order, so that the same seed gives the same weights.
         self.patch_embed: Any = embed_layer(
@@ -172,8 +171,8 @@ class VisionTransformer(nn.Module):
             **({} if embed_norm is None else {"norm_layer": embed_norm}),
             **factory,
         )
-        if isinstance(self.patch_embed, PatchEmbed):  # any other is given normalised floats
-            self.patch_embed.mean, self.patch_embed.std = self.mean, self.std
+        self.mean, self.std = model_normalisation(mean, std, in_chans)
+        if isinstance(self.patch_embed, PatchEmbed):
             self.patch_embed.copy_images = copy_images
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim, **factory)) if reg_tokens else None
@@ -358,7 +357,7 @@ class VisionTransformer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in ("mean", "std") and isinstance(self._modules.get("patch_embed"), PatchEmbed):
-            setattr(self.patch_embed, name, value)  # which is where they are read
+            setattr(self.patch_embed, name, value)  # any other is given normalised floats
 
     # ---- from images to tokens -----------------------------------------------------------------------------------
 
