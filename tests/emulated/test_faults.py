@@ -260,12 +260,12 @@ FAULTS = (
         "outside",
     ),
     Fault(
-        "a row of the patch skipped",
+        "a row of the patch repeated",
         BFLOAT16,
         "patches.h",
         "if (value >= p.stretch) value -= p.stretch, row++;",
-        "if (value >= p.stretch) value -= p.stretch, row += 2;",
-        "outside",
+        "if (value >= p.stretch) value -= p.stretch;",
+        "value",
     ),
     Fault(
         "vectors of pixels where none fit",
