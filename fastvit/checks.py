@@ -122,6 +122,52 @@ def check_keep_range(keep: Tensor, patches: int) -> None:
         raise ValueError(f"keep: index {low if low < 0 else high} is out of range; accepted: 0 to {patches - 1}")
 
 
+MOST_VALUES = 8192  # of a token, in the trunk's ops
+
+
+def check_residual_and_branch(residual: Tensor, branch: Tensor | None) -> None:
+    """Two float tensors [..., D] of one shape, on one device."""
+    check_tensor("residual", residual)
+    if residual.dim() < 1 or not 1 <= residual.shape[-1] <= MOST_VALUES:
+        raise ValueError(f"residual: expected shape [..., D] with D from 1 to {MOST_VALUES}, got {shape_of(residual)}")
+    check_dtype("residual", residual.dtype, FLOAT_DTYPES)
+    if branch is None:
+        return
+    check_tensor("branch", branch)
+    if branch.shape != residual.shape:
+        raise ValueError(f"branch: shape {shape_of(branch)}, but residual has {shape_of(residual)}; they must match")
+    check_dtype("branch", branch.dtype, FLOAT_DTYPES)
+    check_device("branch", branch, "residual", residual)
+
+
+def check_vector(name: str, vector: Tensor | None, residual: Tensor) -> None:
+    """A float a value of a token."""
+    if vector is None:
+        return
+    check_tensor(name, vector)
+    if vector.dim() != 1 or vector.shape[0] != residual.shape[-1]:
+        raise ValueError(f"{name}: expected shape [{residual.shape[-1]}], got {shape_of(vector)}")
+    check_dtype(name, vector.dtype, FLOAT_DTYPES)
+    check_device(name, vector, "residual", residual)
+
+
+def check_factors(
+    branch: Tensor | None, bias: Tensor | None, scale: Tensor | None, keep: Tensor | None, residual: Tensor
+) -> None:
+    """What belongs to the branch needs one; `keep` is a float32 a sample, without a gradient."""
+    if branch is None:
+        for name, value in (("bias", bias), ("scale", scale), ("keep", keep)):
+            require(value is None, f"{name}: it belongs to the branch, and there is none")
+    if keep is None:
+        return
+    check_tensor("keep", keep)
+    if residual.dim() < 2 or keep.dim() != 1 or keep.shape[0] != residual.shape[0]:
+        raise ValueError(f"keep: expected a value a sample of residual {shape_of(residual)}, got {shape_of(keep)}")
+    check_dtype("keep", keep.dtype, (torch.float32,))
+    check_device("keep", keep, "residual", residual)
+    require(not keep.requires_grad, "keep: it has no gradient; detach it")
+
+
 def normalisation(
     mean: Sequence[float] | Tensor | None, std: Sequence[float] | Tensor | None, channels: int
 ) -> tuple[list[float] | None, list[float] | None]:

@@ -14,9 +14,9 @@ from fastvit import checks, ops
 from fastvit.ops import Op
 from fastvit.tuning import FORWARD, TRAINING
 
-__all__ = ["add_position", "patch_embed"]
+__all__ = ["add_norm", "add_position", "patch_embed"]
 
-_PATCH_EMBED, _ADD_POSITION = ops.OPS["patch_embed"], ops.OPS["add_position"]
+_PATCH_EMBED, _ADD_POSITION, _ADD_NORM = (ops.OPS[name] for name in ("patch_embed", "add_position", "add_norm"))
 
 
 def patch_embed(
@@ -124,7 +124,74 @@ def add_position(
     return _run(_ADD_POSITION, (tokens, table, prefix, dtype), backend, problem, batch * patches)
 
 
-def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tuple[Any, ...], rows: int) -> Tensor:
+def add_norm(
+    residual: Tensor,
+    branch: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    keep: Tensor | None = None,
+    weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float,
+    rms: bool = False,
+    residual_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a transformer block's branch to the residual stream, and normalise the sum, in one pass.
+
+        sum = residual + keep · scale · (branch + bias)
+        normed = layer_norm(sum), or rms_norm(sum)
+
+    The sum is made in float32 and rounded once; the norm is that of the rounded sum, with statistics in float32, and
+    rounded once. Layer norm as of Ba et al., 2016; RMS norm as of Zhang and Sennrich, 2019, equation 4.
+
+    Args:
+        residual: [..., D] float16, bfloat16, float32 or float64; D from 1 to 8192.
+        branch: the residual's shape, any of these dtypes. None: the norm alone.
+        bias: [D], that of the linear layer that made the branch, which then runs without it: so that its gradient
+            falls out of this op's backward.
+        scale: [D], LayerScale's.
+        keep: [B] float32, B being the residual's first size: DropPath's factor of every sample, 0 or 1/(kept share).
+            It has no gradient.
+        weight, norm_bias: [D], the norm's.
+        eps: under the root.
+        rms: whether the norm is RMS norm.
+        residual_dtype: of the sum; default: what torch's addition would give.
+        dtype: of the normed sum; default: autocast's where it is on, else the sum's.
+        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the fastest in the tuning table of this
+            device (:mod:`fastvit.tuning`), without one the best that can run here.
+
+    Returns:
+        (sum, normed), both [..., D]; without a branch the sum is `residual` itself. Differentiable, any number of
+        times, in all tensors but `keep`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
+    """
+    checks.check_residual_and_branch(residual, branch)
+    for name, vector in (("bias", bias), ("scale", scale), ("weight", weight), ("norm_bias", norm_bias)):
+        checks.check_vector(name, vector, residual)
+    checks.check_factors(branch, bias, scale, keep, residual)
+    checks.require(eps >= 0, f"eps: {eps} must not be negative")
+    sum_dtype = residual.dtype
+    if branch is not None:
+        sum_dtype = torch.promote_types(sum_dtype, branch.dtype)
+        sum_dtype = sum_dtype if scale is None else torch.promote_types(sum_dtype, scale.dtype)
+        sum_dtype = _token_dtype(residual_dtype, sum_dtype, "residual_dtype")
+    elif residual_dtype not in (None, residual.dtype):
+        raise ValueError(f"residual_dtype: without a branch the sum is the residual itself, in {residual.dtype}")
+    dtype = _token_dtype(dtype, _autocast_dtype(residual) or sum_dtype)
+
+    dim = residual.shape[-1]
+    problem = (residual.dtype, residual.dtype if branch is None else branch.dtype, dtype, (dim,), scale is not None)
+    arguments = (residual, branch, bias, scale, keep, weight, norm_bias, eps, rms, sum_dtype, dtype)
+    total, normed, _ = _run(_ADD_NORM, arguments, backend, problem, residual.numel() // dim)
+    return residual if branch is None else total, normed
+
+
+def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tuple[Any, ...], rows: int) -> Any:
     """Choose a backend, and take the shortest way to it.
 
     Args:
@@ -188,10 +255,10 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _token_dtype(dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
+def _token_dtype(dtype: torch.dtype | None, default: torch.dtype, name: str = "dtype") -> torch.dtype:
     if dtype is None:
         return default
-    checks.check_dtype("dtype", dtype, checks.FLOAT_DTYPES)
+    checks.check_dtype(name, dtype, checks.FLOAT_DTYPES)
     return dtype
 
 

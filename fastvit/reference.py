@@ -42,6 +42,37 @@ def add_position(
     return _place(tokens, pos_embed, prefix, None).to(dtype or tokens.dtype)
 
 
+def add_norm(
+    residual: Tensor,
+    branch: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    keep: Tensor | None = None,
+    weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float,
+    rms: bool = False,
+    residual_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A block's addition and the norm behind it; arguments and results as in :func:`fastvit.functional.add_norm`."""
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    total = residual
+    if branch is not None:
+        change = branch.to(wide) if bias is None else branch.to(wide) + bias
+        change = change if scale is None else change * scale
+        change = change if keep is None else change * keep.view(-1, *(1,) * (branch.dim() - 1))
+        total_dtype = torch.promote_types(
+            torch.result_type(residual, branch), (branch if scale is None else scale).dtype
+        )
+        total = (residual.to(wide) + change).to(residual_dtype or total_dtype)
+    x = total.to(wide)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) if rms else F.layer_norm(x, x.shape[-1:], eps=eps)
+    normed = x * weight.to(wide) if norm_bias is None else x * weight.to(wide) + norm_bias
+    return total, normed.to(dtype or total.dtype)
+
+
 def _place(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, keep: Tensor | None) -> Tensor:
     """Add positions, select the kept patches, prepend the prefix: [B, N, D] → [B, R+N, D]."""
     batch, patches, width = tokens.shape

@@ -85,6 +85,13 @@ for _name, _align in manifest.ALIGNMENTS:
             dict(ALIGN=_align, BLOCK_ROWS=8, BLOCK_COLUMNS=256),
             function=f"sum_rows_{_name}",
         )
+    ENTRIES.add(
+        "sum_partials",
+        (_name,),
+        dict(matrix="fp32", sums="fp32"),
+        dict(ALIGN=_align, BLOCK_ROWS=128, BLOCK_COLUMNS=32),
+        function=f"sum_rows_{_name}",
+    )
     for _dtype, _out in dict.fromkeys((d, out) for d in manifest.FLOATS for out in (d, "fp32")):
         ENTRIES.add(
             "sum_segments",
@@ -120,6 +127,25 @@ def sum_rows(matrix: Tensor) -> Tensor:
         column_units=columns // entry.constant("ALIGN"),
     )
     return sums[0] if splits == 1 else sum_rows(sums)
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """[programs, columns] fp32, what each program of a launch summed -> [columns] fp32, in one more launch."""
+    programs, columns = partials.shape
+    if programs == 0:
+        return partials.new_zeros(columns)
+    sums = partials.new_empty(columns)
+    entry = ENTRIES.one("sum_partials", manifest.alignment(columns % 16 == 0))
+    launch.launch(
+        entry,
+        (cdiv(columns, entry.constant("BLOCK_COLUMNS")), 1),
+        matrix_ptr=partials,
+        sums_ptr=sums,
+        rows=programs,
+        rows_per_split=programs,
+        column_units=columns // entry.constant("ALIGN"),
+    )
+    return sums
 
 
 def sum_by_key(grad: Tensor, keys: Tensor, segments: int, prefix: int, dtype: torch.dtype) -> Tensor:

@@ -48,7 +48,7 @@ def _backward_fake(call: BackwardArguments) -> Tensor:
 add_position_backward = registry.define("add_position_backward", BackwardArguments, "Tensor", _backward_fake)
 
 
-def _save(ctx: Any, call: Arguments) -> None:
+def _save(ctx: Any, call: Arguments, _: Any) -> None:
     ctx.backend = call.backend
     ctx.prefix_rows = 0 if call.prefix is None else call.prefix.shape[0]
     ctx.pos_rows = call.pos_embed.shape[0]
@@ -72,7 +72,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 registry.differentiate(add_position, Arguments, _save, _gradients)
 
 
-def _save_backward(ctx: Any, call: BackwardArguments) -> None:
+def _save_backward(ctx: Any, call: BackwardArguments, _: Any) -> None:
     ctx.shape, ctx.dtype = call.grad.shape, call.grad.dtype
 
 

@@ -14,7 +14,7 @@ from fastvit.ops.registry import Channels
 __all__ = ["by_channel", "decompositions", "normalised"]
 
 
-def decompositions() -> dict[Any, Callable[..., Tensor]]:
+def decompositions() -> dict[Any, Callable[..., Any]]:
     """The ops of an exported program as convolution, additions and concatenation, whatever backend it names.
 
     For :meth:`torch.export.ExportedProgram.run_decompositions`, alone or together with
@@ -24,9 +24,16 @@ def decompositions() -> dict[Any, Callable[..., Tensor]]:
     return {op.call.default: _laid_out(op.plain) for op in registry.OPS.values() if op.plain is not None}
 
 
-def _laid_out(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _laid_out(plain: Callable[..., Any]) -> Callable[..., Any]:
     """In the layout that an op promises, which a convolution's result, turned to tokens, does not have."""
-    return lambda *args, **kwargs: plain(*args, **kwargs).contiguous()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        results = plain(*args, **kwargs)
+        if isinstance(results, tuple):
+            return tuple(result.contiguous() for result in results)
+        return results.contiguous()
+
+    return run
 
 
 def normalised(images: Tensor, mean: Channels, std: Channels, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -116,7 +116,7 @@ patch_embed_backward = registry.define(
 )
 
 
-def _save(ctx: Any, call: Arguments) -> None:
+def _save(ctx: Any, call: Arguments, _: Any) -> None:
     # The images are saved as they came (uint8 stays uint8); patches are rebuilt in backward, never stored.
     ctx.save_for_backward(call.images, call.weight, call.keep)
     ctx.prefix_rows = 0 if call.prefix is None else call.prefix.shape[0]
@@ -148,7 +148,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 registry.differentiate(patch_embed, Arguments, _save, _gradients)
 
 
-def _save_backward(ctx: Any, call: BackwardArguments) -> None:
+def _save_backward(ctx: Any, call: BackwardArguments, _: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(call.grad, call.images, call.weight, call.keep)
     ctx.rest = call[4:]

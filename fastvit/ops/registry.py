@@ -27,6 +27,7 @@ _SCHEMA_TYPES = {
     "Needs": "bool[4]",
     "torch.dtype": "ScalarType",
     "bool": "bool",
+    "float": "float",
     "int": "SymInt",
     "str": "str",
 }
@@ -64,7 +65,7 @@ def define(
     *,
     run: Callable[[Any], Any] | None = None,
     check: Callable[..., None] = _nothing_to_check,
-    plain: Callable[[Any], Tensor] | None = None,
+    plain: Callable[[Any], Any] | None = None,
     flops: Callable[[Any], int] = _no_products,
 ) -> Op:
     """Register an op.
@@ -104,19 +105,22 @@ def define(
 
 
 def differentiate(
-    op: Op, arguments: type[Any], save: Callable[[Any, Any], None], gradients: Callable[..., tuple[Tensor | None, ...]]
+    op: Op,
+    arguments: type[Any],
+    save: Callable[[Any, Any, Any], None],
+    gradients: Callable[..., tuple[Tensor | None, ...]],
 ) -> None:
     """Give an op its derivative.
 
     Args:
-        save: is given the context and the arguments, and keeps of them what the backward needs.
+        save: is given the context, the arguments and the results, and keeps of them what the backward needs.
         gradients: is given the context and the gradients of the results; returns those of the first arguments, as
             many as can have one.
     """
     count = len(arguments._fields)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        save(ctx, arguments(*inputs))
+        save(ctx, arguments(*inputs), output)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = gradients(ctx, *grads)

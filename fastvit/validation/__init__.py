@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastvit.validation.cases import Case, Inputs, cases_for, make_inputs, photographs
+from fastvit.validation.ops.add_norm import AddNormCase, AddNormInputs
 from fastvit.validation.ops.add_position import AddPositionCase
 from fastvit.validation.ops.patch_embed import PatchEmbedCase, PatchEmbedInputs
 from fastvit.validation.primitives import check_primitives
@@ -11,6 +12,8 @@ from fastvit.validation.runner import Progress, poisoned, validate, validate_fun
 from fastvit.validation.tolerance import Comparison, assert_close, compare, relative_error
 
 __all__ = [
+    "AddNormCase",
+    "AddNormInputs",
     "AddPositionCase",
     "Case",
     "Comparison",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -60,6 +60,10 @@ class Inputs:
         tensor = self.tensors[name]
         assert tensor is not None, name
         return tensor
+
+    def exact(self) -> Inputs:
+        """Without the dtypes that results are rounded to."""
+        return replace(self, dtype=None)
 
     def differentiable(self) -> list[str]:
         """Names of the tensors that have a gradient."""

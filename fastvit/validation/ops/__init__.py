@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -72,4 +72,4 @@ def results_of(outputs: Outputs) -> tuple[Tensor, ...]:
 
 def truth(op: str, inputs: Inputs, tensors: Tensors) -> Outputs:
     """The reference on float64 copies of the tensors."""
-    return call(getattr(reference, op), op, replace(inputs, dtype=None), tensors)
+    return call(getattr(reference, op), op, inputs.exact(), tensors)
