@@ -68,8 +68,9 @@ def add_norm(
         )
         total = (residual.to(wide) + change).to(residual_dtype or total_dtype)
     x = total.to(wide)
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) if rms else F.layer_norm(x, x.shape[-1:], eps=eps)
-    normed = x * weight.to(wide) if norm_bias is None else x * weight.to(wide) + norm_bias
+    x = x if rms else x - x.mean(-1, keepdim=True)  # F.layer_norm's third derivative is wrong
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    normed = normed if norm_bias is None else normed + norm_bias
     return total, normed.to(dtype or total.dtype)
 
 

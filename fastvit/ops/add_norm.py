@@ -120,7 +120,9 @@ def _save(ctx: Any, call: Arguments, results: tuple[Tensor, ...]) -> None:
 
 def _gradients(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     total, branch, bias, scale, keep, weight, norm_bias, statistics = ctx.saved_tensors
-    if branch is None and ctx.branch_dtype is not None:
+    if ctx.branch_dtype is None:
+        d_total = None  # it is nobody's: the sum is the residual itself
+    elif branch is None:
         branch = total.new_empty(0, dtype=ctx.branch_dtype)
     if d_normed is None:
         d_normed = torch.zeros_like(total)
