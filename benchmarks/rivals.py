@@ -29,7 +29,7 @@ Embed = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] → tokens
 class Solution:
     """A way from the images of a case to its tokens, and the leaves it is differentiated in."""
 
-    tokens: Callable[[], Tensor]
+    tokens: Callable[[], Any]
     parameters: list[Tensor]
 
 

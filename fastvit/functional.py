@@ -174,7 +174,8 @@ def add_norm(
     for name, vector in (("bias", bias), ("scale", scale), ("weight", weight), ("norm_bias", norm_bias)):
         checks.check_vector(name, vector, residual)
     checks.check_factors(branch, bias, scale, keep, residual)
-    checks.require(eps >= 0, f"eps: {eps} must not be negative")
+    if eps < 0:
+        raise ValueError(f"eps: {eps} must not be negative")
     sum_dtype = residual.dtype
     if branch is not None:
         sum_dtype = torch.promote_types(sum_dtype, branch.dtype)

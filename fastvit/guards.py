@@ -9,13 +9,16 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "attribute",
     "full_name",
+    "is_transformed",
     "warn_once",
     "why_no_projection",
     "why_not_plain",
@@ -97,6 +100,15 @@ def attribute(module: nn.Module | None, name: str) -> Any:
     if value is None and hasattr(type(module), name):
         return getattr(module, name)
     return value
+
+
+def is_transformed() -> bool:
+    """Whether a call is watched by what can't see into our ops: forward mode, torch.func, torch.jit.trace."""
+    return (
+        forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+    )
 
 
 def full_name(cls: type) -> str:

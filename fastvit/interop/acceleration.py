@@ -13,7 +13,8 @@ from fastvit.checks import FLOAT_DTYPES, check_scale, normalisation
 from fastvit.guards import full_name, why_no_projection
 from fastvit.interop.host import Settings, fused
 from fastvit.interop.planning import Model, Step, check_module, first_convolution, plan, put_in, restore
-from fastvit.interop.reporting import Change, Refusal, Report
+from fastvit.interop.reporting import Change, Refusal, Report, Trunk
+from fastvit.interop.trunk import TrunkBlock
 from fastvit.interop.verification import verify_acceleration
 
 __all__ = ["Unsupported", "accelerate", "report", "restore", "settings_of"]
@@ -31,6 +32,7 @@ def accelerate(
     residual_dtype: torch.dtype | None = None,
     backend: str | None = None,
     copy_images: bool = False,
+    trunk: bool = True,
     verify: bool | Tensor | Mapping[str, Any] = False,
 ) -> Model:
     """Make a model of timm, torchvision or transformers embed its images by :func:`fastvit.functional.patch_embed`.
@@ -51,6 +53,9 @@ def accelerate(
         backend: as in :func:`fastvit.functional.patch_embed`.
         copy_images: keep a copy of uint8 images for the backward pass, for loaders that overwrite a batch before it.
             What torch's own ops overwrite raises an error without it; what numpy or a GPU loader does is not seen.
+        trunk: run the additions and norms of the transformer blocks by :func:`fastvit.functional.add_norm`, where the
+            blocks are of a form that is known. On a CPU they stay as they are unless a backend is forced. False: leave
+            the blocks alone.
         verify: run copies of the model, before and after, on the same batch and compare outputs and every gradient
             (:func:`fastvit.interop.verification.verify_acceleration`); takes the memory of three models while it
             lasts. True: on random images. Images, or the model's arguments by name: on these.
@@ -75,7 +80,7 @@ def accelerate(
     steps, refusals = plan(model)
     if not steps:
         raise Unsupported(_why_none(model, refusals))
-    settings = Settings(*_normalisation(steps, mean, std), residual_dtype, backend, bool(copy_images))
+    settings = Settings(*_normalisation(steps, mean, std), residual_dtype, backend, bool(copy_images), bool(trunk))
     if verify is not False:
         verify_acceleration(model, settings, None if verify is True else verify)
     put_in(model, steps, settings)
@@ -96,7 +101,19 @@ def report(model: nn.Module) -> Report:
         if mixin is not None and mixin.parts(module) and id(module) not in companions:
             changes.append(Change.of(path, module, mixin))
             companions.update(id(part.module) for part in mixin.inside(module) if fused(part.module))
-    return Report(type(model).__name__, tuple(changes), tuple(plan(model)[1]))
+    return Report(type(model).__name__, tuple(changes), tuple(plan(model)[1]), tuple(_trunk_of(model)))
+
+
+def _trunk_of(model: nn.Module) -> list[Trunk]:
+    blocks: dict[type, list[tuple[str, Any]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, TrunkBlock):
+            blocks.setdefault(module._own_class, []).append((path, module))
+    found = []
+    for own, members in blocks.items():
+        whole = {path: reason for path, block in members if (reason := block.why_not(block))}
+        found.append(Trunk(full_name(own), tuple(path for path, _ in members), whole))
+    return found
 
 
 def settings_of(model: nn.Module) -> Settings:

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import functional
 from fastvit.guards import (
     attribute,
     full_name,
+    is_transformed,
     warn_once,
     why_no_projection,
     why_not_plain,
@@ -37,6 +37,7 @@ __all__ = [
     "is_library_s",
     "listed",
     "present",
+    "why_not_methods",
     "why_not_part",
     "why_not_table",
 ]
@@ -73,6 +74,7 @@ class Settings(NamedTuple):
     residual_dtype: torch.dtype | None = None
     backend: str | None = None
     copy_images: bool = False
+    trunk: bool = True
 
 
 class Part(NamedTuple):
@@ -145,7 +147,7 @@ class Fused(Mixin):
     @classmethod
     def why_not(cls, module: Any) -> str:
         """Why calls of this module can't be ours at present, whatever the images; "" if they can."""
-        reason = _why_not_its_methods(module)
+        reason = why_not_methods(module)
         if reason:
             return reason
         for name, part, kind in cls.inside(module):
@@ -190,7 +192,7 @@ class Fused(Mixin):
             return
         if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
             return
-        if images.is_meta or isinstance(images, FakeTensor) or not _may_wait(images) or _is_transformed():
+        if images.is_meta or isinstance(images, FakeTensor) or not _may_wait(images) or is_transformed():
             return
         settings = self.fastvit_settings
         assert settings.mean is not None and settings.std is not None
@@ -214,7 +216,7 @@ class Fused(Mixin):
             and images.dim() == 4
             and (images.is_floating_point() or self.is_raw(images))
             and not _has_any_global_hook()
-            and not _is_transformed()
+            and not is_transformed()
         ):
             return False
         reason = self.why_not(self)
@@ -320,14 +322,14 @@ def why_not_part(part: Any, kind: type[Any] | None) -> str:
     if issubclass(kind, Fused):
         if vars(type(part)).get("_mixin") is not kind:
             return f"is a {full_name(type(part))}, and was put in later"
-        return why_observed(part) or _why_not_its_methods(part)
+        return why_observed(part) or why_not_methods(part)
     reason = why_not_plain(part, kind)
     if reason:
         return reason
     return next((reason for reason in map(why_not_plain_tensor, part._parameters.values()) if reason), "")
 
 
-def _why_not_its_methods(module: Any) -> str:
+def why_not_methods(module: Any) -> str:
     """Why an accelerated module's methods are not those that were taken over, "" if they are."""
     for name, method in module._found.items():
         if name in module.__dict__ and name != "forward":  # one that replaced forward has called ours
@@ -335,15 +337,6 @@ def _why_not_its_methods(module: Any) -> str:
         if getattr(module._own_class, name) is not method:
             return f"has a {name} that was replaced in its class"
     return ""
-
-
-def _is_transformed() -> bool:
-    """Whether this call is watched by what can't see into our op: forward mode, torch.func, torch.jit.trace."""
-    return (
-        forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-        or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
-    )
 
 
 def _may_wait(images: Tensor) -> bool:

@@ -13,7 +13,8 @@ from fastvit.guards import full_name, why_other_geometry
 from fastvit.interop.host import LIBRARIES, Fused, Settings, is_library_s
 from fastvit.interop.raw_pixels import HOOK, close_door, open_doors
 from fastvit.interop.reporting import Refusal
-from fastvit.interop.surgery import mix_in, mixin_of, own_class, take_out
+from fastvit.interop.surgery import Mixin, mix_in, mixin_of, own_class, take_out
+from fastvit.interop.trunk import Blocks
 
 __all__ = ["Step", "check_module", "first_convolution", "plan", "put_in", "restore"]
 
@@ -28,7 +29,7 @@ class Step(NamedTuple):
 
     path: str
     module: Any
-    mixin: type[Fused]
+    mixin: Any  # a Fused, for what embeds images, or a Mixin of the trunk
 
 
 def plan(model: nn.Module) -> tuple[list[Step], list[Refusal]]:
@@ -60,12 +61,29 @@ def plan(model: nn.Module) -> tuple[list[Step], list[Refusal]]:
     return steps, refusals
 
 
+def plan_trunk(model: nn.Module) -> list[Step]:
+    """The blocks that can be changed in a model, and the sequences of nothing but such blocks."""
+    blocks = []
+    for path, module in model.named_modules():
+        found = _host_of(module, "TRUNK")
+        if found is not None and not _misfit(module, *found) and not found[1].refusal(module):
+            found[1].learn(module)
+            blocks.append(Step(path, module, found[1]))
+    planned = {id(step.module) for step in blocks}
+    sequences = [
+        Step(path, module, Blocks)
+        for path, module in model.named_modules()
+        if type(module) is nn.Sequential and len(module) and all(id(block) in planned for block in module)
+    ]
+    return [*blocks, *sequences]
+
+
 def put_in(model: nn.Module, steps: Sequence[Step], settings: Settings) -> None:
-    """All of it or nothing."""
+    """All of it or nothing: what `plan` found, and the blocks that can be changed."""
     before = [_State.of(module) for module in model.modules()]
     try:
         restore(model)
-        for step in steps:
+        for step in (*steps, *(plan_trunk(model) if settings.trunk else ())):
             mix_in(step.module, step.mixin)
             step.module.fastvit_settings = settings
         if settings.mean is not None and settings.std is not None:
@@ -121,25 +139,25 @@ class _State(NamedTuple):
             self.door.put_in(self.module)
 
 
-def _host_of(module: nn.Module) -> tuple[Any, type[Fused]] | None:
+def _host_of(module: nn.Module, kind: str = "MIXINS") -> tuple[Any, Any] | None:
     """The class of a library that this module is an instance of, and the mixin for it."""
     for base in type(module).__mro__:
         library = base.__module__.partition(".")[0]
-        if library in LIBRARIES and not issubclass(base, Fused):
-            mixin = _mixins(library).get(full_name(base))
+        if library in LIBRARIES and not issubclass(base, Mixin):
+            mixin = _mixins(library, kind).get(full_name(base))
             if mixin is not None:
                 return base, mixin
     return None
 
 
 @lru_cache
-def _mixins(library: str) -> Mapping[str, type[Fused]]:
+def _mixins(library: str, kind: str) -> Mapping[str, Any]:
     # Where there is an instance, its library has been imported, so that this imports none.
     module: Any = importlib.import_module(LIBRARIES[library])
-    return {name: mixin for mixin in module.MIXINS for name in mixin.hosts}
+    return {name: mixin for mixin in getattr(module, kind, ()) for name in mixin.hosts}
 
 
-def _misfit(module: nn.Module, host: type, mixin: type[Fused]) -> str:
+def _misfit(module: nn.Module, host: type, mixin: type[Mixin]) -> str:
     """Why a module of the host's class, or of one derived from it, is not one we know, "" if it is."""
     own = own_class(module)
     for name in mixin.overrides:

@@ -8,7 +8,7 @@ from typing import Any
 from fastvit.guards import full_name
 from fastvit.interop.host import Fused, listed
 
-__all__ = ["Change", "Refusal", "Report"]
+__all__ = ["Change", "Refusal", "Report", "Trunk"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,27 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Trunk:
+    """Blocks of one class whose additions and norms are calls of :func:`fastvit.functional.add_norm`."""
+
+    module: str  # the library's class, by its full name
+    paths: tuple[str, ...]
+    whole: dict[str, str]  # by the path of a block: which of its parts run as they are at present, and why
+
+    def __str__(self) -> str:
+        count = f"{len(self.paths)} block{'s' if len(self.paths) > 1 else ''}"
+        lines = [f"{count}, {self.paths[0]} to {self.paths[-1]} ({self.module}): each addition and norm in one call, "]
+        lines[0] += "on a GPU or where a backend is forced"
+        reasons: dict[str, list[str]] = {}
+        for path, reason in self.whole.items():
+            reasons.setdefault(reason, []).append(path)
+        for reason, paths in reasons.items():
+            where = "in all" if len(paths) == len(self.paths) else f"in {', '.join(paths)}"
+            lines.append(f"  as the library has it {where}: {reason}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A module that looked like one for us, and why it is not."""
 
@@ -70,6 +91,7 @@ class Report:
     model: str
     changes: tuple[Change, ...]
     refusals: tuple[Refusal, ...]
+    trunk: tuple[Trunk, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -79,6 +101,7 @@ class Report:
         places = {0: "not accelerated", 1: "accelerated in one place"}
         count = len(self.changes)
         lines = [f"{self.model}: {places.get(count, f'accelerated in {count} places')}", *map(str, self.changes)]
+        lines += map(str, self.trunk)
         if self.refusals:
             lines += ["left as they are:", *(f"  {refusal}" for refusal in self.refusals)]
         return "\n".join(lines)

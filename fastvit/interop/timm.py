@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm import layers
 from timm.layers import resample_abs_pos_embed
 from timm.layers.format import Format
 from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from fastvit import trunk
 from fastvit.guards import attribute, full_name
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_part, why_not_table
 from fastvit.interop.surgery import own_class
+from fastvit.interop.trunk import TrunkBlock
 from fastvit.model.layers import autocast_dtype
 from fastvit.model.patch_embed import pad_to_patches
 from fastvit.positions import numbers_where_traced
 
-__all__ = ["MIXINS"]
+__all__ = ["MIXINS", "TRUNK"]
 
 
 class Deferred:
@@ -390,6 +393,31 @@ class NaFlexEmbeds(Fused):
         return table
 
 
+class Block(TrunkBlock):
+    """The block of ViT, DeiT, DINOv2, CLIP's and SigLIP's towers."""
+
+    hosts = ("timm.models.vision_transformer.Block",)
+    form = trunk.TIMM
+
+
+class EvaBlock(TrunkBlock):
+    """The block of EVA, EVA-02, DINOv3 and BEiT, whose attention has positions of its own and runs as it is."""
+
+    hosts = ("timm.models.eva.EvaBlock", "timm.models.beit.Block")
+    form = (
+        trunk.Names("norm1", "attn", scale="gamma_1", drop_path="drop_path1"),
+        trunk.Names("norm2", "mlp", scale="gamma_2", drop_path="drop_path2"),
+    )
+
+
+trunk.know(
+    norms={layers.LayerNorm.forward: False, layers.RmsNorm.forward: True},
+    scales={layers.LayerScale.forward: "gamma"},
+    drop_paths=[layers.DropPath.forward],
+    branches={layers.Attention.forward: trunk.ATTENTION, layers.Mlp.forward: trunk.MLP},
+)
+
+
 def _padded(module: Fused, images: Tensor, patch_size: Sequence[int]) -> Tensor:
     """Zeros to whole patches, as the host adds them: to normalised pixels."""
     if images.shape[2] % patch_size[0] == 0 and images.shape[3] % patch_size[1] == 0:
@@ -398,4 +426,5 @@ def _padded(module: Fused, images: Tensor, patch_size: Sequence[int]) -> Tensor:
     return pad_to_patches(module.as_the_host_takes_them(images), patch_size)
 
 
+TRUNK: tuple[type[TrunkBlock], ...] = (Block, EvaBlock)
 MIXINS: tuple[type[Fused], ...] = (VisionTransformer, Eva, Beit, NaFlexEmbeds, PatchEmbed, TwinsPatchEmbed)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.guards import attribute, why_not_plain_tensor
+from fastvit import trunk
+from fastvit.guards import attribute, why_not_plain, why_not_plain_tensor
 from fastvit.interop.host import Fused, Part, why_not_table
+from fastvit.interop.trunk import TrunkBlock
 
-__all__ = ["MIXINS"]
+__all__ = ["MIXINS", "TRUNK"]
 
 
 class Encoder(Fused):
@@ -87,4 +90,65 @@ class VisionTransformer(Fused):
         return self.heads(self.encoder(tokens, positioned=True)[:, 0])
 
 
+class EncoderBlock(TrunkBlock):
+    """The block of all of them."""
+
+    hosts = ("torchvision.models.vision_transformer.EncoderBlock",)
+    form = trunk.Names("ln_1", "self_attention", "dropout"), trunk.Names("ln_2", "mlp")
+
+    def call(self, module: Any, x: Tensor, **options: Any) -> Tensor:
+        if isinstance(module, nn.MultiheadAttention):
+            return module(x, x, x, need_weights=False)[0]
+        return module(x)
+
+    def _halves(self, setup: trunk.Setup, options: dict[str, Any]) -> tuple[trunk.Half, trunk.Half]:
+        first, second = super()._halves(setup, options)
+        attention, dropout = attribute(self, "self_attention"), attribute(self, "dropout")
+        if not first.why_whole and trunk.is_dropping(dropout):
+            # The host's result has tokens before samples in memory, and random numbers are drawn in that order.
+            whole = "self_attention has a dropout behind it"
+            first = first._replace(branch=lambda x: (self.call(attention, x), None), why_whole=whole)
+        return first, second
+
+
+def _attention(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
+    """nn.MultiheadAttention of tokens with themselves, without its copies of packed queries, keys and values."""
+    batch, tokens, width = x.shape
+    qkv = F.linear(x, attribute(module, "in_proj_weight"), attribute(module, "in_proj_bias"))
+    q, k, v = qkv.reshape(batch, tokens, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    dropout = module.dropout if module.training else 0.0
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).reshape(batch, tokens, width)
+    weight, bias = (attribute(attribute(module, "out_proj"), name) for name in ("weight", "bias"))
+    return (F.linear(x, weight), bias) if setup.bias_apart else (F.linear(x, weight, bias), None)
+
+
+def _why_no_attention(module: Any) -> str:
+    if not module.batch_first or not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+        return "is a MultiheadAttention of another form"
+    out = attribute(module, "out_proj")
+    reason = why_not_plain(out, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return reason or next((why for why in map(why_not_plain_tensor, out._parameters.values()) if why), "")
+
+
+def _mlp(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
+    """A sequence that ends in a linear layer and its dropout."""
+    parts: list[Any] = [*module._modules.values()]
+    for part in parts[:-2]:
+        x = part(x)
+    return trunk.product(parts[-2], x, setup, parts[-1])
+
+
+def _why_no_mlp(module: Any) -> str:
+    last: list[Any] = [*module._modules.values()][-2:]
+    fits = len(last) == 2 and isinstance(last[0], nn.Linear) and isinstance(last[1], nn.Dropout)
+    return "" if fits else "ends in no linear layer"
+
+
+trunk.know(
+    branches={
+        nn.MultiheadAttention.forward: trunk.Branch(_attention, _why_no_attention),
+        nn.Sequential.forward: trunk.Branch(_mlp, _why_no_mlp),
+    }
+)
+TRUNK: tuple[type[TrunkBlock], ...] = (EncoderBlock,)
 MIXINS: tuple[type[Fused], ...] = (VisionTransformer,)

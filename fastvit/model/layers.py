@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit import trunk
 from fastvit.model.initialisation import trunc_normal_
 
 __all__ = [
@@ -374,10 +375,19 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        setup = trunk.Setup.of(x, None, self.residual_dtype is not None)
+        if setup is not None:
+            return self.stream(trunk.Stream(x), setup, attn_mask=attn_mask, is_causal=is_causal).tensor(setup)
         branch = self.attn(self.norm1(self._branch_input(x)), attn_mask=attn_mask, is_causal=is_causal)
         x = self._add(x, self.drop_path1(self.ls1(branch)))
         branch = self.mlp(self.norm2(self._branch_input(x)))
         return self._add(x, self.drop_path2(self.ls2(branch)))
+
+    def stream(self, stream: trunk.Stream, setup: trunk.Setup, **options: Any) -> trunk.Stream:
+        """The same on the residual stream; options of attention by name."""
+        first, second = trunk.TIMM
+        stream = trunk.run_half(stream, trunk.half_of(self, first, setup, _call, **options), setup)
+        return trunk.run_half(stream, trunk.half_of(self, second, setup, _call), setup)
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         # A float32 LayerScale or norm would promote the stream, so the branch comes down to it, never the reverse.
@@ -385,6 +395,17 @@ class Block(nn.Module):
 
     def _branch_input(self, x: Tensor) -> Tensor:
         return x if self.residual_dtype is None else to_module_dtype(x, self)
+
+
+def _call(module: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    return module(x, **options)
+
+
+trunk.know(
+    scales={LayerScale.forward: "gamma"},
+    drop_paths=[DropPath.forward],
+    branches={Attention.forward: trunk.ATTENTION, Mlp.forward: trunk.MLP},
+)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -31,6 +31,7 @@ from fastvit.model.layers import (
 )
 from fastvit.model.patch_embed import NORMS, PatchEmbed, as_floats, is_given_up, model_normalisation
 from fastvit.positions import resample_pos_embed, sincos_2d
+from fastvit.trunk import Setup, run_blocks
 
 __all__ = ["VisionTransformer"]
 
@@ -484,11 +485,18 @@ class VisionTransformer(nn.Module):
         """Images [B, C, H, W] to the normed tokens of the last block, [B, R+N, D]."""
         x = self._embed(x)
         if attn_mask is None and not is_causal and not self.grad_checkpointing:
-            x = self.blocks(x)
+            x = self._run_blocks(x)
         else:
             for block in self.blocks:
                 x = self._run_block(block, x, attn_mask, is_causal)
         return self.norm(self._leave_residual(x))
+
+    def _run_blocks(self, x: Tensor) -> Tensor:
+        """All blocks one after another."""
+        setup = (
+            None if why_not_plain(self.blocks, nn.Sequential) else Setup.of(x, None, self.residual_dtype is not None)
+        )
+        return self.blocks(x) if setup is None else run_blocks(self.blocks, x, setup)
 
     def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if attn_mask is not None or is_causal:

@@ -1,0 +1,96 @@
+"""Transformer blocks of other libraries on the trunk's ops: what their mixins share."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+from fastvit.guards import attribute
+from fastvit.interop.host import Settings, why_not_methods
+from fastvit.interop.surgery import Mixin
+from fastvit.trunk import Half, Names, Setup, Stream, half_of, run_blocks, run_half, why_not_half
+
+__all__ = ["Blocks", "TrunkBlock"]
+
+
+class TrunkBlock(Mixin):
+    """A block whose additions and norms are calls of :func:`fastvit.functional.add_norm`.
+
+    A subclass names the classes it stands in for and the parts of their halves. Every call is the host's own where
+    the ops can't run, and a part of it is the host's own where that part is more than what the ops do.
+    """
+
+    hosts: ClassVar[tuple[str, ...]]  # classes by their full names
+    overrides: ClassVar[tuple[str, ...]] = ("forward",)
+
+    form: ClassVar[tuple[Names, Names]]
+
+    fastvit_settings: Settings
+
+    def options(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the host's forward is given besides tokens, by the names that attention has for it."""
+        names = list(inspect.signature(self._own_class.forward).parameters)[2 : 2 + len(args)]
+        return {**dict(zip(names, args, strict=True)), **kwargs}
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        """Why this module can't be changed, "" if it can: its class had other parts in another version."""
+        missing = [name for half in cls.form for name in half[:2] if attribute(module, name) is None]
+        return f"it has no {', '.join(missing)}" if missing else ""
+
+    @classmethod
+    def learn(cls, module: Any) -> None:
+        """Tell the trunk of classes of the host's that this module has inside, where they are known by name alone."""
+
+    def call(self, module: Any, x: Any, **options: Any) -> Any:
+        """A branch as it is."""
+        found = module(x, **options)
+        return found[0] if isinstance(found, tuple) else found
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        setup = self.setup(x)
+        if setup is None:
+            return super().forward(x, *args, **kwargs)
+        return self._run(Stream(x), setup, self.options(*args, **kwargs)).tensor(setup)
+
+    def stream(self, stream: Stream, setup: Setup) -> Stream | None:
+        """The same between blocks that nobody watches; None where a call is the host's own."""
+        return None if why_not_methods(self) else self._run(stream, setup, self.options())
+
+    def setup(self, x: Any) -> Setup | None:
+        """How the ops are called on tokens; None where a call is the host's own."""
+        if why_not_methods(self):
+            return None
+        settings = self.fastvit_settings
+        keeps_dtype = settings.residual_dtype is not None and getattr(x, "dtype", None) is settings.residual_dtype
+        return Setup.of(x, settings.backend, keeps_dtype)
+
+    def _run(self, stream: Stream, setup: Setup, options: dict[str, Any]) -> Stream:
+        for half in self._halves(setup, options):
+            stream = run_half(stream, half, setup)
+        return stream
+
+    def _halves(self, setup: Setup, options: dict[str, Any]) -> tuple[Half, Half]:
+        attention, mlp = self.form
+        return half_of(self, attention, setup, self.call, **options), half_of(self, mlp, setup, self.call)
+
+    @classmethod
+    def why_not(cls, module: Any) -> str:
+        """What of this block runs as it is at present, and why; "" where all is ours."""
+        reasons = [why_not_methods(module), *map(why_not_half, module._halves(Setup(), {}))]
+        return "; ".join(reason for reason in reasons if reason)
+
+
+class Blocks(Mixin):
+    """A sequence of such blocks: what one is to add is added by the next."""
+
+    overrides = ("forward",)
+
+    fastvit_settings: Settings
+
+    def forward(self, input: Any) -> Any:
+        first: Any = next(iter(self._modules.values()), None)
+        setup = first.setup(input) if isinstance(first, TrunkBlock) else None
+        if setup is None or why_not_methods(self):
+            return super().forward(input)
+        return run_blocks(self._modules.values(), input, setup)

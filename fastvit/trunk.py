@@ -1,0 +1,336 @@
+"""The blocks of a Vision Transformer by the trunk's ops: what our own model and accelerated ones share.
+
+Between two halves of blocks the residual stream is a pair, a tensor and what is still to be added to it, so that the
+addition, the bias of the linear layer before it and the norm behind it are one call of
+:func:`fastvit.functional.add_norm`. Each part runs by the ops only while it is what the ops do; a part that is watched,
+wrapped or of another class runs as it is, and the stream becomes the tensor that it would have been given.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastvit import backend as backends
+from fastvit import functional
+from fastvit.guards import attribute, is_transformed, why_not_plain, why_not_plain_tensor, why_observed
+
+__all__ = [
+    "ATTENTION",
+    "MLP",
+    "TIMM",
+    "Branch",
+    "Half",
+    "Names",
+    "Setup",
+    "Stream",
+    "half_of",
+    "is_dropping",
+    "know",
+    "layers",
+    "product",
+    "run_blocks",
+    "run_half",
+    "why_not_half",
+    "why_not_linear",
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Forward = Callable[..., Any]
+
+
+class Branch(NamedTuple):
+    """How a known module is run as a branch: from the norm's result to its own, and the bias that is still to be added
+    to it; and why a module of that class can't be, "" if it can."""
+
+    run: Callable[..., tuple[Tensor, Tensor | None]]
+    why_not: Callable[[Any], str]
+
+
+# By the `forward` of a class, which subclasses share that have none of their own:
+_norms: dict[Forward, bool] = {nn.LayerNorm.forward: False, nn.RMSNorm.forward: True}  # whether it is an RMS norm
+_scales: dict[Forward, str] = {}  # LayerScale: the name of its parameter
+_drop_paths: set[Forward] = set()  # they multiply samples by random factors
+_branches: dict[Forward, Branch] = {}
+
+
+def know(
+    norms: Mapping[Forward, bool] | None = None,
+    scales: Mapping[Forward, str] | None = None,
+    drop_paths: Iterable[Forward] = (),
+    branches: Mapping[Forward, Branch] | None = None,
+) -> None:
+    """Tell of a library's classes, each by its `forward`."""
+    _norms.update(norms or {})
+    _scales.update(scales or {})
+    _drop_paths.update(drop_paths)
+    _branches.update(branches or {})
+
+
+class Setup(NamedTuple):
+    """How the ops are called."""
+
+    backend: str | None = None
+    keeps_dtype: bool = False  # the stream keeps its dtype, whatever is added to it
+    bias_apart: bool = True  # linear layers leave their bias to the op behind them
+
+    @classmethod
+    def of(cls, x: Any, backend: str | None, keeps_dtype: bool) -> Setup | None:
+        """For a call on tokens [B, T, D]; None where blocks are to run their own code.
+
+        That is where something watches that can't see into the ops, where a graph is traced that needs no gradients
+        (the compiler fuses as well by itself there) or is to be exported, and where no kernel of ours pays: on a CPU
+        unless a backend is forced.
+        """
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in DTYPES or _has_any_global_hook():
+            return None
+        if is_transformed() or (torch.compiler.is_compiling() and not _is_trained()):
+            return None
+        if x.device.type != "cuda" and not backends.is_forced(backend):
+            return None
+        return cls(backend, keeps_dtype, bias_apart=True)
+
+
+def _is_trained() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
+class Stream(NamedTuple):
+    """The residual stream: a tensor [B, T, D], and a branch that is still to be added to it."""
+
+    residual: Tensor
+    branch: Tensor | None = None
+    bias: Tensor | None = None  # of the linear layer that made the branch
+    scale: Tensor | None = None
+    keep: Tensor | None = None  # [B] float32
+
+    def tensor(self, setup: Setup) -> Tensor:
+        """With the branch added, in the dtype that torch's addition gives."""
+        if self.branch is None:
+            return self.residual
+        branch = self.branch if self.bias is None else self.branch + self.bias.to(self.branch.dtype)
+        branch = branch if self.scale is None else branch * self.scale
+        branch = branch if self.keep is None else branch * self.keep.to(branch.dtype)[:, None, None]
+        return self.residual + (branch.to(self.residual.dtype) if setup.keeps_dtype else branch)
+
+    def normed(self, norm: Any, dtype: torch.dtype | None, setup: Setup) -> tuple[Stream, Tensor]:
+        """The stream with nothing to be added, and its norm, in dtype."""
+        total, normed = functional.add_norm(
+            self.residual,
+            self.branch,
+            self.bias,
+            scale=self.scale,
+            keep=self.keep,
+            weight=attribute(norm, "weight"),
+            norm_bias=attribute(norm, "bias"),
+            eps=norm.eps,
+            rms=_norms[type(norm).forward],
+            residual_dtype=self.residual.dtype if setup.keeps_dtype and self.branch is not None else None,
+            dtype=dtype,
+            backend=setup.backend,
+        )
+        return Stream(total), normed
+
+
+class Half(NamedTuple):
+    """One half of a block: its norm, its branch (attention or MLP), and what is done to the branch's result."""
+
+    norm: Any
+    branch: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    why_whole: str = ""  # why the branch is a module as it is, which is given what its own norm gives; "": ours
+    dropout: Any = None
+    scale: Any = None  # a module or a parameter
+    drop_path: Any = None
+
+
+class Names(NamedTuple):
+    """What a block calls the parts of one half."""
+
+    norm: str
+    branch: str
+    dropout: str = ""
+    scale: str = ""
+    drop_path: str = ""
+
+
+TIMM = Names("norm1", "attn", "", "ls1", "drop_path1"), Names("norm2", "mlp", "", "ls2", "drop_path2")
+
+
+def half_of(block: Any, names: Names, setup: Setup, call: Callable[..., Any], **options: Any) -> Half:
+    """A half of a block by its names. `call(module, x, **options)` runs a branch as it is."""
+    norm, module, dropout, scale, drop_path = (attribute(block, name) if name else None for name in names)
+    kind: Any = type(module)
+    reason = why_no_branch(module)
+    if reason:
+        return Half(
+            norm, lambda x: (call(module, x, **options), None), f"{names.branch} {reason}", dropout, scale, drop_path
+        )
+    run = functools.partial(_branches[kind.forward].run, module, setup=setup, **options)
+    return Half(norm, run, "", dropout, scale, drop_path)
+
+
+def run_half(stream: Stream, half: Half, setup: Setup) -> Stream:
+    """Half a block."""
+    if why_not_norm(half.norm):
+        stream = Stream(stream.tensor(setup))
+        normed = half.norm(stream.residual)
+    else:
+        stream, normed = stream.normed(half.norm, _norm_dtype(stream.residual, half, setup), setup)
+    branch, bias = half.branch(normed)
+    scale, keep = None, None
+    if is_dropping(half.dropout):
+        branch, bias = half.dropout(_with(branch, bias)), None
+    if isinstance(half.scale, Tensor):
+        scale = half.scale
+    elif isinstance(half.scale, nn.Module) and type(half.scale) is not nn.Identity:
+        if _why_not_known(half.scale, _scales):
+            branch, bias = half.scale(_with(branch, bias)), None
+        else:
+            scale = attribute(half.scale, _scales[type(half.scale).forward])
+    if half.drop_path is not None and type(half.drop_path) is not nn.Identity:
+        if _why_not_known(half.drop_path, _drop_paths):
+            branch = _with(branch, bias)
+            branch, bias, scale = half.drop_path(branch if scale is None else branch * scale), None, None
+        elif half.drop_path.training:
+            keep = _factors(half.drop_path, branch, scale)
+    return Stream(stream.residual, branch, bias, scale, keep)
+
+
+def _norm_dtype(residual: Tensor, half: Half, setup: Setup) -> torch.dtype | None:
+    """Of the norm's result; None: autocast's where it is on, which linear layers take, else the sum's."""
+    device_type = residual.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return attribute(half.norm, "weight").dtype if setup.keeps_dtype else None
+    if not half.why_whole:
+        return None
+    return residual.dtype if _norms[type(half.norm).forward] else torch.float32
+
+
+def _factors(drop_path: Any, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """[B] float32, drawn as the module draws them: it multiplies ones of the dtype that it would be given."""
+    dtype = branch.dtype if scale is None else torch.promote_types(branch.dtype, scale.dtype)
+    return drop_path(branch.new_ones((branch.shape[0], 1, 1), dtype=dtype)).flatten().float()
+
+
+def _with(branch: Tensor, bias: Tensor | None) -> Tensor:
+    return branch if bias is None else branch + bias.to(branch.dtype)
+
+
+def run_blocks(blocks: Iterable[Any], x: Tensor, setup: Setup) -> Tensor:
+    """Blocks one after another. A block has a `stream(stream, setup)` that gives the stream behind it, or None where it
+    runs its own code; it is called as a module, with a tensor, where somebody watches it."""
+    stream = Stream(x)
+    for block in blocks:
+        following = None
+        if hasattr(block, "stream") and not why_observed(block):
+            following = block.stream(stream, setup)
+        stream = Stream(block(stream.tensor(setup))) if following is None else following
+    return stream.tensor(setup)
+
+
+# Branches. Each gives its result, and the bias of its last linear layer where that is not in it.
+
+
+def product(linear: Any, x: Tensor, setup: Setup, dropout: Any = None) -> tuple[Tensor, Tensor | None]:
+    """A linear layer and the dropout behind it; its bias apart where the op that comes next can add it."""
+    drops = is_dropping(dropout)
+    if drops or not setup.bias_apart or attribute(linear, "bias") is None or why_not_linear(linear):
+        x = linear(x)
+        return (dropout(x) if drops else x), None
+    return F.linear(x, attribute(linear, "weight")), attribute(linear, "bias")
+
+
+def is_dropping(dropout: Any) -> bool:
+    """Whether this dropout does something, or may."""
+    if dropout is None or type(dropout) is nn.Identity:
+        return False
+    return bool(why_not_plain(dropout, nn.Dropout)) or (dropout.p > 0 and dropout.training)
+
+
+def attention(module: Any, x: Tensor, setup: Setup, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Self-attention of timm's form: qkv, q_norm, k_norm, attn_drop, norm, proj, proj_drop."""
+    batch, tokens, _ = x.shape
+    heads, head_dim = module.num_heads, module.head_dim
+    qkv = attribute(module, "qkv")(x).reshape(batch, tokens, 3, heads, head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D/heads]
+    q, k = attribute(module, "q_norm")(q), attribute(module, "k_norm")(k)
+    dropout = attribute(module, "attn_drop").p if module.training else 0.0
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
+    x = attribute(module, "norm")(x.transpose(1, 2).reshape(batch, tokens, heads * head_dim))
+    return product(attribute(module, "proj"), x, setup, attribute(module, "proj_drop"))
+
+
+def layers(*names: str, dropout: str = "") -> Branch:
+    """An MLP: modules one after another, the last of them a linear layer, and a dropout behind it."""
+
+    def run(module: Any, x: Tensor, setup: Setup) -> tuple[Tensor, Tensor | None]:
+        for name in names[:-1]:
+            x = attribute(module, name)(x)
+        return product(attribute(module, names[-1]), x, setup, attribute(module, dropout) if dropout else None)
+
+    return Branch(run, lambda _: "")
+
+
+# Why not
+
+
+def why_not_norm(norm: Any) -> str:
+    """Why `add_norm` is not what this norm does, "" if it is."""
+    reason = _why_not_known(norm, _norms)
+    if reason:
+        return reason
+    weight, eps = attribute(norm, "weight"), norm.eps
+    if weight is None or weight.dim() != 1:
+        return "has no weight of one dimension"
+    if eps is None or getattr(norm, "_fast_norm", False):
+        return "has a precision of its own"
+    return ""
+
+
+def why_not_linear(linear: Any) -> str:
+    """Why a linear layer is more than a product with plain parameters, "" if it is just that."""
+    reason = why_not_plain(linear, nn.Linear)
+    return (
+        reason or why_not_plain_tensor(linear._parameters["weight"]) or why_not_plain_tensor(linear._parameters["bias"])
+    )
+
+
+def why_not_half(half: Half) -> str:
+    """What of half a block runs as it is, and why; "" where all is ours."""
+    norm = why_not_norm(half.norm)
+    reasons = [norm and f"a norm {norm}", half.why_whole]
+    for module, known, name in ((half.scale, _scales, "LayerScale"), (half.drop_path, _drop_paths, "DropPath")):
+        if isinstance(module, nn.Module) and type(module) is not nn.Identity:
+            reason = _why_not_known(module, known)
+            reasons.append(reason and f"{name} {reason}")
+    return "; ".join(reason for reason in reasons if reason)
+
+
+def why_no_branch(module: Any) -> str:
+    """Why a branch runs as it is, "" if ours runs in its place."""
+    reason = _why_not_known(module, _branches)
+    return reason or _branches[type(module).forward].why_not(module)
+
+
+def _why_no_attention(module: Any) -> str:
+    if not getattr(module, "fused_attn", True):
+        return "does not use scaled_dot_product_attention"
+    return "" if attribute(module, "gate") is None else "has a gate"
+
+
+def _why_not_known(module: Any, known: Any) -> str:
+    if type(module).forward not in known:
+        return f"is a {type(module).__name__}"
+    reason = why_observed(module)
+    return reason or next((why for why in map(why_not_plain_tensor, module._parameters.values()) if why), "")
+
+
+ATTENTION = Branch(attention, _why_no_attention)
+MLP = layers("fc1", "act", "drop1", "norm", "fc2", dropout="drop2")  # of timm's form
