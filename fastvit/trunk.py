@@ -41,6 +41,7 @@ __all__ = [
     "why_not_linear",
 ]
 
+LEAST_VALUES = 2**22  # of B·T·D in an eager call: ViT-S at a batch of 64. A rule, not a measurement
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Forward = Callable[..., Any]
@@ -86,16 +87,18 @@ class Setup(NamedTuple):
         """For a call on tokens [B, T, D]; None where blocks are to run their own code.
 
         That is where something watches that can't see into the ops, where a graph is traced that needs no gradients
-        (the compiler fuses as well by itself there) or is to be exported, and where no kernel of ours pays: on a CPU
-        unless a backend is forced.
+        (the compiler fuses as well by itself there) or is to be exported, and, unless a backend is forced, where the
+        ops need not pay: on a CPU, and for few tokens, which wait for the calls rather than for memory.
         """
         if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in DTYPES or _has_any_global_hook():
             return None
         if is_transformed() or (torch.compiler.is_compiling() and not _is_trained()):
             return None
-        if x.device.type != "cuda" and not backends.is_forced(backend):
-            return None
-        return cls(backend, keeps_dtype, bias_apart=True)
+        if not backends.is_forced(backend):
+            is_large = torch.compiler.is_compiling() or x.numel() >= LEAST_VALUES
+            if x.device.type != "cuda" or not is_large:
+                return None
+        return cls(backend, keeps_dtype)
 
 
 def _is_trained() -> bool:

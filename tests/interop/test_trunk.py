@@ -290,20 +290,22 @@ def test_masks_and_intermediates() -> None:
 
 @pytest.mark.parametrize("name", ["timm, no dropout", "torchvision"])
 def test_compiles_whole_and_once_for_all_batch_sizes(name: str) -> None:
-    from torch._dynamo.testing import CompileCounterWithBackend
-
     accelerated, untouched = pair(lambda: timm_vit(init_values=0.3) if name.startswith("timm") else torchvision_vit())
-    counter = CompileCounterWithBackend("aot_eager")
+    graphs: list[list[str]] = []  # of a graph's ops
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph.forward
+
     torch._dynamo.reset()
-    compiled = torch.compile(accelerated, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(accelerated, backend=compiler, fullgraph=True, dynamic=True)
     for batch in (2, 3, 5):
         images = torch.randn(batch, 3, SIZE, SIZE)
         got, want = compiled(images), untouched(images)
         expect_close([got], [want])
         expect_same_gradients(gradients(accelerated, [got]), gradients(untouched, [want]))
-    assert counter.frame_count == 1
-    nodes = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
-    assert sum("add_norm" in node for node in nodes) == 2 * DEPTH
+    (ops,) = [graph for graph in graphs if graph]  # that of the model's door has none
+    assert sum("add_norm" in op for op in ops) == 2 * DEPTH
 
 
 def test_compiled_without_gradients_and_exported_blocks_are_the_librarys() -> None:
