@@ -83,7 +83,7 @@ add_norm_forward(AddNorm p) {
   }
 
   float sum[1] = {}, squares[1] = {};
-  SIMT_UNROLL for (int i = 0; i < EIGHT; i++) sum[0] += i < part.count ? values[i] : 0.0f;
+  SIMT_UNROLL for (int i = 0; i < EIGHT; i++) sum[0] += values[i];
   sum_over_row(sum, p.lanes, 0);
   const float mean = sum[0] / p.width * p.centre;
   SIMT_UNROLL for (int i = 0; i < EIGHT; i++) {
