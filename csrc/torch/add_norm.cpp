@@ -9,7 +9,8 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t MOST_VALUES = 8192;  // of a row
+constexpr int64_t MOST_VALUES = 8192;              // of a row
+constexpr int64_t ROWS_LIMIT = int64_t{1} << 30;  // blocks count past the last in 32 bits
 
 void check_rows(const char* name, const View& rows, const char* as_name, const View& as) {
   require(rows.sizes[0] == as.sizes[0] && rows.sizes[1] == as.sizes[1], name, ": expected rows ", as, " as ", as_name,
@@ -40,7 +41,7 @@ AddNormInputs read_inputs(Call& call, const char* name, const Tensor& residual, 
   const int64_t rows = inputs.residual.sizes[0], width = inputs.residual.sizes[1];
   require(width > 0 && width <= MOST_VALUES, name, ": expected [..., D] with D from 1 to ", MOST_VALUES, ", got rows ",
           inputs.residual);
-  require(rows < INT32_LIMIT, name, ": ", rows, " rows; they must be < 2^31");
+  require(rows < ROWS_LIMIT, name, ": ", rows, " rows; they must be < 2^30");
   inputs.bias = read_vector(call, "bias", bias, width), inputs.scale = read_vector(call, "scale", scale, width);
   inputs.keep = call.read_contiguous("keep", keep, 1, "[B]", {Type::FLOAT32});
   const bool fits = residual.dim() > 1 && inputs.keep.sizes[0] == residual.size(0);

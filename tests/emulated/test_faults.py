@@ -117,8 +117,8 @@ FAULTS = (
         "no barrier in the sum over a row",
         NORM,
         "add_norm.h",
-        f"{SYNC}\n  const int first = simt::thread_index() / lanes",
-        "const int first = simt::thread_index() / lanes",
+        f"{SYNC}\n  for (int other = first;",
+        "for (int other = first;",
         "shared word",
     ),
     Fault(
@@ -175,7 +175,7 @@ FAULTS = (
         "numeric.h",
         "if (count <= 0) return;\n  char*",
         "char*",
-        "second write",
+        "outside",
     ),
     Fault(
         "the half of a store",
