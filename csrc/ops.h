@@ -51,4 +51,30 @@ void add_position(const View& tokens, const View& positions, const View& prefix,
 // grad: [B, T, D] → d_rows: [T, D] float32, the sum over the batch.
 void add_position_backward(const View& grad, const View& d_rows, const Queue& queue);
 
+struct AddNormInputs {
+  View residual;     // [rows, D], D at most 8192; to the backward the sum, with or without a branch
+  View branch;       // [rows, D], or none; the backward reads it with a scale alone
+  View bias, scale;  // [D], or none
+  View keep;         // [B] float32, or none; rows is a multiple of B
+  View weight;       // [D]
+  View norm_bias;    // [D], or none
+  bool rms;          // whether no mean is subtracted
+};
+
+// sum: [rows, D], not written without a branch; normed: [rows, D]; statistics: [2, rows] float32, mean (of an RMS norm
+// zero) and 1/deviation of every row.
+void add_norm(const AddNormInputs& inputs, float eps, const View& sum, const View& normed, const View& statistics,
+              const Queue& queue);
+
+struct AddNormGradients {
+  View d_normed;    // [rows, D]
+  View d_sum;       // [rows, D], or none
+  View statistics;  // [2, rows]: the forward's
+  View d_residual;  // [rows, D]
+  View d_branch;    // [rows, D], or none
+  View d_vectors;   // [vectors, D] float32: of weight, norm_bias, bias, scale, those that are there
+};
+
+void add_norm_backward(const AddNormInputs& inputs, const AddNormGradients& gradients, const Queue& queue);
+
 }  // namespace fastvit

@@ -19,6 +19,38 @@ struct AddPosition {
   Type positions_type, prefix_type;
 };
 
+// Elements of a type known at run time; null: there are none.
+struct Elements {
+  void* data;
+  Type type;
+};
+
+// sum = residual + keep · scale · (branch + bias), rounded, and the norm of it. Of a block's rows `groups` are worked on
+// at once, each by `lanes` threads.
+struct AddNorm {
+  Elements residual, branch;                // [rows, D]; without a branch the sum is the residual, and is not written
+  Elements bias, scale, weight, norm_bias;  // [D]
+  const float* keep;                        // [B]; null: none
+  Elements sum, normed;                     // [rows, D]
+  float* statistics;                        // [2, rows]: mean (of an RMS norm zero) and 1/deviation of every row
+  int rows, tokens, width;                  // B * T, T, D
+  int lanes, groups;
+  float eps, centre;                        // centre: 1; 0 for an RMS norm
+};
+
+struct AddNormBackward {
+  Elements sum, d_normed, d_sum, branch;  // [rows, D]; the branch is read with a scale alone
+  Elements bias, scale, weight;           // [D]
+  const float* keep;                      // [B]; null: none
+  const float* statistics;                // [2, rows]
+  Elements d_residual, d_branch;          // [rows, D]; no d_branch where it is d_residual itself
+  float* partials;                        // [blocks, vectors, D]: of weight, norm_bias, bias, scale, those there are
+  int rows, rows_per_block, tokens, width, vectors;
+  int lanes, groups;
+  float centre;
+  bool has_norm_bias;
+};
+
 struct SumRows {
   const void* matrix;  // [rows, columns], rows row_stride apart
   float* sums;         // [splits, columns]: each split sums rows_per_split rows

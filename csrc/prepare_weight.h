@@ -37,13 +37,6 @@ SIMT_DEVICE float constant_of(const Parameters& p, Constant which, int channel) 
   return simt::load_element(p.constants + which * p.channels + channel);
 }
 
-SIMT_DEVICE float sum_of_warp(float value) {
-  SIMT_UNROLL for (int lanes = 16; lanes > 0; lanes /= 2) {
-    value += simt::from_bits(simt::shuffle_xor(simt::bits(value), lanes));
-  }
-  return value;
-}
-
 // A warp writes row d of W'. Returns the lane's part of sum_k W' bias_shift, of the rounded W': rounding it then costs
 // nothing on an image of the mean's colour.
 template <class Compute, class Weight>

@@ -3,9 +3,9 @@
     python tools/compile_csrc.py [--target 80 --target 90a --target 100] [--json]
 
 A row is one instantiation on one target: registers, stack, spilled bytes, shared memory (of the products: what they
-are launched with), matrix instructions and the widths of asynchronous copies, read from the machine code. Fails on any
-stack or spill, on a product without the instructions it is named after, on copies narrower than its vectors, and where
-the objects of a target do not link.
+are launched with), matrix instructions and the widths of asynchronous copies, loads and stores, read from the machine
+code. Fails on any stack or spill, on a product without the instructions it is named after, on copies narrower than its
+vectors, on narrow loads and stores where a kernel is for wide ones, and where the objects of a target do not link.
 Without nvcc nothing is checked, which is said, and is no failure: the package needs no CUDA toolkit.
 """
 
@@ -48,6 +48,7 @@ class Row:
     mma: str = "-"
     copies: str = "-"
     loads: str = "-"
+    stores: str = "-"
     problems: list[str] = field(default_factory=list)
 
 
@@ -86,6 +87,10 @@ def problems(row: Row) -> Iterator[str]:
     """The rules a kernel breaks."""
     if row.stack or row.spills:
         yield f"{row.stack} bytes of stack, {row.spills} bytes spilled"
+    if re.fullmatch(r"add_norm_\w+<(?:\w+, )*true>", row.kernel):  # WIDE: single words are factors and statistics
+        for what, widths in (("loads", row.loads), ("stores", row.stores)):
+            if widths not in ("16", "4, 16"):
+                yield f"{what} of {widths} bytes, 16 are expected"
     product = Product.of(row.kernel)
     if product is None:
         return
@@ -175,6 +180,7 @@ def _read_code(row: Row, code: str) -> None:
     row.mma = ", ".join(mma) or ("FFMA" if "FFMA" in code else "-")
     row.copies = _widths(re.findall(r"LDGSTS\.E(?:\.\w+)*", code))
     row.loads = _widths(re.findall(r"\bLDG\.E(?:\.\w+)*", code))
+    row.stores = _widths(re.findall(r"\bSTG\.E(?:\.\w+)*", code))
     row.kernel = _readable(row.kernel)
     product = Product.of(row.kernel)
     row.shared += product.shared_bytes if product else 0
@@ -222,7 +228,7 @@ def _size(source: Path) -> int:
 
 def print_table(rows: Sequence[Row]) -> None:
     """Plain text, so that a log keeps it whole."""
-    header = ("target", "kernel", "registers", "stack", "spills", "shared", "mma", "copies", "loads")
+    header = ("target", "kernel", "registers", "stack", "spills", "shared", "mma", "copies", "loads", "stores")
     table = [header, *(tuple(str(getattr(row, name)) for name in header) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
     for line in table:

@@ -76,8 +76,9 @@ def pretend_to_be_cuda() -> None:
     from fastvit import backend
 
     backend._REASONS["cuda"] = lambda device_type: ""
-    for name in ("patch_embed", "patch_embed_backward", "add_position", "add_position_backward"):
-        setattr(torch.ops.fastvit, f"{name}_cuda", getattr(torch.ops.fastvit_host, f"{name}_cuda"))
+    for op in ("patch_embed", "add_position", "add_norm"):
+        for name in (f"{op}_cuda", f"{op}_backward_cuda"):
+            setattr(torch.ops.fastvit, name, getattr(torch.ops.fastvit_host, name))
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -88,17 +89,32 @@ def calls() -> dict[str, Callable[[], Any]]:
     constants = torch.ones(4, 3)
     grad = torch.randn(1, 5, 8).to(bf16)
     needs = [False, True, True, True]
+    stream, branch, vector, statistics = (
+        torch.randn(1, 4, 8),
+        torch.randn(1, 4, 8).to(bf16),
+        torch.randn(8),
+        torch.ones(2, 4),
+    )
     return {
         "torch.add": lambda: torch.add(tokens, positions),
         "torch.add, bfloat16 result": lambda: torch.add(tokens, positions).to(bf16),
         "add_position_cuda": lambda: ops.add_position_cuda(tokens, positions, prefix, bf16),
         "add_position_cuda, no prefix": lambda: ops.add_position_cuda(tokens, positions, None, bf16),
         "add_position_backward_cuda": lambda: ops.add_position_backward_cuda(grad),
+        "add_norm_cuda": lambda: ops.add_norm_cuda(
+            stream, branch, vector, None, None, vector, vector, 1e-6, False, torch.float32, bf16
+        ),
+        "add_norm_backward_cuda": lambda: ops.add_norm_backward_cuda(
+            stream, branch, stream, branch, vector, None, None, vector, vector, statistics, False, torch.float32
+        ),
         "patch_embed_cuda": lambda: ops.patch_embed_cuda(
             images, weight, bias, positions, prefix, None, constants, bf16, bf16, False
         ),
         "fastvit.functional.add_position": lambda: functional.add_position(
             tokens, positions, prefix=prefix, backend="cuda"
+        ),
+        "fastvit.functional.add_norm": lambda: functional.add_norm(
+            stream, branch, vector, weight=vector, norm_bias=vector, eps=1e-6, dtype=bf16, backend="cuda"
         ),
         "fastvit.functional.patch_embed": lambda: functional.patch_embed(
             images, weight, bias, pos_embed=positions, prefix=prefix, mean=MEAN, std=STD, dtype=bf16, backend="cuda"

@@ -115,6 +115,27 @@ void run_add_position_backward(const Device& device, const View& grad, const Vie
   call.finish();
 }
 
+void run_add_norm(const Device& device, const AddNormInputs& inputs, float eps, const View& sum, const View& normed,
+                  const View& statistics) {
+  Call call(device);
+  call.reads({{"residual", inputs.residual}, {"branch", inputs.branch}, {"bias", inputs.bias}, {"scale", inputs.scale},
+              {"keep", inputs.keep}, {"weight", inputs.weight}, {"norm_bias", inputs.norm_bias}});
+  call.writes({{"sum", sum}, {"normed", normed}, {"statistics", statistics}});
+  add_norm(inputs, eps, sum, normed, statistics, call.queue());
+  call.finish();
+}
+
+void run_add_norm_backward(const Device& device, const AddNormInputs& inputs, const AddNormGradients& gradients) {
+  Call call(device);
+  call.reads({{"sum", inputs.residual}, {"branch", inputs.branch}, {"bias", inputs.bias}, {"scale", inputs.scale},
+              {"keep", inputs.keep}, {"weight", inputs.weight}, {"d_normed", gradients.d_normed},
+              {"d_sum", gradients.d_sum}, {"statistics", gradients.statistics}});
+  call.writes({{"d_residual", gradients.d_residual}, {"d_branch", gradients.d_branch},
+               {"d_vectors", gradients.d_vectors}});
+  add_norm_backward(inputs, gradients, call.queue());
+  call.finish();
+}
+
 void run_one_primitive(const Device& device, int which, const View& input, const View& output) {
   Call call(device);
   call.reads({{"input", input}});
@@ -149,11 +170,22 @@ PYBIND11_MODULE(fastvit_emulated, m) {
                        View d_bias, View d_rows) {
         return PatchEmbedGradients{grad, product_grad, constants_of_images, d_images, d_weight, d_bias, d_rows};
       }));
+  py::class_<AddNormInputs>(m, "AddNormInputs", py::module_local())
+      .def(py::init([](View residual, View branch, View bias, View scale, View keep, View weight, View norm_bias,
+                       bool rms) {
+        return AddNormInputs{residual, branch, bias, scale, keep, weight, norm_bias, rms};
+      }));
+  py::class_<AddNormGradients>(m, "AddNormGradients", py::module_local())
+      .def(py::init([](View d_normed, View d_sum, View statistics, View d_residual, View d_branch, View d_vectors) {
+        return AddNormGradients{d_normed, d_sum, statistics, d_residual, d_branch, d_vectors};
+      }));
   m.def("can_read", &can_read);
   m.def("patch_embed", &run_patch_embed);
   m.def("patch_embed_backward", &run_patch_embed_backward);
   m.def("add_position", &run_add_position);
   m.def("add_position_backward", &run_add_position_backward);
+  m.def("add_norm", &run_add_norm);
+  m.def("add_norm_backward", &run_add_norm_backward);
   m.def("bank_conflicts", [] { return std::exchange(simt::host::bank_conflicts(), 0); });
   m.def("primitives", [] {
     std::vector<std::tuple<std::string, int64_t, int64_t>> found;

@@ -58,10 +58,21 @@ class Call {
     return tensor ? read_contiguous(name, *tensor, dimensions, shape, accepted) : View();
   }
 
+  // A tensor [..., D] as the matrix of its rows, [rows, D]; or a copy of it that is contiguous.
+  View read_rows(const char* name, const Tensor& tensor, Types accepted) {
+    const Type type = checked_type(name, tensor, accepted);
+    require(tensor.dim() > 0, name, ": expected dimensions [..., D], got none");
+    const bool is_contiguous = tensor.is_contiguous();
+    if (!is_contiguous) kept_.push_back(contiguous_copy(tensor, type));
+    const Tensor& held = is_contiguous ? tensor : kept_.back();
+    const View view = rows_of(held, type, const_cast<void*>(held.const_data_ptr()));
+    device_.reads(name, view);
+    return view;
+  }
+
   // A contiguous copy of a tensor.
   View copy(const char* name, const Tensor& tensor, Type type) {
-    kept_.push_back(empty(tensor.sizes(), type));
-    torch::stable::copy_(kept_.back(), tensor);
+    kept_.push_back(contiguous_copy(tensor, type));
     const View view = describe(kept_.back(), type, const_cast<void*>(kept_.back().const_data_ptr()));
     device_.reads(name, view);
     return view;
@@ -79,9 +90,16 @@ class Call {
     return view;
   }
 
+  // The same of a tensor [..., D], as the matrix of its rows.
+  View write_rows(const char* name, const Tensor& tensor, Type type) {
+    const View view = rows_of(tensor, type, tensor.mutable_data_ptr());
+    device_.writes(name, view);
+    return view;
+  }
+
   // A contiguous tensor on the call's device; its elements are not set.
   Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, Type type) const {
-    int64_t strides[4] = {}, count = 1;
+    int64_t strides[64], count = 1;  // of as many dimensions as torch has
     for (std::size_t i = sizes.size(); i-- > 0;) {
       strides[i] = count;
       count *= std::max<int64_t>(1, sizes[i]);
@@ -122,12 +140,32 @@ class Call {
     return type;
   }
 
-  View checked(const char* name, const Tensor& tensor, int dimensions, const char* shape, Types accepted) const {
+  Type checked_type(const char* name, const Tensor& tensor, Types accepted) const {
     require(device_type(tensor) == type_ && tensor.get_device_index() == index_, name,
             ": on another device than ", name_, "; they must match");
-    const Type type = type_of(name, tensor.scalar_type(), accepted);
+    return type_of(name, tensor.scalar_type(), accepted);
+  }
+
+  View checked(const char* name, const Tensor& tensor, int dimensions, const char* shape, Types accepted) const {
+    const Type type = checked_type(name, tensor, accepted);
     require(tensor.dim() == dimensions, name, ": expected ", dimensions, " dimensions ", shape, ", got ", tensor.dim());
     return describe(tensor, type, const_cast<void*>(tensor.const_data_ptr()));
+  }
+
+  Tensor contiguous_copy(const Tensor& tensor, Type type) const {
+    Tensor copy = empty(tensor.sizes(), type);
+    torch::stable::copy_(copy, tensor);
+    return copy;
+  }
+
+  static View rows_of(const Tensor& tensor, Type type, void* data) {
+    const auto sizes = tensor.sizes();
+    View view;
+    view.is_given = true, view.data = data, view.type = type, view.dimensions = 2;
+    view.sizes[0] = 1, view.sizes[1] = sizes[sizes.size() - 1];
+    for (std::size_t i = 0; i + 1 < sizes.size(); i++) view.sizes[0] *= sizes[i];
+    view.strides[0] = view.sizes[1], view.strides[1] = 1;
+    return view;
   }
 
   static View describe(const Tensor& tensor, Type type, void* data) {

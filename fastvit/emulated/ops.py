@@ -9,10 +9,12 @@ Raises:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvit.cpu.add_norm import is_apart
 from fastvit.emulated.call import device, library, type_of, view
 
 
@@ -107,6 +109,68 @@ def add_position_backward(grad: Tensor) -> Tensor:
         return d_rows.zero_()
     library().add_position_backward(device(), view(grad), view(d_rows))
     return d_rows
+
+
+def add_norm(
+    residual: Tensor,
+    branch: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    sum_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., D] sum (of size 0 without a branch) and its norm, and [2, rows] float32 statistics."""
+    total = residual.new_empty(0 if branch is None else residual.shape, dtype=sum_dtype)
+    normed = residual.new_empty(residual.shape, dtype=dtype)
+    held = [_contiguous(tensor) for tensor in (residual, branch, bias, scale, keep, weight, norm_bias)]
+    inputs = _add_norm_inputs(held, rms)
+    statistics = residual.new_empty((2, residual.shape[:-1].numel()), dtype=torch.float32)
+    results = _rows_view(None if branch is None else total), _rows_view(normed), view(statistics)
+    library().add_norm(device(), inputs, eps, *results)
+    return total, normed, statistics
+
+
+def add_norm_backward(
+    total: Tensor,
+    d_normed: Tensor,
+    d_total: Tensor | None,
+    branch: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    statistics: Tensor,
+    rms: bool,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., D] gradients of residual and branch (of size 0 where it is the residual's), and [vectors, D] float32."""
+    apart = branch is not None and is_apart(residual_dtype, branch, scale, keep)
+    d_residual = total.new_empty(total.shape, dtype=residual_dtype)
+    d_branch = total.new_empty(total.shape if apart else 0, dtype=residual_dtype if branch is None else branch.dtype)
+    vectors = sum(vector is not None for vector in (weight, norm_bias, bias, scale))
+    d_vectors = total.new_empty((vectors, total.shape[-1]), dtype=torch.float32)
+    branch = None if scale is None else branch
+    held = [_contiguous(tensor) for tensor in (total, branch, bias, scale, keep, weight, norm_bias)]
+    more = [_contiguous(tensor) for tensor in (d_normed, d_total)]
+    results = _rows_view(d_residual), _rows_view(d_branch if apart else None), view(d_vectors)
+    gradients = library().AddNormGradients(*map(_rows_view, more), view(statistics), *results)
+    library().add_norm_backward(device(), _add_norm_inputs(held, rms), gradients)
+    return d_residual, d_branch, d_vectors
+
+
+def _add_norm_inputs(held: Sequence[Tensor | None], rms: bool) -> Any:
+    return library().AddNormInputs(*map(_rows_view, held[:2]), *map(view, held[2:]), rms)
+
+
+def _rows_view(tensor: Tensor | None) -> Any:
+    """A contiguous tensor [..., D] as [rows, D]."""
+    return view(None if tensor is None else tensor.view(tensor.shape[:-1].numel(), tensor.shape[-1]))
 
 
 def _readable(images: Tensor) -> Tensor:

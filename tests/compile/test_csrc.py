@@ -40,6 +40,10 @@ HOPPER_GRADIENT = "patch_embed_weight_gradient<bf16, 8, bf16 192x192x64x16x192x4
         (HOPPER_GRADIENT, {"mma": "HGMMA.64x192x16"}, ""),
         (HOPPER_GRADIENT, {"mma": "HGMMA.64x128x16"}, "no HGMMA.64x192x16"),
         ("sum_rows<fp16, 8>", {"mma": "-", "copies": "-"}, ""),
+        ("add_norm_forward<true>", {"loads": "4, 16", "stores": "4, 16"}, ""),
+        ("add_norm_forward<false>", {"loads": "2, 4", "stores": "2, 4"}, ""),
+        ("add_norm_backward<false, true, true>", {"loads": "4, 16", "stores": "4"}, "stores of 4 bytes, 16 are exp"),
+        ("add_norm_backward<true, false, true>", {"loads": "2, 16", "stores": "16"}, "loads of 2, 16 bytes, 16 are"),
     ],
 )
 def test_a_broken_rule_is_named(kernel: str, row: dict[str, object], problem: str) -> None:
@@ -55,6 +59,17 @@ def test_what_nvcc_made_is_read(tmp_path: Path) -> None:
     wide, scalar = by_name["add_position_forward<bf16, fp32, 8>"], by_name["add_position_forward<bf16, fp32, 1>"]
     assert len(rows) == 18 and all(row.registers and not row.problems for row in rows)
     assert wide.loads == "16" and scalar.loads.startswith("2")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+def test_one_add_norm_serves_all_types(tmp_path: Path) -> None:
+    rows = tool.compile_file(tool.SOURCES / "add_norm.cu", "90a", shutil.which("nvcc"), tmp_path)
+    by_name = {row.kernel: row for row in rows}
+    assert len(rows) == 7 and not any(row.problems for row in rows)
+    assert by_name["add_norm_forward<true>"].loads == by_name["add_norm_forward<true>"].stores == "4, 16"
+    # Three blocks of 256 threads a multiprocessor, and with a scale two.
+    assert by_name["add_norm_backward<false, true, true>"].registers <= 80
+    assert all(row.registers <= 128 for row in rows)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")

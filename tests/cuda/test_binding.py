@@ -5,6 +5,7 @@ That a value arrives where it belongs is what is tested here; how exact it is, t
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -181,6 +182,134 @@ def test_add_position_backward_of_nothing(ops: Any, shape: tuple[int, ...]) -> N
     assert torch.equal(ops.add_position_backward_cuda(torch.randn(shape)), torch.zeros(shape[1:]))
 
 
+# add_norm
+
+
+def norm_arguments(*shape: int, **changes: Any) -> dict[str, Any]:
+    """Of `add_norm_cuda`, in its order: everything that it can be given."""
+    shape, dtypes = shape or (2, 5, 16), {"sum_dtype": F32, "dtype": F32}
+    vectors = {name: torch.randn(shape[-1]) for name in ("bias", "scale", "weight", "norm_bias")}
+    keep = torch.tensor([2.0, 0.0, 0.5])[: shape[0]] if len(shape) > 1 else None
+    given = {"residual": torch.randn(shape), "branch": torch.randn(shape), "bias": None, "scale": None, "keep": keep}
+    return {**given, **vectors, "eps": 1e-6, "rms": False, **dtypes, **changes}
+
+
+def norm_in_float64(arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """sum, normed and statistics; and for `backward_arguments` the gradients, of weight, norm_bias, bias, scale too."""
+    wide = {
+        name: value.double().requires_grad_() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    residual, branch, bias, scale, keep, weight, norm_bias = list(wide.values())[:7]
+    total = residual
+    if branch is not None:
+        change = branch if bias is None else branch + bias
+        change = change if scale is None else change * scale
+        change = change if keep is None else change * keep.view(-1, *[1] * (residual.dim() - 1))
+        total = total + change
+    mean = total.mean(-1, keepdim=True) * (not arguments["rms"])
+    deviation = ((total - mean).square().mean(-1, keepdim=True) + arguments["eps"]).rsqrt()
+    normed = (total - mean) * deviation * weight + (0 if norm_bias is None else norm_bias)
+    results = [total, normed, torch.stack((mean.flatten(), deviation.flatten()))]
+    wanted = [tensor for tensor in (residual, branch, weight, norm_bias, bias, scale) if tensor is not None]
+    outputs = (normed,) if branch is None else (total, normed)
+    grads = [norm_grad(0, normed), norm_grad(1, normed)][-len(outputs) :]
+    return results, list(torch.autograd.grad(outputs, wanted, [grad.double() for grad in grads]))
+
+
+def norm_grad(which: int, like: Tensor, dtype: torch.dtype = F32) -> Tensor:
+    """Of the sum, and of its norm."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(which)).to(dtype)
+
+
+def norm_backward(ops: Any, arguments: dict[str, Any], results: Sequence[Tensor], layout: Callable) -> list[Tensor]:
+    """d_residual, d_branch and the gradients of the vectors that are there, one by one."""
+    residual, branch, *vectors = list(arguments.values())[:7]
+    total, normed, statistics = results
+    d_sum = None if branch is None else layout(norm_grad(0, residual))
+    given = (layout(residual if branch is None else total), layout(norm_grad(1, normed, normed.dtype)), d_sum, branch)
+    found = ops.add_norm_backward_cuda(*given, *vectors, statistics, arguments["rms"], residual.dtype)
+    d_residual, d_branch, d_vectors = found
+    if d_branch.shape == (0,):
+        return [d_residual, *([] if branch is None else [d_residual]), *d_vectors]
+    return [d_residual, d_branch, *d_vectors]
+
+
+def check_add_norm(ops: Any, arguments: dict[str, Any], bound: float, layout: Callable = Tensor.contiguous) -> None:
+    """Results and gradients against float64."""
+    given = {n: layout(v) if isinstance(v, Tensor) and v.dim() > 1 else v for n, v in arguments.items()}
+    found = ops.add_norm_cuda(*given.values())
+    expected, expected_gradients = norm_in_float64(arguments)
+    has_branch = arguments["branch"] is not None
+    assert has_branch or found[0].shape == (0,)
+    assert (found[0].dtype, found[1].dtype) == (arguments["sum_dtype"], arguments["dtype"])
+    for tensor, truth in list(zip(found, expected, strict=True))[not has_branch :]:
+        assert relative(tensor, truth) < bound and tensor.is_contiguous()
+    gradients = norm_backward(ops, given, found, layout)
+    for tensor, truth in zip(gradients, expected_gradients, strict=True):
+        assert relative(tensor, truth) < bound
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:4])
+def test_add_norm_takes_any_layout(ops: Any, layout: Callable) -> None:
+    vectors = {name: sliced(torch.randn(16)) for name in ("bias", "scale", "weight", "norm_bias")}
+    check_add_norm(ops, norm_arguments(**vectors, keep=sliced(torch.tensor([2.0, 0.5]))), BOUND[F32], layout)
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 2, 2, 16), (1, 1, 8192)])
+def test_add_norm_of_any_dimensions(ops: Any, shape: tuple[int, ...]) -> None:
+    check_add_norm(ops, norm_arguments(*shape), BOUND[F32])
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [("bias",), ("scale",), ("keep",), ("norm_bias",), ("scale", "keep"), ("bias", "scale", "keep", "branch")],
+)
+@pytest.mark.parametrize("rms", [False, True])
+def test_add_norm_without_some_of_it(ops: Any, missing: tuple[str, ...], rms: bool) -> None:
+    check_add_norm(ops, norm_arguments(rms=rms, **dict.fromkeys(missing)), BOUND[F32])
+
+
+@pytest.mark.parametrize("dtypes", [*itertools.permutations(FLOATS)])
+def test_add_norm_takes_a_dtype_each(ops: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    stream, branch, out = dtypes
+    arguments = norm_arguments(sum_dtype=stream, dtype=out)
+    for name, dtype in zip(("residual", "branch", "bias", "scale", "weight"), (*dtypes, *dtypes), strict=False):
+        arguments[name] = arguments[name].to(dtype)
+    check_add_norm(ops, arguments, BOUND[BF16])
+    check_add_norm(ops, arguments | {"scale": None, "keep": None}, BOUND[BF16])
+
+
+def test_a_branch_of_the_residuals_dtype_shares_its_gradient(ops: Any) -> None:
+    arguments = norm_arguments(scale=None, keep=None)
+    total, _, statistics = ops.add_norm_cuda(*arguments.values())
+    grad, rest = torch.randn(2, 5, 16), (None, None, None, arguments["weight"], None, statistics, False)
+    for branch, residual_dtype, size in ((torch.empty(0), F32, 0), (torch.empty(0), BF16, 160), (None, BF16, 0)):
+        found = ops.add_norm_backward_cuda(total, grad, None, branch, *rest, residual_dtype)
+        assert found[0].dtype == residual_dtype and found[0].shape == (2, 5, 16)
+        assert found[1].numel() == size and found[1].dtype == (residual_dtype if branch is None else F32)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16)])
+def test_add_norm_of_nothing(ops: Any, shape: tuple[int, ...]) -> None:
+    arguments = norm_arguments(*shape, keep=torch.ones(shape[0]), dtype=BF16)
+    total, normed, statistics = ops.add_norm_cuda(*arguments.values())
+    assert total.shape == normed.shape == shape and statistics.shape == (2, 0) and normed.dtype == BF16
+    d_residual, d_branch, *d_vectors = norm_backward(ops, arguments, (total, normed, statistics), Tensor.contiguous)
+    assert d_residual.shape == d_branch.shape == shape and not any(vector.any() for vector in d_vectors)
+
+
+def test_a_vector_anywhere_leaves_the_rows_wide(ops: Any) -> None:
+    arguments = norm_arguments()
+    for name in ("bias", "scale", "weight", "norm_bias"):
+        room = torch.empty(17)
+        room[1:] = arguments[name]
+        assert room[1:].data_ptr() % 16
+        expected = ops.add_norm_cuda(*arguments.values())
+        found = ops.add_norm_cuda(*(arguments | {name: room[1:]}).values())
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 # patch_embed
 
 
@@ -343,6 +472,20 @@ def call_backward(ops: Any, **changes: Any) -> Any:
     return ops.patch_embed_backward_cuda(*(arguments | changes).values())
 
 
+def call_add_norm(ops: Any, **changes: Any) -> Any:
+    return ops.add_norm_cuda(*norm_arguments(**changes).values())
+
+
+def call_add_norm_backward(ops: Any, **changes: Any) -> Any:
+    arguments = {
+        "total": torch.randn(2, 5, 16), "d_normed": torch.randn(2, 5, 16), "d_total": None,
+        "branch": torch.randn(2, 5, 16), "bias": None, "scale": torch.randn(16), "keep": None,
+        "weight": torch.randn(16), "norm_bias": None, "statistics": torch.randn(2, 10), "rms": False,
+        "residual_dtype": F32,
+    }  # fmt: skip
+    return ops.add_norm_backward_cuda(*(arguments | changes).values())
+
+
 BAD: Sequence[tuple[Callable, dict[str, Any], str]] = (
     (call_add_position, {"tokens": torch.zeros(2, 5, 8).int()}, "tokens: dtype Int is not supported; accepted: Float,"),
     (call_add_position, {"tokens": torch.zeros(2, 8)}, "tokens: expected 3 dimensions [B, N, D], got 2"),
@@ -388,6 +531,39 @@ BAD: Sequence[tuple[Callable, dict[str, Any], str]] = (
         {"grad": torch.zeros(0, 2**16, 2**15)},
         "grad: 0 x 65536 rows of width 32768; rows, and values a sample, must be < 2^31",
     ),
+    (call_add_norm, {"residual": torch.zeros(())}, "residual: expected dimensions [..., D], got none"),
+    (call_add_norm, {"residual": torch.zeros(2, 5, 16).double()}, "residual: dtype Double is not supported; accepted:"),
+    (
+        call_add_norm,
+        {"residual": torch.zeros(5, 8193)},
+        "residual: expected [..., D] with D from 1 to 8192, got rows [5, 8193]",
+    ),
+    (
+        call_add_norm,
+        {"residual": torch.zeros(2, 0)},
+        "residual: expected [..., D] with D from 1 to 8192, got rows [2, 0]",
+    ),
+    (call_add_norm, {"branch": torch.zeros(2, 4, 16)}, "branch: expected rows [10, 16] as residual, got [8, 16]"),
+    (call_add_norm, {"branch": torch.zeros(2, 5, 16).int()}, "branch: dtype Int is not supported; accepted: Float, Ha"),
+    (call_add_norm, {"bias": torch.zeros(15)}, "bias: expected [16], got [15]"),
+    (call_add_norm, {"scale": torch.zeros(16, 1)}, "scale: expected 1 dimensions [D], got 2"),
+    (call_add_norm, {"keep": torch.zeros(5)}, "keep: expected a value a sample of residual, got [5]"),
+    (call_add_norm, {"keep": torch.zeros(2).half()}, "keep: dtype Half is not supported; accepted: Float"),
+    (call_add_norm, {"weight": torch.zeros(17)}, "weight: expected [16], got [17]"),
+    (call_add_norm, {"norm_bias": torch.zeros(16).double()}, "norm_bias: dtype Double is not supported"),
+    (call_add_norm, {"sum_dtype": torch.int32}, "sum_dtype: dtype Int is not supported"),
+    (call_add_norm, {"dtype": torch.float64}, "dtype: dtype Double is not supported"),
+    (call_add_norm_backward, {"total": torch.zeros(8193)}, "total: expected [..., D] with D from 1 to 8192, got rows"),
+    (
+        call_add_norm_backward,
+        {"d_normed": torch.zeros(9, 16)},
+        "d_normed: expected rows [10, 16] as total, got [9, 16]",
+    ),
+    (call_add_norm_backward, {"d_total": torch.zeros(16)}, "d_total: expected rows [10, 16] as total, got [1, 16]"),
+    (call_add_norm_backward, {"branch": torch.zeros(9, 16)}, "branch: expected rows [10, 16] as total, got [9, 16]"),
+    (call_add_norm_backward, {"branch": None}, "scale, keep: they belong to the branch, and there is none"),
+    (call_add_norm_backward, {"statistics": torch.zeros(2, 9)}, "statistics: expected [2, 10], got [2, 9]"),
+    (call_add_norm_backward, {"residual_dtype": torch.uint8}, "residual_dtype: dtype Byte is not supported"),
     (call_backward, {"grad": torch.zeros(2, 7, 16)}, "grad: expected [2, 6, 16], got [2, 7, 16]"),
     (call_backward, {"grad": torch.zeros(2, 6, 16).double()}, "grad: dtype Double is not supported"),
     (call_backward, {"product_grad": torch.zeros(2, 6, 16).half()}, "product_grad: dtype Half is not supported; accep"),

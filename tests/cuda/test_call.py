@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit import backend, functional
 
-OPS = ("patch_embed_cuda", "patch_embed_backward_cuda", "add_position_cuda", "add_position_backward_cuda")
+OPS = tuple(f"{op}{way}_cuda" for op in ("patch_embed", "add_position", "add_norm") for way in ("", "_backward"))
 NO_MEMORY = (
     "fastvit: can't allocate 4096 bytes: out of memory?",  # of a torch that does not say why
     "fastvit: can't allocate 4096 bytes: CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity of",
@@ -50,6 +50,12 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
         ),
         "add_position_cuda": lambda tokens, *_: torch.zeros_like(tokens),
         "add_position_backward_cuda": lambda grad: torch.zeros_like(grad[0]),
+        "add_norm_cuda": lambda residual, *_: (
+            torch.zeros_like(residual), torch.zeros_like(residual), residual.new_zeros(2, 4)
+        ),
+        "add_norm_backward_cuda": lambda total, *_: (
+            torch.zeros_like(total), total.new_zeros(0), total.new_zeros(1, total.shape[-1])
+        ),
     }  # fmt: skip
     for name, result in results.items():
         monkeypatch.setattr(torch.ops.fastvit, name, stub.op(name, result), raising=False)
@@ -62,6 +68,13 @@ def run(name: str, transform: Callable[[Callable], Callable] = lambda function: 
     if name.startswith("patch_embed"):
         inputs = torch.randn(1, 3, 8, 8), torch.randn(5, 3, 4, 4)
         function: Callable[..., Tensor] = functional.patch_embed
+    elif name.startswith("add_norm"):
+        inputs = torch.randn(1, 4, 5), torch.randn(5)
+        branch = torch.randn(1, 4, 5)
+
+        def function(residual: Tensor, weight: Tensor, backend: str) -> Tensor:
+            return functional.add_norm(residual, branch, weight=weight, eps=1e-6, backend=backend)[1]
+
     else:
         inputs = torch.randn(1, 4, 5), torch.randn(4, 5)
         function = functional.add_position
