@@ -13,6 +13,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,8 +34,8 @@ TOKENS = 1 + (224 // 16) ** 2
 Progress = Callable[[int, int, str], None]
 SHALLOW = 2  # blocks of the model that is taken off a whole one, so that the ends fall out
 
-# NVIDIA H200 data sheet (SXM): 4.8 TB/s, and 1,979 TFLOP/s in bfloat16 with sparsity, which is half of it without.
-GPU, BYTES_PER_US, FLOPS_PER_US = "H200", 4.8e6, 989.5e6
+GPU, TB_PER_S, TFLOP_PER_S = "H200", 4.8, 989.5
+BYTES_PER_US, FLOPS_PER_US = 1e6 * TB_PER_S, 1e6 * TFLOP_PER_S
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class TrafficRow:
         takes longer, and then all other bytes at its bandwidth. Launches take none of it.
 
         Args:
-            bytes_per_us, flops_per_us: default: of an H200, as its data sheet has them.
+            bytes_per_us, flops_per_us: default: of an H200, from NVIDIA's data sheet of it (SXM): 4.8 TB/s, and in
+                bfloat16 1,979 TFLOP/s with sparsity, which is half of that without.
         """
         assert self.bytes_step is not None and self.flops_step is not None
         multiplied = (self.products_bytes_step or 0) + (self.attention_bytes_step or 0)
@@ -143,7 +145,8 @@ def run(
         progress: called as progress(done, total, description) before each case and at the end.
         on_row: called with each row as it comes.
     """
-    about = {"versions": versions("cpu"), "commit": commit(), "command": command_line()}
+    shaping = {name: version for name, version in versions("cpu").items() if name != "capability"}
+    about = {"versions": shaping, "commit": commit(), "command": command_line()}
     rows: list[TrafficRow] = []
     for row in _counted(plan, progress or (lambda done, total, description: None)):
         rows.append(replace(row, **about))
@@ -197,6 +200,11 @@ def _step_of(case: Case, depth: int) -> Count:
     return count_step(module, case.batch, compiled=case.compiled, stream=stream)
 
 
+def read_json_lines(path: Path) -> list[TrafficRow]:
+    """Rows as `TrafficRow.to_json` has written them, a line each."""
+    return [TrafficRow(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def format_table(
     rows: Iterable[TrafficRow],
     bytes_per_us: float = BYTES_PER_US,
@@ -222,6 +230,16 @@ def format_table(
     return Group(*parts) if parts else Text("no rows")
 
 
+def cells(rows: Iterable[TrafficRow]) -> list[tuple[str, ...]]:
+    """Lines of a table: shape, setting, stream and host, then bytes a value and launches a block for each of WAYS."""
+    lines = []
+    counted = (row for row in rows if not row.reason)
+    for case, mine in grouped(counted, lambda row: (row.shape, row.setting, row.stream, row.host)).items():
+        texts = {row.way: f"{row.bytes_per_value:.1f} ({row.launches_per_block:g})" for row in mine}
+        lines.append((*case, *(texts.get(way, "-") for way in WAYS)))
+    return lines
+
+
 def _counts_table(rows: Sequence[TrafficRow]) -> Any:
     from rich.table import Column, Table
 
@@ -229,9 +247,8 @@ def _counts_table(rows: Sequence[TrafficRow]) -> Any:
         "shape", "setting", "stream", "host", *(Column(name, justify="right") for name in WAYS),
         title="counted: bytes per token value and block, without products and attention (launches a block, with them)",
     )  # fmt: skip
-    for case, mine in grouped(rows, lambda row: (row.shape, row.setting, row.stream, row.host)).items():
-        cells = {row.way: f"{row.bytes_per_value:.1f} ({row.launches_per_block:g})" for row in mine}
-        table.add_row(*case, *(cells.get(name, "-") for name in WAYS))
+    for line in cells(rows):
+        table.add_row(*line)
     return table
 
 
