@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -97,10 +96,11 @@ def test_a_floor_is_the_slower_of_two_and_the_rest() -> None:
     assert row.floor_us(bytes_per_us=10, flops_per_us=7) == 60 / 10 + 40 / 10
 
 
+# What is tried on the fake GPU, in a process of its own: by name, what came of it.
 CHILD = """
 import json, torch
 from torch import nn
-from fastvit.benchmarks.traffic import counting, gpu, hosts
+from fastvit.benchmarks.traffic import counting, gpu
 from fastvit.benchmarks.traffic.step import count_step
 from fastvit.functional import patch_embed
 
@@ -117,48 +117,54 @@ class Block(nn.Module):
 def step(copies, compiled=False):
     return count_step(Block(copies), 4, compiled=compiled)
 
+def ops():
+    with gpu.fake_gpu():
+        shapes = (2, 3, 32, 32), (48, 3, 16, 16), 48
+        images, weight, bias = (torch.empty(shape, device=gpu.DEVICE) for shape in shapes)
+        with counting.Count() as count:
+            patch_embed(images, weight, bias, backend="triton")
+            torch.ops.fastvit.prepare_weight(weight, bias, None, None, False, torch.bfloat16)
+    return count.by_name()
+
+def state():
+    dispatch = torch._C._dispatch_dump("aten::scaled_dot_product_attention")
+    values = {f"{target} {name}": id(target.__dict__.get(name)) for target, name in targets}
+    return {**values, "dispatch": dispatch, "modes": torch._C._len_torch_dispatch_stack()}
+
+targets = [(target, name) for target, name, _ in gpu._replacements()]
+before = state()
+one, two, compiled = step(1), step(2), step(1, compiled=True)
+after = state()
+launched = ops()
+counting._DECLARED = {"patch_embed": {"patch_embed": lambda *args, result: (7, 1000 + result.numel())}}
+print(json.dumps({
+    "a copy": [two.total(what) - one.total(what) for what in ("bytes", "launches")],
+    "slices": [kernel.bytes for kernel in compiled.kernels if "sin" in kernel.name],
+    "left behind": [name for name in before if before[name] != after[name]],
+    "launched": launched,
+    "declared": ops(),
+}))
 """
 
 
-def in_a_child(code: str) -> Any:
-    """What the code leaves in `found`, from a process of its own."""
-    script = CHILD + textwrap.dedent(code) + "\nprint(json.dumps(found))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def tried() -> dict[str, Any]:
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_copy_more_is_a_read_and_a_write_more() -> None:
-    found = in_a_child("""
-        one, two = step(1), step(2)
-        found = [two.total("bytes") - one.total("bytes"), two.total("launches") - one.total("launches")]
-    """)
-    assert found == [2 * 4 * 3 * 48 * 4, 1]
+def test_a_copy_more_is_a_read_and_a_write_more(tried: dict[str, Any]) -> None:
+    assert tried["a copy"] == [2 * 4 * 3 * 48 * 4, 1]
 
 
-def test_compiled_code_reads_of_a_slice_what_it_takes() -> None:
-    found = in_a_child("""
-        count = step(1, compiled=True)
-        found = {kernel.name: kernel.bytes for kernel in count.kernels if "sin" in kernel.name}
-    """)
-    assert list(found.values()) == [4 * 3 * 48 * (4 + 2)], "fp32 in, bf16 out; the copy is gone"
+def test_compiled_code_reads_of_a_slice_what_it_takes(tried: dict[str, Any]) -> None:
+    assert tried["slices"] == [4 * 3 * 48 * (4 + 2)], "fp32 in, bf16 out; the copy is gone"
 
 
-def test_an_op_is_its_launches_unless_its_file_declares_them() -> None:
-    found = in_a_child("""
-        def run():
-            with gpu.fake_gpu():
-                shapes = (2, 3, 32, 32), (48, 3, 16, 16), 48
-                images, weight, bias = (torch.empty(shape, device=gpu.DEVICE) for shape in shapes)
-                with counting.Count() as count:
-                    tokens = patch_embed(images, weight, bias, backend="triton")
-                    torch.ops.fastvit.prepare_weight(weight, bias, None, None, False, torch.bfloat16)
-            return count.by_name()
-        launched = run()
-        counting._DECLARED = {"patch_embed": {"patch_embed": lambda *args, result: (7, 1000 + result.numel())}}
-        found = [launched, run()]
-    """)
-    launched, declared = found
+def test_an_op_is_its_launches_unless_its_file_declares_them(tried: dict[str, Any]) -> None:
+    launched, declared = tried["launched"], tried["declared"]
     weight, tokens = 48 * 3 * 16 * 16, 2 * 4 * 48
     launches, moved = launched["patch_embed"]
     assert launches >= 1 and moved >= 4 * (2 * 3 * 32 * 32 + weight + tokens)
@@ -167,23 +173,8 @@ def test_an_op_is_its_launches_unless_its_file_declares_them() -> None:
     assert declared["prepare_weight"] == [1, weight * (4 + 2) + 48 * (4 + 4)]
 
 
-def test_nothing_is_left_behind() -> None:
-    found = in_a_child("""
-        absent = object()
-        targets = [(target, name) for target, name, _ in gpu._replacements()]
-        def state():
-            return [target.__dict__.get(name, absent) for target, name in targets]
-        before, dispatches = state(), torch._C._dispatch_dump("aten::scaled_dot_product_attention")
-        step(1), step(1, compiled=True)
-        after = state()
-        found = {
-            "attributes": [name for (_, name), a, b in zip(targets, before, after) if a is not b],
-            "dispatch": dispatches == torch._C._dispatch_dump("aten::scaled_dot_product_attention"),
-            "modes": torch._C._len_torch_dispatch_stack(),
-            "available": torch.cuda.is_available(),
-        }
-    """)
-    assert found == {"attributes": [], "dispatch": True, "modes": 0, "available": torch.cuda.is_available()}
+def test_nothing_is_left_behind(tried: dict[str, Any]) -> None:
+    assert tried["left behind"] == []
 
 
 KERNEL = """
