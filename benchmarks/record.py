@@ -2,11 +2,13 @@
 
     python -m fastvit.benchmarks.record [--size small|full] [--threads N] [SUITE ...]
     python -m fastvit.benchmarks.record --from out/gpu/bench.jsonl [SUITE ...]
+    python -m fastvit.benchmarks.record traffic
     python -m fastvit.benchmarks.record --render
 
 Writes benchmarks/results/<machine>/<suite>.jsonl, one file a suite, then benchmarks/RESULTS.md from all files there,
-those of other machines included. With --from the rows are those of a file that `make gpu` has written, with --render
-only the page is. Run it on a machine that does nothing else.
+those of other machines included. The suite traffic, which is counted and the same on every machine, is run only where
+it is named, and goes into results/counted. With --from the rows are those of a file that `make gpu` has
+written, with --render only the page is. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from pathlib import Path
 from fastvit.benchmarks.problem import SIZES
 from fastvit.benchmarks.rows import Row, read_json_lines, rivals_of, write_json_lines
 from fastvit.benchmarks.runner import SUITES, run_suites
+from fastvit.benchmarks.traffic import suite as traffic
 
+TRAFFIC, COUNTED = "traffic", "counted"  # the suite that is not timed, and its folder
 FOLDER = Path(__file__).resolve().parent
 HEAD = """# Benchmark results
 
@@ -85,6 +89,30 @@ def of_campaign(rows: Sequence[Row], suites: Sequence[str]) -> Iterator[list[Row
             yield found
 
 
+def render_traffic(rows: Sequence[traffic.TrafficRow]) -> str:
+    """The part of RESULTS.md about what was counted."""
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0].versions.items() if version)
+    about = f"{versions}; commit {rows[0].commit}; `{rows[0].command}`"
+    text = f"""
+## Counted: traffic of a training step
+
+Nothing here was timed and no GPU was used; {about}
+
+Bytes per token value and block, products and attention apart, and in brackets the launches of a block, with them.
+
+"""
+    headings = ["shape", "setting", "stream", "host", *traffic.WAYS]
+    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in traffic.cells(rows)]
+    reasons = dict.fromkeys((row.host, row.setting, row.way, row.reason) for row in rows if row.reason)
+    lines += ["", *(f"- {host}, {setting}, {way}: {reason}" for host, setting, way, reason in reasons)]
+    return text + "\n".join(lines) + "\n"
+
+
+def _progress(done: int, total: int, title: str) -> None:
+    print(f"{done}/{total} {title}", file=sys.stderr, flush=True)
+
+
 def _ratio(ratio: float | None) -> str:
     return "" if ratio is None else f"**{ratio:.2f}x**" if ratio < 1 else f"{ratio:.2f}x"
 
@@ -97,10 +125,7 @@ def _time(row: Row) -> str:
 def _measured(options: argparse.Namespace, suite: str) -> list[Row]:
     """The rows of a suite, measured here and now."""
 
-    def progress(done: int, total: int, title: str) -> None:
-        print(f"{done}/{total} {title}", file=sys.stderr, flush=True)
-
-    return run_suites([suite], options.size, progress=progress, seconds=options.seconds, threads=options.threads)
+    return run_suites([suite], options.size, progress=_progress, seconds=options.seconds, threads=options.threads)
 
 
 def _recorded(options: argparse.Namespace) -> Iterator[list[Row]]:
@@ -109,7 +134,7 @@ def _recorded(options: argparse.Namespace) -> Iterator[list[Row]]:
     Raises:
         OSError, ValueError: the file of a campaign can't be read, or is none.
     """
-    suites = options.suites or list(SUITES)
+    suites = [name for name in options.suites or SUITES if name != TRAFFIC]
     if options.render:
         return iter(())
     if not options.source:
@@ -124,17 +149,22 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     """The command line; returns the exit code: 1 if a case of ours was not timed here."""
     about_this = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m fastvit.benchmarks.record", description=about_this)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all; or {TRAFFIC}"
+    )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's setting")
     parser.add_argument("--seconds", type=float, help="to spend on timing each case")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="take the rows of a campaign instead")
     parser.add_argument("--render", action="store_true", help="only write RESULTS.md from the recorded rows")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.suites if name not in SUITES]
+    unknown = [name for name in options.suites if name not in (*SUITES, TRAFFIC)]
     if unknown:
-        parser.error(f"unknown suite {unknown[0]!r}; known: {', '.join(SUITES)}")
+        parser.error(f"unknown suite {unknown[0]!r}; known: {', '.join(SUITES)}, {TRAFFIC}")
     results = folder / "results"
+    counted = results / COUNTED / f"{TRAFFIC}.jsonl"
+    if TRAFFIC in options.suites:
+        write_json_lines(traffic.run(traffic.cases(), _progress), counted)
     missing = 0
     try:
         measured = _recorded(options)
@@ -143,9 +173,11 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     for rows in measured:
         write_json_lines(rows, results / machine(rows[0]) / f"{rows[0].op}.jsonl")
         missing += sum(row.is_ours and row.median_us is None for row in rows)
-    recorded = [(path.parent.name, path.stem, read_json_lines(path)) for path in sorted(results.glob("*/*.jsonl"))]
+    timed = [path for path in sorted(results.glob("*/*.jsonl")) if path != counted]
+    recorded = [(path.parent.name, path.stem, read_json_lines(path)) for path in timed]
     page = folder / "RESULTS.md"
-    page.write_text(render(recorded), encoding="utf-8")
+    text = render(recorded) + (render_traffic(traffic.read_json_lines(counted)) if counted.exists() else "")
+    page.write_text(text, encoding="utf-8")
     print(f"Wrote {page.name} from {len(recorded)} files")
     return int(missing > 0 and not options.source)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -97,7 +97,13 @@ class Row:
         return json.dumps(asdict(self))
 
 
-def write_json_lines(rows: Iterable[Row], path: str | os.PathLike[str]) -> None:
+class Line(Protocol):
+    """What has a line in a file of rows."""
+
+    def to_json(self) -> str: ...
+
+
+def write_json_lines(rows: Iterable[Line], path: str | os.PathLike[str]) -> None:
     """Write rows, a line of JSON each; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from .common import DEVICE, THREADS, check_choices, console, fail, progress_bar
+from .traffic import SUITE as TRAFFIC
+from .traffic import count_traffic
 from .validate import check_device
 
 if TYPE_CHECKING:
     from fastvit.benchmarks.rows import Row
 
 SIZES = ("tiny", "small", "full")
+OF_TRAFFIC = "Options of the suite traffic"
 
 
 def bench(
-    suites: list[str] | None = typer.Argument(None, help="Suites, such as patch_embed, masked or model. Default: all."),
+    suites: list[str] | None = typer.Argument(
+        None, help="Suites, such as patch_embed, masked or model. Default: all that are timed. traffic: counted."
+    ),
     size: str | None = typer.Option(
         None, help="small (the default): minutes; full: every shape; tiny: only shows that all runs."
     ),
@@ -34,6 +39,31 @@ def bench(
     compare: tuple[Path, Path] | None = typer.Option(
         None, help="Measure nothing: compare two files of rows, before and after.", metavar="BEFORE AFTER"
     ),
+    host: list[str] | None = typer.Option(
+        None,
+        help="timm, torchvision, transformers vit, transformers dinov2, fastvit. Default: all. "
+        "This and the next four: repeat or separate by commas.",
+        rich_help_panel=OF_TRAFFIC,
+    ),
+    model: list[str] | None = typer.Option(None, help="Ti, S, B, L. Default: S.", rich_help_panel=OF_TRAFFIC),
+    setting: list[str] | None = typer.Option(
+        None, help="plain, layerscale+droppath. Default: both.", rich_help_panel=OF_TRAFFIC
+    ),
+    stream: list[str] | None = typer.Option(
+        None, help="The residual stream: float32, bfloat16. Default: both.", rich_help_panel=OF_TRAFFIC
+    ),
+    way: list[str] | None = typer.Option(
+        None,
+        help="eager, compiled, accelerated, accelerated compiled. Default: all. To compile takes most of a minute.",
+        rich_help_panel=OF_TRAFFIC,
+    ),
+    batch: int | None = typer.Option(None, help="Images. Default: 256.", min=1, rich_help_panel=OF_TRAFFIC),
+    bandwidth: float | None = typer.Option(
+        None, help="TB/s of the GPU that floors are of. Default: H200's 4.8.", min=0.001, rich_help_panel=OF_TRAFFIC
+    ),
+    rate: float | None = typer.Option(
+        None, help="Its TFLOP/s in bfloat16. Default: H200's 989.5.", min=0.001, rich_help_panel=OF_TRAFFIC
+    ),
 ) -> None:
     """Measure beside the rivals in one process; the table has the ratio to each rival first, losses in red.
 
@@ -41,6 +71,9 @@ def bench(
     this process. Our rows are called fastvit:<backend>.
 
     With --compare, the exit code is 1 if a row of ours became slower or no longer runs.
+
+    The suite traffic times nothing and needs no GPU: it counts the bytes that a training step reads and writes on one,
+    and its launches, eager and compiled, accelerated and not.
 
     Examples:
 
@@ -51,7 +84,20 @@ def bench(
       fastvit bench --rows out/bench/rows.jsonl --report out/page
 
       fastvit bench --compare before.jsonl after.jsonl
+
+      fastvit bench traffic --host timm --way eager,compiled
     """
+    of_traffic = {"--host": host, "--model": model, "--setting": setting, "--stream": stream, "--way": way}
+    limits = {"--batch": batch, "--bandwidth": bandwidth, "--rate": rate}
+    timing = {"--size": size, "--device": device, "--threads": threads, "--report": report, "--rows": recorded}
+    if TRAFFIC in (suites or ()):
+        _refuse(TRAFFIC, {**timing, "--compare": compare}, "nothing is timed")
+        if suites != [TRAFFIC]:
+            fail(f"{TRAFFIC}: not accepted together with other suites, since it is not timed")
+        count_traffic(of_traffic, batch, (bandwidth, rate), output, as_json)
+        return
+    for option in _written({**of_traffic, **limits}):
+        fail(f"{option}: accepted only with the suite {TRAFFIC}")
     measuring = {"SUITES": suites, "--size": size, "--device": device, "--threads": threads, "--output": output}
     if compare is not None:
         _refuse("--compare", {**measuring, "--report": report, "--rows": recorded})
@@ -70,18 +116,23 @@ def bench(
         fail("none of our rows could be measured: see the reasons in the table", 1)
 
 
-def _refuse(option: str, others: dict[str, Any]) -> None:
+def _refuse(option: str, others: dict[str, Any], why: str = "nothing is measured") -> None:
     """An option with which nothing is measured goes with none of these."""
-    written = [name for name, value in others.items() if value not in (None, [])]
+    written = _written(others)
     if written:
-        fail(f"{option}: not accepted together with {', '.join(written)}, since nothing is measured")
+        fail(f"{option}: not accepted together with {', '.join(written)}, since {why}")
+
+
+def _written(options: dict[str, Any]) -> list[str]:
+    """Those that were on the command line."""
+    return [name for name, value in options.items() if value not in (None, [])]
 
 
 def _measure(suites: list[str] | None, size: str, device: str | None, threads: int | None) -> list[Row]:
     from fastvit.benchmarks.runner import SUITES, run_suites
 
     names = list(suites or SUITES)
-    check_choices("suite", names, list(SUITES))
+    check_choices("suite", names, [*SUITES, TRAFFIC])
     check_choices("--size", [size], SIZES)
     check_device(device)
     with progress_bar() as progress:

@@ -14,6 +14,7 @@ import pytest
 
 from fastvit.benchmarks import runner
 from fastvit.benchmarks.rows import Row, read_json_lines, write_json_lines
+from fastvit.benchmarks.traffic import suite
 
 Cli = Callable[..., tuple[int, str, str]]
 ROW = Row(
@@ -21,6 +22,11 @@ ROW = Row(
     ratios={"timm": 0.9}, best_rival="timm", headline=0.9, device="Some CPU, 2 threads", versions={"torch": "2.13"},
 )  # fmt: skip
 TIMM = replace(ROW, provider="timm", rival="timm", median_us=90.0, p20_us=89.0, p80_us=91.0, ratios={}, headline=None)
+COUNTED = suite.TrafficRow(
+    "timm", "plain", "float32", "ViT-S/16 224, batch 8", False, False, 219.2, 54, 96.5, 24.1,
+    bytes_step=10**10, launches_step=600, products_bytes_step=0, attention_bytes_step=0, flops_step=0,
+)  # fmt: skip
+LEFT_OUT = suite.TrafficRow("timm", "plain", "float32", "ViT-S/16 224, batch 8", True, False, reason="a graph breaks")
 SLOWER = replace(ROW, median_us=120.0, p20_us=118.0, p80_us=122.0)
 
 
@@ -124,6 +130,16 @@ def test_comparing_as_json_prints_a_line_for_each_matched_row(run: Cli, files: C
         ("--rows rows.jsonl --rows corrupt.jsonl --report out", "corrupt.jsonl, line 2: not a benchmark row"),
         ("--rows empty.jsonl --report out", "empty.jsonl: there are no benchmark rows in it"),
         ("--report rows.jsonl", "--report rows.jsonl: accepted is a folder"),
+        (
+            "traffic --report out --size tiny",
+            "traffic: not accepted together with --size, --report,",
+        ),
+        ("traffic model", "traffic: not accepted together with other suites"),
+        ("model --host timm", "--host: accepted only with the suite traffic"),
+        ("traffic --host keras", "--host keras: accepted is one of timm, torchvision, transformers vit"),
+        ("traffic --way faster", "--way faster: accepted is one of eager, compiled, accelerated, accelerated compiled"),
+        ("traffic --model S,XL", "--model XL: accepted is one of Ti, S, B, L"),
+        ("traffic --batch 0", "--batch"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(
@@ -161,3 +177,25 @@ def test_a_page_that_fails_leaves_no_half_written_file(
     code, _, err = run("patch_embed", "--report", tmp_path / "report")
     assert code == 2 and "disk full" in err
     assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".jsonl", ".png"}
+
+
+def test_traffic_prints_tables_or_lines_and_writes_them(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[suite.Case] = []
+
+    def count(plan: list[suite.Case], progress: Any = None) -> list[suite.TrafficRow]:
+        asked[:] = plan
+        return [COUNTED, LEFT_OUT]
+
+    monkeypatch.setattr(suite, "run", count)
+    common = ("traffic", "--host", "timm,torchvision", "--setting", "plain", "--way", "eager", "--batch", "8")
+    code, out, _ = run(*common, "--stream", "float32", "--bandwidth", "2", "--rate", "1", "--output", tmp_path / "rows")
+    assert code == 0 and "219.2 (54)" in out and "2 TB/s, 1 TFLOP/s" in out and "left out: timm" in out
+    assert "counted" in out.lower() and "5.00 ms" in out, "10 GB at 2 TB/s"
+    assert [(case.host, case.model, case.batch) for case in asked] == [("timm", "S", 8), ("torchvision", "S", 8)]
+    assert suite.read_json_lines(tmp_path / "rows") == [COUNTED, LEFT_OUT]
+    code, out, _ = run(*common, "--json")
+    assert code == 0 and [json.loads(line)["bytes_step"] for line in out.splitlines()] == [10**10, None]
+    monkeypatch.setattr(suite, "run", lambda *_: [LEFT_OUT])
+    assert run(*common)[0] == 1
