@@ -29,11 +29,11 @@ void launch(const Queue& queue, void (*kernel)(Parameters), int x, int y, int th
     cudaLaunchAttribute size{};
     size.id = cudaLaunchAttributeClusterDimension;
     size.val.clusterDim.x = cluster, size.val.clusterDim.y = size.val.clusterDim.z = 1;
-    cudaLaunchConfig_t launch{};
-    launch.gridDim = dim3(x, y), launch.blockDim = dim3(threads), launch.dynamicSmemBytes = shared_bytes;
-    launch.stream = static_cast<cudaStream_t>(queue.stream);
-    launch.attrs = &size, launch.numAttrs = cluster > 1 ? 1 : 0;
-    error = cudaLaunchKernelEx(&launch, kernel, parameters);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(x, y), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(queue.stream);
+    config.attrs = &size, config.numAttrs = cluster > 1 ? 1 : 0;
+    error = cudaLaunchKernelEx(&config, kernel, parameters);
   }
   if (error != cudaSuccess) {
     (void)cudaGetLastError();  // which CUDA remembers: the thread's next launch, though healthy, would report it

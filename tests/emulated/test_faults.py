@@ -36,6 +36,37 @@ class Fault:
     caught_by: str
 
 
+# The weights that the blocks of a cluster share.
+CLUSTER_FAULTS = tuple(
+    Fault(name, HOPPER, "patch_embed_stream.h", old, new, caught_by)
+    for name, old, new, caught_by in (
+        ("weights waited for by one thread", "const { simt::mbarrier_wait(",
+         "const { if (!simt::thread_index()) simt::mbarrier_wait(", "shared word"),
+        ("weights of the phase before", "Memory::parity(reading)", "!Memory::parity(reading)", "deadlock"),
+        ("weights over those still read", "    simt::mbarrier_wait(Memory::empty(all), Memory::parity(all));\n",
+         "", "race"),
+        ("weights over those of the phase before", "Memory::empty(all), Memory::parity(all)",
+         "Memory::empty(all), !Memory::parity(all)", "deadlock"),
+        ("the other block not told", "simt::thread_index() < CLUSTER) simt",
+         "simt::thread_index() == simt::cluster_rank()) simt", "deadlock"),
+        ("the other block not waited for", "Memory::empty(all), simt::thread_index())",
+         "Memory::empty(all), simt::cluster_rank())", "race"),
+        ("half of the bytes expected", "simt::mbarrier_expect(Memory::full(all), WEIGHT_BYTES)",
+         "simt::mbarrier_expect(Memory::full(all), SHARE)", "in flight"),
+        ("more bytes expected than come", "simt::mbarrier_expect(Memory::full(all), WEIGHT_BYTES)",
+         "simt::mbarrier_expect(Memory::full(all), 2 * WEIGHT_BYTES)", "deadlock"),
+        ("weights for the block alone", "(1 << CLUSTER) - 1", "1 << simt::cluster_rank()", "deadlock"),
+        ("the other block's share", "copy_bulk(to + share", "copy_bulk(to", "race"),
+        ("a share in another place", "* WEIGHT_BYTES + share;", "* WEIGHT_BYTES + SHARE - share;", "value"),
+        ("mbarriers not published", "    simt::mbarrier_publish();\n", "", "mbarrier_init"),
+        ("no barrier behind the mbarriers", "Memory::start_mbarriers();\n  simt::sync_cluster();",
+         "Memory::start_mbarriers();\n  simt::sync_threads();", "initialised"),
+        ("a block ends before the other has its weights", "  simt::sync_cluster();  // a block",
+         "  // a block", "a block ends"),
+        ("rows of the other block", "+ simt::cluster_rank()) * Tile::BM", ") * Tile::BM", "second write"),
+    )
+)  # fmt: skip
+
 FAULTS = (
     # The row kernels
     Fault(
@@ -398,127 +429,8 @@ FAULTS = (
     ),
     Fault("warpgroup's barrier removed", HOPPER, "pipeline.h", f"    {SYNC}\n", "", "wgmma reads"),
     # The cluster's weights
+    *CLUSTER_FAULTS,
     Fault("weights not waited for", HOPPER, "pipeline.h", "loader.await(step);", "", "shared word"),
-    Fault(
-        "weights waited for by one thread",
-        HOPPER,
-        "patch_embed_stream.h",
-        "const { simt::mbarrier_wait(",
-        "const { if (!simt::thread_index()) simt::mbarrier_wait(",
-        "shared word",
-    ),
-    Fault(
-        "weights of the phase before",
-        HOPPER,
-        "patch_embed_stream.h",
-        "Memory::parity(reading)",
-        "!Memory::parity(reading)",
-        "deadlock",
-    ),
-    Fault(
-        "weights over those still read",
-        HOPPER,
-        "patch_embed_stream.h",
-        "    simt::mbarrier_wait(Memory::empty(all), Memory::parity(all));\n",
-        "",
-        "race",
-    ),
-    Fault(
-        "weights over those of the phase before",
-        HOPPER,
-        "patch_embed_stream.h",
-        "Memory::empty(all), Memory::parity(all)",
-        "Memory::empty(all), !Memory::parity(all)",
-        "deadlock",  # nobody passes for the first
-    ),
-    Fault(
-        "the other block not told",
-        HOPPER,
-        "patch_embed_stream.h",
-        "simt::thread_index() < CLUSTER) simt",
-        "simt::thread_index() == simt::cluster_rank()) simt",
-        "deadlock",
-    ),
-    Fault(
-        "the other block not waited for",
-        HOPPER,
-        "patch_embed_stream.h",
-        "Memory::empty(all), simt::thread_index())",
-        "Memory::empty(all), simt::cluster_rank())",
-        "race",
-    ),
-    Fault(
-        "half of the bytes expected",
-        HOPPER,
-        "patch_embed_stream.h",
-        "simt::mbarrier_expect(Memory::full(all), WEIGHT_BYTES)",
-        "simt::mbarrier_expect(Memory::full(all), SHARE)",
-        "in flight",
-    ),
-    Fault(
-        "more bytes expected than come",
-        HOPPER,
-        "patch_embed_stream.h",
-        "simt::mbarrier_expect(Memory::full(all), WEIGHT_BYTES)",
-        "simt::mbarrier_expect(Memory::full(all), 2 * WEIGHT_BYTES)",
-        "deadlock",
-    ),
-    Fault(
-        "weights for the block alone",
-        HOPPER,
-        "patch_embed_stream.h",
-        "(1 << CLUSTER) - 1",
-        "1 << simt::cluster_rank()",
-        "deadlock",
-    ),
-    Fault(
-        "the other block's share",
-        HOPPER,
-        "patch_embed_stream.h",
-        "copy_bulk(to + share",
-        "copy_bulk(to",
-        "race",
-    ),
-    Fault(
-        "a share in another place",
-        HOPPER,
-        "patch_embed_stream.h",
-        "* WEIGHT_BYTES + share;",
-        "* WEIGHT_BYTES + SHARE - share;",
-        "value",
-    ),
-    Fault(
-        "mbarriers not published",
-        HOPPER,
-        "patch_embed_stream.h",
-        "    simt::mbarrier_publish();\n",
-        "",
-        "mbarrier_init",
-    ),
-    Fault(
-        "no barrier behind the mbarriers",
-        HOPPER,
-        "patch_embed_stream.h",
-        "Memory::start_mbarriers();\n  simt::sync_cluster();",
-        "Memory::start_mbarriers();\n  simt::sync_threads();",
-        "initialised",
-    ),
-    Fault(
-        "a block ends before the other has its weights",
-        HOPPER,
-        "patch_embed_stream.h",
-        "  simt::sync_cluster();  // a block",
-        "  // a block",
-        "a block ends",
-    ),
-    Fault(
-        "rows of the other block",
-        HOPPER,
-        "patch_embed_stream.h",
-        "+ simt::cluster_rank()) * Tile::BM",
-        ") * Tile::BM",
-        "second write",
-    ),
     Fault(
         "rows of weights for tiles",
         OPS,
@@ -657,8 +569,8 @@ FAULTS = (
         "a table too short",
         OPS,
         "patch_embed.cu",
-        'queue.scratch<float>("table", static_cast<int64_t>(prefix_rows + patches) * p.width)',
-        'queue.scratch<float>("table", static_cast<int64_t>(patches) * p.width)',
+        'queue.scratch<float>("table", static_cast<int64_t>(prefix_rows + p.patches) * p.width)',
+        'queue.scratch<float>("table", static_cast<int64_t>(p.patches) * p.width)',
         "outside",
     ),
 )
