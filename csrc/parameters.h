@@ -67,20 +67,27 @@ struct SumByKey {
   int rows_per_split, kept, prefix_rows, patches, width;
 };
 
+// Rows and values of a tile of W', where it is made of tiles: of 16-bit values, as warpgroups read them.
+constexpr int WEIGHT_TILE_ROWS = simt::WARPGROUP_COLUMNS, WEIGHT_TILE_VALUES = 64;
+
 // What the forward product multiplies with and starts from. k runs as PatchEmbed says, behind k_length W' is zero.
+//
+// W' = round(W * weight_scale) is a matrix, or tiles of one, each as it is to lie in shared memory, those of the same rows
+// one behind the other: so that a bulk copy moves a tile. The matrix is then whole tiles, with zeros behind the width.
 struct PrepareWeight {
   const void* weight;      // [D, C, P_h, P_w]
   const void* bias;        // [D]; null: none
   const void* positions;   // [N, D] or [R+N, D]; null: none
   const void* prefix;      // [R, D]; null where R = 0
   const float* constants;  // [4, C]: weight_scale, pixel_shift, bias_shift, pixel_scale
-  void* prepared;          // W' [D, k_padded] = round(W * weight_scale), in the compute type
+  void* prepared;          // W' [weight_rows, weight_length] in the compute type
   float* normaliser;       // [2, k_padded]: pixel_shift and pixel_scale of every k, 0 behind; null: not wanted
   float* table;            // [R+N, D]: prefix + position, or bias + sum_k W' bias_shift * inverse_factor + position
   Type weight_type, bias_type, positions_type, prefix_type;
   int width, channels, patch_height, patch_width, k_length, k_padded;
+  int weight_rows, weight_length;
   int prefix_rows, patches, position_rows;
-  bool channels_last;
+  bool channels_last, in_tiles;
   float inverse_factor;  // 1/256 for uint8 images, else 1
 };
 
@@ -107,6 +114,11 @@ struct FinishWeightGradient {
   float inverse_factor;
 };
 
+// Where a value of a patch lies.
+struct PixelPlace {
+  int plane, row, value;
+};
+
 // A patch is planes of rows of contiguous values: C planes of P_h rows of P_w values in an NCHW image, one plane of P_h
 // rows of P_w·C values in an NHWC one. The reduction index is k = (plane * patch_height + row) * stretch + value.
 struct Patches {
@@ -116,14 +128,19 @@ struct Patches {
   int64_t batch_stride, plane_stride, row_stride;  // of the images
   int batch, patches, kept, stretch, patch_height, k_length, k_padded;
   Divider over_kept, over_grid_width;
+  PixelPlace step;  // from a k to that of the next step, of the forward products
 
   SIMT_BOTH int rows() const { return batch * kept; }
+  SIMT_BOTH PixelPlace place_of(int k) const {
+    const int row = k / stretch, plane = row / patch_height;
+    return {plane, row - plane * patch_height, k - row * stretch};
+  }
 };
 
 // tokens[m, d] = scale * sum_k pixel(m, k) W'[d, k] + table[position of m, d]
 struct PatchEmbed {
   Patches pixels;
-  const void* weight;  // W' [D, k_padded], zero behind k_length
+  const void* weight;  // W', as PrepareWeight says; in tiles where has_stream
   const float* table;  // [R+N, D]: what every row of the sequence starts from
   void* tokens;        // [B, R+kept, D]
   Type tokens_type;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr float UINT8_SCALE = 256.0f;  // the factor in W' of uint8 images: fastvit/kernels/normalisation.py
 
-int padded(int64_t count) { return static_cast<int>((count + EIGHT - 1) / EIGHT * EIGHT); }
+int padded(int64_t count, int unit = EIGHT) { return static_cast<int>((count + unit - 1) / unit * unit); }
 
 // Strides of dimensions of size 1 mean nothing.
 int64_t stride(const View& view, int dimension) { return view.sizes[dimension] > 1 ? view.strides[dimension] : 0; }
@@ -83,18 +83,22 @@ PrepareWeight describe_normaliser(const PatchEmbedInputs& inputs, const Problem&
 }
 
 // W', the table and the normaliser.
-PrepareWeight prepare(const PatchEmbedInputs& inputs, const Problem& problem, int prefix_rows, int patches,
+PrepareWeight prepare(const PatchEmbedInputs& inputs, const Problem& problem, const Patches& patches, int prefix_rows,
                       const Queue& queue) {
   PrepareWeight p = describe_normaliser(inputs, problem, queue);
   p.weight = inputs.weight.data, p.bias = inputs.bias.data;
   p.positions = inputs.positions.data, p.prefix = inputs.prefix.data;
   p.weight_type = inputs.weight.type, p.bias_type = inputs.bias.type;
   p.positions_type = inputs.positions.type, p.prefix_type = inputs.prefix.type;
-  p.prefix_rows = prefix_rows, p.patches = patches, p.position_rows = inputs.positions ? inputs.positions.size(0) : 0;
+  p.prefix_rows = prefix_rows, p.patches = patches.patches;
+  p.position_rows = inputs.positions ? inputs.positions.size(0) : 0;
   p.inverse_factor = inverse_factor(inputs);
-  const int64_t weights = static_cast<int64_t>(p.width) * p.k_padded;
+  p.in_tiles = has_stream(patches, p.width, inputs.images.type, inputs.compute, queue);
+  p.weight_rows = p.in_tiles ? padded(p.width, WEIGHT_TILE_ROWS) : p.width;
+  p.weight_length = p.in_tiles ? padded(p.k_length, WEIGHT_TILE_VALUES) : p.k_padded;
+  const int64_t weights = static_cast<int64_t>(p.weight_rows) * p.weight_length;
   p.prepared = queue.scratch<unsigned char>("prepared weight", weights * bytes_of(inputs.compute));
-  p.table = queue.scratch<float>("table", static_cast<int64_t>(prefix_rows + patches) * p.width);
+  p.table = queue.scratch<float>("table", static_cast<int64_t>(prefix_rows + p.patches) * p.width);
   prepare_weight(inputs.compute, p, queue);
   return p;
 }
@@ -195,7 +199,7 @@ void patch_embed(const PatchEmbedInputs& inputs, const View& tokens, const Queue
   PatchEmbed p{};
   p.pixels = problem.patches(inputs.images, inputs.keep);
   p.prefix_rows = inputs.prefix ? inputs.prefix.size(0) : 0;
-  const PrepareWeight prepared = prepare(inputs, problem, p.prefix_rows, p.pixels.patches, queue);
+  const PrepareWeight prepared = prepare(inputs, problem, p.pixels, p.prefix_rows, queue);
   p.pixels.normaliser = prepared.normaliser, p.weight = prepared.prepared, p.table = prepared.table;
   p.tokens = tokens.data, p.tokens_type = tokens.type, p.width = problem.width, p.scale = inverse_factor(inputs);
   with_compute(inputs.compute, [&](auto compute) {

@@ -43,41 +43,31 @@ struct WeightRows {
   int rows, length;  // a multiple of 8
 };
 
-// The share of one thread in the loads of a step, and the state it keeps between steps.
+// The share of one thread in the loads of a step's pixels, and the state it keeps between steps.
 template <class Image, int VECTOR, class Tile>
-struct ForwardLoader {
-  using Compute = typename Tile::Compute;
+struct PixelLoader {
   static constexpr int PIECE = VECTOR * Tile::SIZE < 4 ? 4 / Tile::SIZE : VECTOR;
   static constexpr int PIECES = Tile::BK / PIECE, ROWS = Tile::THREADS / PIECES, PASSES = Tile::BM / ROWS;
-  static constexpr int WEIGHT_PIECE = 16 / Tile::SIZE, WEIGHT_PIECES = Tile::BK / WEIGHT_PIECE;
-  static constexpr int WEIGHT_ROWS = Tile::THREADS / WEIGHT_PIECES, WEIGHT_PASSES = Tile::BN / WEIGHT_ROWS;
-  static_assert(ROWS % 8 == 0 && WEIGHT_ROWS % 8 == 0, "the swizzle must not change from pass to pass");
-  static_assert(ROWS * PASSES == Tile::BM && WEIGHT_ROWS * WEIGHT_PASSES == Tile::BN, "tiles are whole passes");
-  static constexpr bool IS_ASYNC = PixelCopier<Image, Compute, VECTOR, PASSES>::ASYNC;
+  static_assert(ROWS % 8 == 0, "the swizzle must not change from pass to pass");
+  static_assert(ROWS * PASSES == Tile::BM, "tiles are whole passes");
 
   const Patches& p;
-  WeightRows weight;
   shared_address origins;
-  int first_column;
-  int pixel_row, pixel_k, weight_row, weight_k;
-  uint32_t pixel_place, weight_place;
+  int pixel_row, pixel_k;
+  uint32_t pixel_place;
   PixelWalk walk;
-  PixelCopier<Image, Compute, VECTOR, PASSES> pixels;
+  PixelCopier<Image, typename Tile::Compute, VECTOR, PASSES> pixels;
 
-  SIMT_DEVICE ForwardLoader(const Patches& p, const WeightRows& weight, shared_address origins, int first_column)
-      : p(p), weight(weight), origins(origins), first_column(first_column) {
-    const int thread = simt::thread_index();
-    pixel_row = thread / PIECES, pixel_k = thread % PIECES * PIECE;
-    weight_row = thread / WEIGHT_PIECES, weight_k = thread % WEIGHT_PIECES * WEIGHT_PIECE;
+  SIMT_DEVICE PixelLoader(const Patches& p, shared_address origins) : p(p), origins(origins) {
+    pixel_row = simt::thread_index() / PIECES;
+    rewind();
     pixel_place = swizzled<Tile::ROW_BYTES>(pixel_row, pixel_k * Tile::SIZE);
-    weight_place = Tile::FIRST_BYTES + swizzled<Tile::ROW_BYTES>(weight_row, weight_k * Tile::SIZE);
-    walk.start(p, pixel_k, Tile::BK);
   }
 
   // Back to the first step.
   SIMT_DEVICE void rewind() {
-    pixel_k = simt::thread_index() % PIECES * PIECE, weight_k = simt::thread_index() % WEIGHT_PIECES * WEIGHT_PIECE;
-    walk.start(p, pixel_k, Tile::BK);
+    pixel_k = simt::thread_index() % PIECES * PIECE;
+    walk.start(p, pixel_k);
   }
 
   // Starts the loads of the next step.
@@ -88,6 +78,38 @@ struct ForwardLoader {
       const shared_address to = stage + pixel_place + pass * ROWS * Tile::ROW_BYTES;
       pixels.start(p, walk, offset, pixel_k, origin, pass, to);
     }
+  }
+
+  SIMT_DEVICE void finish(shared_address stage) {
+    pixels.finish(p, pixel_k, [&](int pass) { return stage + pixel_place + pass * ROWS * Tile::ROW_BYTES; });
+    pixel_k += Tile::BK;
+    walk.advance(p);
+  }
+};
+
+// The same with the weights.
+template <class Image, int VECTOR, class Tile>
+struct ForwardLoader : PixelLoader<Image, VECTOR, Tile> {
+  using Base = PixelLoader<Image, VECTOR, Tile>;
+  using Compute = typename Tile::Compute;
+  static constexpr int WEIGHT_PIECE = 16 / Tile::SIZE, WEIGHT_PIECES = Tile::BK / WEIGHT_PIECE;
+  static constexpr int WEIGHT_ROWS = Tile::THREADS / WEIGHT_PIECES, WEIGHT_PASSES = Tile::BN / WEIGHT_ROWS;
+  static_assert(WEIGHT_ROWS % 8 == 0, "the swizzle must not change from pass to pass");
+  static_assert(WEIGHT_ROWS * WEIGHT_PASSES == Tile::BN, "tiles are whole passes");
+
+  WeightRows weight;
+  int first_column, weight_row, weight_k;
+  uint32_t weight_place;
+
+  SIMT_DEVICE ForwardLoader(const Patches& p, const WeightRows& weight, shared_address origins, int first_column)
+      : Base(p, origins), weight(weight), first_column(first_column) {
+    const int thread = simt::thread_index();
+    weight_row = thread / WEIGHT_PIECES, weight_k = thread % WEIGHT_PIECES * WEIGHT_PIECE;
+    weight_place = Tile::FIRST_BYTES + swizzled<Tile::ROW_BYTES>(weight_row, weight_k * Tile::SIZE);
+  }
+
+  SIMT_DEVICE void start(shared_address stage) {
+    Base::start(stage);
     SIMT_UNROLL for (int pass = 0; pass < WEIGHT_PASSES; pass++) {
       const int row = first_column + weight_row + pass * WEIGHT_ROWS;
       const bool is_inside = row < weight.rows && weight_k < weight.length;
@@ -95,21 +117,10 @@ struct ForwardLoader {
       if (is_inside) from += static_cast<int64_t>(row) * weight.length + weight_k;
       simt::copy_async<16>(stage + weight_place + pass * WEIGHT_ROWS * Tile::ROW_BYTES, from, is_inside);
     }
-    if constexpr (IS_ASYNC) advance();
+    weight_k += Tile::BK;
   }
 
-  SIMT_DEVICE void finish(shared_address stage) {
-    if constexpr (!IS_ASYNC) {
-      pixels.finish(p, pixel_k, [&](int pass) { return stage + pixel_place + pass * ROWS * Tile::ROW_BYTES; });
-      advance();
-    }
-  }
-
- private:
-  SIMT_DEVICE void advance() {
-    pixel_k += Tile::BK, weight_k += Tile::BK;
-    walk.advance(p);
-  }
+  SIMT_DEVICE void await(int) const {}
 };
 
 // The sums of a tile of patches, from the tile's first row and column on.
@@ -249,7 +260,7 @@ patch_embed_image_gradient(ImageGradient p) {
   const shared_address origins = memory + ForwardMemory<Tile>::ORIGINS;
   finish_tile<Tile>(product.sums, memory, origins, [&](int row, int64_t, int column, const float* sums) {
     PixelWalk walk;
-    walk.start(target, first_column + column, 0);
+    walk.start(target, first_column + column);
     const int64_t origin = patch_origin(target, first_row + row);
     float value[EIGHT];
     SIMT_UNROLL for (int e = 0; e < EIGHT; e++) {

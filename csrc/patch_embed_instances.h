@@ -53,20 +53,14 @@ using SmallTile = std::conditional_t<sizeof(Compute) == 2, Tile<Compute, 64, 64,
 template <class Compute>
 using LargeTile = Tile<Compute, 128, 128, 128 / sizeof(Compute), 64, 32, 3, 1>;
 
-// Whether large tiles are enough to keep every multiprocessor busy.
-template <class Tile>
-bool fills(const Queue& queue, int rows, int columns) {
-  return static_cast<int64_t>(simt::blocks_for(rows, Tile::BM)) * simt::blocks_for(columns, Tile::BN) >=
-         queue.processors;
-}
-
 // Of a block: on sm_90, where warpgroups are, or on sm_86, sm_89 and sm_120; others have more.
 template <class Tile>
 constexpr int MOST_SHARED_BYTES = (Tile::BY_WARPGROUPS ? 227 : 99) * 1024;
 
 template <class Image, int VECTOR, class Tile, class Product>
-void launch_forward_tile(const PatchEmbed& p, const Queue& queue) {
+void launch_forward_tile(PatchEmbed p, const Queue& queue) {
   static_assert(ForwardMemory<Tile>::BYTES <= MOST_SHARED_BYTES<Tile>, "too much shared memory");
+  p.pixels.step = p.pixels.place_of(Tile::BK);
   const int prefix = p.pixels.batch * p.prefix_rows;
   const int tiles = simt::blocks_for(p.pixels.rows(), Tile::BM) + simt::blocks_for(prefix, Tile::BM);
   simt::launch(queue, patch_embed_forward<Image, VECTOR, Tile, Product>, tiles * simt::blocks_for(p.width, Tile::BN), 1,
@@ -78,8 +72,8 @@ void launch_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& que
   using Small = SmallTile<Compute>;
 #if defined(FASTVIT_HAS_SM90A)
   if constexpr (sizeof(Compute) == 2) {
-    const bool has = has_warpgroups(image, type_of<Compute>(), queue);
-    if (has && launch_forward_sm90a<Compute>(image, p, queue)) return;
+    const bool is_stream = has_stream(p.pixels, p.width, image, type_of<Compute>(), queue);
+    if (is_stream) return launch_forward_sm90a<Compute>(image, p, queue);
   }
 #endif
   with_image<Compute>(image, [&](auto pixel) {
@@ -91,7 +85,7 @@ void launch_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& que
       }
       if constexpr (VECTOR >= 4) {
         using Large = LargeTile<Compute>;
-        if (fills<Large>(queue, p.pixels.rows(), p.width)) {
+        if (fills(queue, p.pixels.rows(), Large::BM, p.width, Large::BN)) {
           return launch_forward_tile<Image, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
         }
       }
@@ -101,7 +95,8 @@ void launch_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& que
 }
 
 template <class Compute, int VECTOR, class Tile, class Product>
-void launch_image_gradient_tile(const ImageGradient& p, const Queue& queue) {
+void launch_image_gradient_tile(ImageGradient p, const Queue& queue) {
+  p.gradients.step = p.gradients.place_of(Tile::BK);
   const int tiles = simt::blocks_for(p.target.rows(), Tile::BM) * simt::blocks_for(p.target.k_length, Tile::BN);
   simt::launch(queue, patch_embed_image_gradient<Compute, VECTOR, Tile, Product>, tiles, 1, Tile::THREADS,
                ForwardMemory<Tile>::BYTES, p);
@@ -119,7 +114,7 @@ void launch_image_gradient(bool tf32, const ImageGradient& given, const Queue& q
     }
     if constexpr (VECTOR >= 4) {
       using Large = LargeTile<Compute>;
-      if (fills<Large>(queue, p.target.rows(), p.target.k_length)) {
+      if (fills(queue, p.target.rows(), Large::BM, p.target.k_length, Large::BN)) {
         return launch_image_gradient_tile<Compute, VECTOR, Large, TensorCoresByRows<Large>>(p, queue);
       }
     }

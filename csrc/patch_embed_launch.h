@@ -48,6 +48,19 @@ inline bool has_warpgroups(Type image, Type compute, const Queue& queue) {
   return HAS_SM90A && queue.capability == 90 && bytes_of(compute) == 2 && (bytes_of(image) != 2 || image == compute);
 }
 
+// Whether large tiles are enough to keep every multiprocessor busy.
+inline bool fills(const Queue& queue, int64_t rows, int tile_rows, int columns, int tile_columns) {
+  return (rows + tile_rows - 1) / tile_rows * ((columns + tile_columns - 1) / tile_columns) >= queue.processors;
+}
+
+constexpr int STREAM_ROWS = 192;  // of a tile of a stream, whose columns are those of a tile of W'
+
+// Whether the tokens are made by streams of the warpgroups' tiles, to which W' lies in tiles too.
+inline bool has_stream(const Patches& p, int width, Type image, Type compute, const Queue& queue) {
+  return has_warpgroups(image, compute, queue) && pixel_vector(p, image, {EIGHT}) == EIGHT &&
+         fills(queue, p.rows(), STREAM_ROWS, width, WEIGHT_TILE_ROWS);
+}
+
 // The tile that the weight gradient is made of, columns of the gradient by values of k, and how many blocks its splits
 // are to give: as many as an H100 holds at once. Constants, so that sums are divided alike on every GPU of a kind.
 struct WeightGradientTile {
@@ -65,9 +78,9 @@ inline WeightGradientTile weight_gradient_tile(const WeightGradient& p, Type ima
 }
 
 #if defined(FASTVIT_HAS_SM90A)
-// By the warpgroups of sm_90a. False: the patches do not suit it, and nothing is launched.
+// By the warpgroups of sm_90a, the tokens where has_stream.
 template <class Compute>
-bool launch_forward_sm90a(Type image, const PatchEmbed& p, const Queue& queue);
+void launch_forward_sm90a(Type image, PatchEmbed p, const Queue& queue);
 
 template <class Compute>
 void launch_weight_gradient_sm90a(Type image, const WeightGradient& p, const Queue& queue);

@@ -45,7 +45,7 @@ struct WeightGradientLoader {
     const int thread = simt::thread_index();
     pixel_row = thread / PIECES, pixel_column = thread % PIECES * PIECE, pixel_k = first_k + pixel_column;
     is_wide = p.width % EIGHT == 0 && is_aligned(p.grad);
-    walk.start(p.pixels, pixel_k < p.pixels.k_length ? pixel_k : 0, 0);
+    walk.start(p.pixels, pixel_k < p.pixels.k_length ? pixel_k : 0);
     for (int i = thread; i < Tile::STAGES * Tile::BK; i += Tile::THREADS) note_row(i, first_row + i);
   }
 
@@ -64,6 +64,8 @@ struct WeightGradientLoader {
     row += Tile::BK;
     slot = next_slot();
   }
+
+  SIMT_DEVICE void await(int) const {}
 
   SIMT_DEVICE void finish(shared_address stage) {
     pixels.finish(p.pixels, pixel_k, [&](int pass) { return pixel_place(stage, pass); });

@@ -34,17 +34,12 @@ SIMT_DEVICE int64_t token_row(const Patches& p, int prefix_rows, int m) {
   return m + (static_cast<int64_t>(p.over_kept.quotient(m)) + 1) * prefix_rows;
 }
 
-// Walks through k in equal steps: the offset of a value inside its patch, without a division after the first.
-struct PixelWalk {
-  int plane, row, value;
-  int plane_step, row_step, value_step;
-
-  SIMT_DEVICE void start(const Patches& p, int k, int step) {
-    split(p, k, plane, row, value);
-    split(p, step, plane_step, row_step, value_step);
-  }
+// Walks through k, in the steps that a launch has settled: the offset of a value inside its patch, without a division
+// after the first.
+struct PixelWalk : PixelPlace {
+  SIMT_DEVICE void start(const Patches& p, int k) { static_cast<PixelPlace&>(*this) = p.place_of(k); }
   SIMT_DEVICE void advance(const Patches& p) {
-    value += value_step, row += row_step, plane += plane_step;
+    value += p.step.value, row += p.step.row, plane += p.step.plane;
     if (value >= p.stretch) value -= p.stretch, row++;
     if (row >= p.patch_height) row -= p.patch_height, plane++;
   }
@@ -53,14 +48,6 @@ struct PixelWalk {
     if (row == p.patch_height) row = 0, plane++;
   }
   SIMT_DEVICE int64_t offset(const Patches& p) const { return plane * p.plane_stride + row * p.row_stride + value; }
-
- private:
-  static SIMT_DEVICE void split(const Patches& p, int k, int& plane, int& row, int& value) {
-    const int per_plane = p.patch_height * p.stretch;
-    plane = k / per_plane;
-    row = (k - plane * per_plane) / p.stretch;
-    value = k - plane * per_plane - row * p.stretch;
-  }
 };
 
 // VECTOR pixels as they lie in memory, by the widest load.

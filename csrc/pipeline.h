@@ -56,8 +56,8 @@ template <class Tile>
 using Sums = float[Tile::WARP_M / 16][Tile::WARP_N / 8][4];
 
 // A loader starts a step's loads, and finishes those that pass through registers once the product before it is under
-// way; a product multiplies one stage and completes all but IN_FLIGHT of those it has begun, so that the place written
-// behind the next barrier is free.
+// way; it may wait for a step's by itself, before that step is multiplied. A product multiplies one stage and completes
+// all but IN_FLIGHT of those it has begun, so that the place written behind the next barrier is free.
 template <class Tile, class Loader, class Product>
 struct Pipeline {
   static constexpr int STAGES = Tile::STAGES, AHEAD = STAGES - 1 - Product::IN_FLIGHT;
@@ -87,6 +87,7 @@ struct Pipeline {
       const bool has_more = step + AHEAD < steps;
       if (has_more) loader.start(place(writing));
       simt::copy_commit();
+      loader.await(step);
       product.multiply(place(reading));
       if (has_more) loader.finish(place(writing));
       product.complete();

@@ -15,7 +15,7 @@ write_normaliser(PrepareWeight p) {
 }  // namespace
 
 void prepare_weight(Type compute, const PrepareWeight& p, const simt::Queue& queue) {
-  const int blocks = simt::blocks_for(p.width, WEIGHT_ROWS), shared_bytes = 4 * WEIGHT_ROWS;
+  const int blocks = simt::blocks_for(p.weight_rows, WEIGHT_ROWS), shared_bytes = 4 * WEIGHT_ROWS;
   with_type(compute, [&](auto c) {
     simt::launch(queue, prepare_weight<decltype(c)>, blocks, 1, WEIGHT_THREADS, shared_bytes, p);
   });

@@ -2,6 +2,7 @@
 // for the image gradient, and the weight's gradient from its splits. Each output is written once, by one thread.
 #pragma once
 
+#include "pipeline.h"
 #include "row_sums.h"
 
 namespace fastvit {
@@ -37,14 +38,22 @@ SIMT_DEVICE float constant_of(const Parameters& p, Constant which, int channel) 
   return simt::load_element(p.constants + which * p.channels + channel);
 }
 
+// Where value k of row d of W' lies.
+SIMT_DEVICE int64_t prepared_place(const PrepareWeight& p, int d, int k) {
+  if (!p.in_tiles) return static_cast<int64_t>(d) * p.weight_length + k;
+  constexpr int ROWS = WEIGHT_TILE_ROWS, VALUES = WEIGHT_TILE_VALUES, SIZE = 2;
+  const int64_t first_tile = static_cast<int64_t>(d - d % ROWS) * p.weight_length;
+  return first_tile + k / VALUES * ROWS * VALUES + swizzled<VALUES * SIZE>(d % ROWS, k % VALUES * SIZE) / SIZE;
+}
+
 // A warp writes row d of W'. Returns the lane's part of sum_k W' bias_shift, of the rounded W': rounding it then costs
 // nothing on an image of the mean's colour.
 template <class Compute, class Weight>
 SIMT_DEVICE float prepare_row(const PrepareWeight& p, const Weight* weight, int d) {
-  const Weight* row = weight + static_cast<int64_t>(d) * p.k_length;
-  Compute* prepared = static_cast<Compute*>(p.prepared) + static_cast<int64_t>(d) * p.k_padded;
+  const bool is_inside = d < p.width;
+  const Weight* row = weight + static_cast<int64_t>(is_inside ? d : 0) * p.k_length;
   float correction = 0;
-  for (int first = simt::thread_index() % 32; first < p.k_padded; first += AHEAD * 32) {
+  for (int first = simt::thread_index() % 32; first < p.weight_length; first += AHEAD * 32) {
     float scaled[AHEAD], shift[AHEAD];
     SIMT_UNROLL for (int i = 0; i < AHEAD; i++) {
       const int k = first + i * 32;
@@ -54,9 +63,10 @@ SIMT_DEVICE float prepare_row(const PrepareWeight& p, const Weight* weight, int 
     }
     SIMT_UNROLL for (int i = 0; i < AHEAD; i++) {
       const int k = first + i * 32;
-      const Compute rounded = simt::round_to<Compute>(k < p.k_length ? scaled[i] : 0.0f);
+      const Compute rounded = simt::round_to<Compute>(is_inside && k < p.k_length ? scaled[i] : 0.0f);
       if (shift[i] != 0) correction += simt::to_float(rounded) * shift[i];  // infinite weights times 0 are no number
-      if (k < p.k_padded) simt::store_element(prepared + k, rounded);
+      if (k >= p.weight_length) continue;
+      simt::store_element(static_cast<Compute*>(p.prepared) + prepared_place(p, d, k), rounded);
     }
   }
   return correction;
@@ -104,10 +114,10 @@ prepare_weight(PrepareWeight p) {
   const int thread = simt::thread_index(), warp = thread / 32, first = simt::block_x() * WEIGHT_ROWS;
   const int row = first + warp;
   float bias = 0;
-  if (row < p.width) {
+  if (row < p.weight_rows) {
     bias = with_elements(p.weight_type, p.weight, [&](auto weight) { return prepare_row<Compute>(p, weight, row); });
     bias = sum_of_warp(bias) * p.inverse_factor;
-    if (p.bias) bias += load_one(p.bias_type, p.bias, row);
+    if (p.bias && row < p.width) bias += load_one(p.bias_type, p.bias, row);
   }
   const simt::shared_address biases = simt::shared_base();
   if (thread % 32 == 0) simt::store_shared<1>(biases + 4 * warp, {{simt::bits(bias)}});
@@ -122,8 +132,7 @@ prepare_weight(PrepareWeight p) {
     });
   }
 
-  const int blocks = (p.width + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
-  if (p.normaliser) fill_normaliser(p, simt::block_x() * WEIGHT_THREADS + thread, blocks * WEIGHT_THREADS);
+  if (p.normaliser) fill_normaliser(p, simt::block_x() * WEIGHT_THREADS + thread, simt::grid_x() * WEIGHT_THREADS);
 }
 
 // A square of the weight by way of shared memory, so that both sides are read and written along their rows.

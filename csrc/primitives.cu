@@ -232,11 +232,43 @@ warpgroup_multiply_add(Primitive p) {
   SIMT_UNROLL for (int j = 0; j < GROUPS; j++) output_sums(p, thread * GROUPS + j, sums[j]);
 }
 
+// Two blocks of a warp: each copies a half of every part of the input to both, and all of them read what the lane seven
+// further would. Parts follow one another through the same memory, 1024 bytes each.
+constexpr int BLOCKS = 2, PARTS = 3, PART = 1024, HALF = PART / BLOCKS;
+
+SIMT_KERNEL(32, 1)
+copy_bulk(Primitive p) {
+  const shared_address base = simt::shared_base(), full = base + PART, empty = full + 8;
+  const int rank = simt::cluster_rank();
+  if (lane() == 0) {
+    simt::mbarrier_init(full, 1);
+    simt::mbarrier_init(empty, BLOCKS);
+    simt::mbarrier_publish();
+  }
+  simt::sync_cluster();
+  for (int part = 0; part < PARTS; part++) {
+    if (lane() < BLOCKS) simt::mbarrier_arrive(empty, lane());
+    if (lane() == 0) {
+      simt::mbarrier_wait(empty, part % 2);
+      simt::mbarrier_expect(full, PART);
+      simt::copy_bulk(base + rank * HALF, input_byte(p, part * PART + rank * HALF), HALF, full, (1 << BLOCKS) - 1);
+    }
+    simt::mbarrier_wait(full, part % 2);
+    SIMT_UNROLL for (int half = 0; half < BLOCKS; half++) {
+      const Four read = simt::load_shared<4>(base + half * HALF + (lane() + 7) % 32 * 16);
+      output_at<4>(p, (rank * PARTS + part) * PART + half * HALF + lane() * 16, read.word);
+    }
+    simt::sync_warp();
+  }
+  simt::sync_cluster();
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(Primitive);
   int threads, shared_bytes, input_bytes, output_bytes;
   bool needs_sm90a = false;
+  int blocks = 1;  // a cluster of them
 };
 
 using simt::bfloat16;
@@ -267,6 +299,7 @@ const Entry ENTRIES[] = {
      true},
     {"wgmma transposed bfloat16", warpgroup_multiply_add<bfloat16, true>, 128, SHARED, WARPGROUP_INPUT,
      WARPGROUP_OUTPUT, true},
+    {"cp.async.bulk", copy_bulk, 32, PART + 16, PARTS * PART, BLOCKS * PARTS * PART, true, BLOCKS},
 };
 
 }  // namespace
@@ -288,7 +321,8 @@ bool has_primitive(int which, const Queue& queue) {
 void run_primitive(int which, const void* input, void* output, const Queue& queue) {
   const Entry& entry = ENTRIES[which];
   if (!has_primitive(which, queue)) throw std::invalid_argument(std::string(entry.name) + ": not on this device");
-  simt::launch(queue, entry.kernel, 1, 1, entry.threads, entry.shared_bytes, Primitive{input, output});
+  simt::launch(queue, entry.kernel, entry.blocks, 1, entry.threads, entry.shared_bytes, Primitive{input, output},
+               entry.blocks);
 }
 
 }  // namespace fastvit

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from build_extension import ONLY_SM90A, SOURCES
 
 TARGETS = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-c")
+MULTICAST = "multicast"  # among the copies: bulk copies to several blocks
 SHORT = (
     ("fastvit::", ""), ("void ", ""), ("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("unsigned char", "u8"),
     ("float", "fp32"), ("(int)", ""),
@@ -37,7 +39,8 @@ SHORT = (
 
 @dataclass
 class Row:
-    """One instantiation on one target; `copies` are the widths in bytes of copies from global to shared memory."""
+    """One instantiation on one target; `copies` are the widths in bytes of copies from global to shared memory, and
+    `mma` the matrix instructions, those of warpgroups with how often they stand in the code."""
 
     target: str
     kernel: str
@@ -128,19 +131,21 @@ class Product:
     def instruction(self) -> str:
         """What the machine code must hold."""
         if self.way.startswith("Warpgroup"):
-            return f"HGMMA.64x{self.tile[1]}x16"
+            return f"HGMMA.64x{self.tile[1]}x16 x {self.tile[2] // 16}"
         if self.way.startswith("MultiplyAdds"):
             return "FFMA"
         return "HMMA.16816" if self.size == 2 else "HMMA.1688"
 
     def copies(self) -> str:
-        """Widths of the asynchronous copies: weights by 16 bytes, pixels of the compute type by their vectors."""
-        widths = {16}
+        """Widths of the asynchronous copies: weights by 16 bytes, pixels of the compute type by their vectors. A
+        stream's weights are bulk copies to all blocks of the cluster."""
+        is_stream = self.op == "forward_stream"
+        widths = set() if is_stream else {16}
         if self.image == self.compute and self.vector * self.size >= 4:
             widths.add(min(16, self.vector * self.size))
         if self.op == "weight_gradient" and self.size == 4:
             widths.add(4)  # gradients of widths that no vector divides
-        return ", ".join(map(str, sorted(widths)))
+        return ", ".join([*map(str, sorted(widths)), *([MULTICAST] if is_stream else [])])
 
     @property
     def shared_bytes(self) -> int:
@@ -151,7 +156,7 @@ class Product:
             return pipeline + stages * depth * 16
         slabs = rows // warp_rows * (columns // warp_columns) * 16 * (32 + 8) * 4
         if self.op == "forward_stream":
-            return pipeline + slabs + 2 * rows * 8
+            return pipeline + slabs + 2 * rows * 8 + stages * 16
         return max(pipeline, slabs) + rows * 8
 
 
@@ -176,9 +181,12 @@ def _functions(sass: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_code(row: Row, code: str) -> None:
-    mma = sorted(set(re.findall(r"HGMMA\.\d+x\d+x\d+|HMMA\.\d+", code)))
-    row.mma = ", ".join(mma) or ("FFMA" if "FFMA" in code else "-")
+    mma = Counter(re.findall(r"HGMMA\.\d+x\d+x\d+|HMMA\.\d+", code))
+    named = (f"{name} x {count}" if name.startswith("HGMMA") else name for name, count in sorted(mma.items()))
+    row.mma = ", ".join(named) or ("FFMA" if "FFMA" in code else "-")
     row.copies = _widths(re.findall(r"LDGSTS\.E(?:\.\w+)*", code))
+    if re.search(r"UBLKCP\.\S*MULTICAST", code):
+        row.copies = MULTICAST if row.copies == "-" else f"{row.copies}, {MULTICAST}"
     row.loads = _widths(re.findall(r"\bLDG\.E(?:\.\w+)*", code))
     row.stores = _widths(re.findall(r"\bSTG\.E(?:\.\w+)*", code))
     row.kernel = _readable(row.kernel)

@@ -210,21 +210,22 @@ SIMT_DEVICE void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4], uint
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The tensor cores of a warpgroup: four warps multiply operands that lie in shared memory, while their threads go on.
-// sm_90a alone has them; elsewhere they trap, so that one source compiles for all.
+// What sm_90a alone has; elsewhere it traps, so that one source compiles for all.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define SIMT_WARPGROUP(...) asm volatile(__VA_ARGS__)
+#define SIMT_SM90A(...) asm volatile(__VA_ARGS__)
 #else
-#define SIMT_WARPGROUP(...) __trap()
+#define SIMT_SM90A(...) __trap()
 #endif
+
+// The tensor cores of a warpgroup: four warps multiply operands that lie in shared memory, while their threads go on.
 
 // What this thread has written to shared memory becomes visible to products behind the next barrier. wgmma reads by the
 // asynchronous proxy, threads and cp.async write by the generic one, and PTX orders the two by this fence alone; every
 // spelling of it waits for the thread's own writes (MEMBAR.CTA), so that a product had better be under way meanwhile.
-SIMT_DEVICE void publish_shared() { SIMT_WARPGROUP("fence.proxy.async.shared::cta;" ::: "memory"); }
+SIMT_DEVICE void publish_shared() { SIMT_SM90A("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first product, and before the next one whenever the thread has had its sums.
-SIMT_DEVICE void warpgroup_arrive() { SIMT_WARPGROUP("wgmma.fence.sync.aligned;" ::: "memory"); }
+SIMT_DEVICE void warpgroup_arrive() { SIMT_SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Of a matrix of 16-bit values in rows of 128 bytes, eight of which take 1024 aligned bytes, from an address in the
 // first row. Bits 4 to 6 of every value's address are changed by bits 7 to 9: the 128-byte swizzle. Where rows are the
@@ -242,7 +243,7 @@ SIMT_DEVICE void warpgroup_multiply_add(WarpgroupSums& sums, uint64_t a, uint64_
 #define SIMT_FOUR(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
 #define SIMT_TWELVE(j) SIMT_FOUR(j), SIMT_FOUR(j + 1), SIMT_FOUR(j + 2)
 #define SIMT_WGMMA(types)                                                                                             \
-  SIMT_WARPGROUP("wgmma.mma_async.sync.aligned.m64n192k16.f32." types " "                                             \
+  SIMT_SM90A("wgmma.mma_async.sync.aligned.m64n192k16.f32." types " "                                             \
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                            \
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                   \
                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                   \
@@ -264,18 +265,76 @@ SIMT_DEVICE void warpgroup_multiply_add(WarpgroupSums& sums, uint64_t a, uint64_
 #undef SIMT_FOUR
 }
 
-SIMT_DEVICE void warpgroup_commit() { SIMT_WARPGROUP("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+SIMT_DEVICE void warpgroup_commit() { SIMT_SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Waits until at most PENDING of the committed groups of products are in flight. The instruction names no registers:
 // that the sums are not read before it must be said to the compiler.
 template <int PENDING>
 SIMT_DEVICE void warpgroup_wait(WarpgroupSums& sums) {
-  SIMT_WARPGROUP("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  SIMT_SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
   SIMT_UNROLL for (auto& four : sums) {
     asm volatile("" : "+f"(four[0]), "+f"(four[1]), "+f"(four[2]), "+f"(four[3])::"memory");
   }
 }
 
-#undef SIMT_WARPGROUP
+// Clusters of blocks, which reach into one another's shared memory, where the same address has its place in each.
+
+SIMT_DEVICE int cluster_rank() {
+  int rank = 0;
+  SIMT_SM90A("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of the cluster.
+SIMT_DEVICE void sync_cluster() {
+  SIMT_SM90A("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// An mbarrier, in 8 bytes of shared memory: a phase ends when as many have arrived, and the bytes expected have come.
+// Arrivals and waits are of the block's scope, as nothing that threads write passes between blocks: at the cluster's an
+// arrival would wait for all writes to global memory, and a wait empty the first-level cache.
+SIMT_DEVICE void mbarrier_init(shared_address mbarrier, int arrivals) {
+  SIMT_SM90A("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(arrivals) : "memory");
+}
+
+// Those that this thread has initialised become visible to the cluster and to bulk copies, behind the next barrier.
+SIMT_DEVICE void mbarrier_publish() { SIMT_SM90A("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// At the mbarrier of a block of the cluster.
+SIMT_DEVICE void mbarrier_arrive(shared_address mbarrier, int rank) {
+  SIMT_SM90A("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+             "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(mbarrier),
+             "r"(rank)
+             : "memory");
+}
+
+// Arrives, and lets the phase wait for bytes of bulk copies besides.
+SIMT_DEVICE void mbarrier_expect(shared_address mbarrier, int bytes) {
+  SIMT_SM90A("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(mbarrier), "r"(bytes) : "memory");
+}
+
+// Until the phase of this parity has ended: the first one's is 0.
+SIMT_DEVICE void mbarrier_wait(shared_address mbarrier, int parity) {
+  int has_ended = 0;
+  do {
+    SIMT_SM90A("{\n\t.reg .pred ended;\n\t"
+               "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n\t"
+               "selp.s32 %0, 1, 0, ended;\n\t}"
+               : "=r"(has_ended)
+               : "r"(mbarrier), "r"(parity)
+               : "memory");
+  } while (!has_ended);
+}
+
+// From global memory to the same place in each block whose bit is set in `ranks`, by one read. It arrives by the
+// asynchronous proxy, and its bytes at the mbarrier of each. Addresses and sizes are multiples of 16.
+SIMT_DEVICE void copy_bulk(shared_address target, const void* source, int bytes, shared_address mbarrier, int ranks) {
+  SIMT_SM90A("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+             "[%0], [%1], %2, [%3], %4;" ::"r"(target),
+             "l"(source), "r"(bytes), "r"(mbarrier), "h"(static_cast<uint16_t>(ranks))
+             : "memory");
+}
+
+#undef SIMT_SM90A
 
 }  // namespace simt

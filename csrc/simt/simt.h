@@ -1,7 +1,7 @@
 // The primitives that kernels are written with: PTX under nvcc, an emulation of it under a host compiler.
 //
 // Kernels reach threads, barriers and shared memory through namespace simt alone, so that one source is compiled for a
-// GPU and run, checked access by access, on a machine that has none. See host/block.h for what the emulation checks,
+// GPU and run, checked access by access, on a machine that has none. See host/cluster.h for what the emulation checks,
 // and ../primitives.cu for the kernels that hold it to a GPU.
 #pragma once
 
@@ -28,6 +28,7 @@ using WarpgroupSums = float[WARPGROUP_COLUMNS / 8][4];
 #if defined(__CUDACC__)
 #include "device.h"
 #else
+#include "host/bulk.h"
 #include "host/primitives.h"
 #include "host/warpgroup.h"
 #endif

@@ -1,7 +1,8 @@
 """The primitives of the CUDA kernels, one by one: a GPU's against the emulation's reading of them, byte for byte.
 
-The emulation proves the kernels only as far as it is right about `mma`, `ldmatrix`, `cp.async`, `wgmma` and the rest.
-On a machine with a GPU this shows whether it is. Sums are of small integers, so that no order of additions matters.
+The emulation proves the kernels only as far as it is right about `mma`, `ldmatrix`, `cp.async`, `wgmma`, `mbarrier` and
+the rest. On a machine with a GPU this shows whether it is. Sums are of small integers, so that no order of additions
+matters.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ RAW = f"patch_embed_forward<u8, 8, {SMALL}, TensorCoresByRows>"
 TF32 = f"patch_embed_weight_gradient<fp32, 4, {FP32}, TensorCoresByColumns>"
 FFMA = f"patch_embed_image_gradient<fp32, 1, {FP32}, MultiplyAddsByRows>"
 HOPPER = "patch_embed_forward_stream<u8, 8, bf16 192x192x64x16x192x4x1, WarpgroupByRows>"
+HOPPER_16 = HOPPER.replace("u8", "bf16")
 HOPPER_GRADIENT = "patch_embed_weight_gradient<bf16, 8, bf16 192x192x64x16x192x4x1, WarpgroupByColumns>"
 
 
@@ -35,10 +36,14 @@ HOPPER_GRADIENT = "patch_embed_weight_gradient<bf16, 8, bf16 192x192x64x16x192x4
         (TF32, {"mma": "HMMA.16816", "copies": "4, 16"}, "no HMMA.1688"),
         (FFMA, {"mma": "FFMA", "copies": "4, 16"}, ""),
         (FFMA, {"mma": "-", "copies": "4, 16"}, "no FFMA"),
-        (HOPPER, {"mma": "HGMMA.64x192x16"}, ""),
-        (HOPPER, {}, "no HGMMA"),
-        (HOPPER_GRADIENT, {"mma": "HGMMA.64x192x16"}, ""),
-        (HOPPER_GRADIENT, {"mma": "HGMMA.64x128x16"}, "no HGMMA.64x192x16"),
+        (HOPPER, {"mma": "HGMMA.64x192x16 x 4", "copies": "multicast"}, ""),
+        (HOPPER, {"mma": "HGMMA.64x192x16 x 4", "copies": "16"}, "copies of 16 bytes, multicast are expected"),
+        (HOPPER, {"mma": "HGMMA.64x192x16 x 3", "copies": "multicast"}, "no HGMMA.64x192x16 x 4"),
+        (HOPPER, {"copies": "multicast"}, "no HGMMA"),
+        (HOPPER_16, {"mma": "HGMMA.64x192x16 x 4", "copies": "16, multicast"}, ""),
+        (HOPPER_16, {"mma": "HGMMA.64x192x16 x 4", "copies": "multicast"}, "16, multicast are expected"),
+        (HOPPER_GRADIENT, {"mma": "HGMMA.64x192x16 x 4"}, ""),
+        (HOPPER_GRADIENT, {"mma": "HGMMA.64x128x16 x 4"}, "no HGMMA.64x192x16"),
         ("sum_rows<fp16, 8>", {"mma": "-", "copies": "-"}, ""),
         ("add_norm_forward<true>", {"loads": "4, 16", "stores": "4, 16"}, ""),
         ("add_norm_forward<false>", {"loads": "2, 4", "stores": "2, 4"}, ""),
@@ -83,7 +88,7 @@ def test_a_source_that_does_not_compile_is_a_failed_row(tmp_path: Path) -> None:
 def test_the_shared_memory_of_a_product_is_its_stages_and_origins() -> None:
     product = tool.Product.of(ALIGNED)
     assert product.shared_bytes == 3 * (64 + 64) * 32 * 2 + 64 * 8
-    assert tool.Product.of(HOPPER).shared_bytes == 4 * (192 + 192) * 64 * 2 + 12 * 16 * 40 * 4 + 2 * 192 * 8
+    assert tool.Product.of(HOPPER).shared_bytes == 4 * (192 + 192) * 64 * 2 + 12 * 16 * 40 * 4 + 2 * 192 * 8 + 64
     assert tool.Product.of("sum_rows<fp16, 8>") is None
 
 

@@ -360,6 +360,82 @@ void half_a_warpgroup() {
   warpgroup_multiply<NOTHING, bfloat16>(sums, 0);
 }
 
+// Two blocks: each copies a half of `source` to both, adds what has come to what came before, and goes on.
+enum WrongCopy {
+  RIGHT, NO_FULL_WAIT, ONE_FULL_WAIT, NO_EMPTY_WAIT, NO_REMOTE_ARRIVAL, OWN_ARRIVALS_COUNT, TOO_MANY_ARRIVALS,
+  WRONG_FULL_PARITY, WRONG_EMPTY_PARITY, TOO_FEW_BYTES, TOO_MANY_BYTES, OWN_BLOCK_ALONE, NO_BLOCK, BLOCK_OUTSIDE,
+  NO_FENCE, FENCE_BEFORE_INIT, NO_BARRIER_BEHIND_INIT, BLOCK_BARRIER_BEHIND_INIT, NOT_INITIALISED, NO_BARRIER_AT_END,
+  READ_BEHIND_ARRIVAL, MISALIGNED_TARGET, MISALIGNED_SOURCE, MISALIGNED_SIZE, TARGET_NOT_PUBLISHED, MBARRIER_READ,
+  MBARRIER_WRITTEN, MISALIGNED_MBARRIER, COPY_OUTSIDE, ENDS_BEFORE_THE_BARRIER, UNEXPECTED_BYTES,
+};
+constexpr int PART = 16 * THREADS, FULL = PART, EMPTY = PART + 8;
+
+template <WrongCopy WRONG>
+void start_mbarriers() {
+  if (WRONG == NOT_INITIALISED || thread_index()) return;
+  if (WRONG == FENCE_BEFORE_INIT) mbarrier_publish();
+  mbarrier_init(WRONG == MISALIGNED_MBARRIER ? FULL + 4 : FULL, 1);
+  mbarrier_init(EMPTY, WRONG == OWN_ARRIVALS_COUNT ? 1 : 2);
+  if (WRONG != NO_FENCE && WRONG != FENCE_BEFORE_INIT) mbarrier_publish();
+}
+
+template <WrongCopy WRONG>
+void copy_half(int round) {
+  constexpr int BYTES = WRONG == TOO_FEW_BYTES ? PART / 2 : WRONG == TOO_MANY_BYTES ? 2 * PART : PART;
+  constexpr int RANKS = WRONG == NO_BLOCK ? 0 : WRONG == BLOCK_OUTSIDE ? 7 : 3;
+  const int half = PART / 2, start = cluster_rank() * half;
+  const auto* from = reinterpret_cast<const unsigned char*>(source);
+  const int target = start + (WRONG == MISALIGNED_TARGET ? 8 : WRONG == COPY_OUTSIDE ? 2 * PART : 0);
+  if (WRONG != NO_EMPTY_WAIT) mbarrier_wait(EMPTY, (round & 1) ^ (WRONG == WRONG_EMPTY_PARITY));
+  if (WRONG != UNEXPECTED_BYTES || round) mbarrier_expect(FULL, BYTES);
+  if (WRONG == TOO_MANY_ARRIVALS) mbarrier_expect(FULL, 0);
+  copy_bulk(target, from + start + (WRONG == MISALIGNED_SOURCE ? 8 : 0), WRONG == MISALIGNED_SIZE ? half - 8 : half,
+            FULL, WRONG == OWN_BLOCK_ALONE ? 1 << cluster_rank() : RANKS);
+}
+
+template <WrongCopy WRONG>
+void bulk_copies() {
+  const int me = thread_index();
+  if (WRONG == TARGET_NOT_PUBLISHED) store_shared<4>(16 * me, {});
+  start_mbarriers<WRONG>();
+  if (WRONG == BLOCK_BARRIER_BEHIND_INIT) {
+    sync_threads();
+  } else if (WRONG != NO_BARRIER_BEHIND_INIT) {
+    sync_cluster();
+  }
+  for (int round = 0; round < 4; round++) {
+    const bool is_own = WRONG == NO_REMOTE_ARRIVAL || WRONG == OWN_ARRIVALS_COUNT;
+    if (is_own ? me == cluster_rank() : me < 2) {
+      mbarrier_arrive(EMPTY, me);
+    }
+    if (me == 0) copy_half<WRONG>(round);
+    if (WRONG != NO_FULL_WAIT && (WRONG != ONE_FULL_WAIT || me == 7)) {
+      mbarrier_wait(FULL, (round & 1) ^ (WRONG == WRONG_FULL_PARITY));
+    }
+    const int other = (me + 5) % THREADS;
+    if (WRONG != READ_BEHIND_ARRIVAL) {
+      expect(from_bits(load_shared<4>(16 * other).word[2]) == source[4 * other + 2], "wrong data");
+      sync_threads();
+    } else {
+      sync_threads();
+      expect(from_bits(load_shared<4>(16 * other).word[2]) == source[4 * other + 2], "wrong data");
+    }
+    if (WRONG == MBARRIER_READ) shared_word(FULL / 4);
+    if (WRONG == MBARRIER_WRITTEN && me == 0) store_shared<1>(EMPTY, word(0));
+    if (WRONG == ENDS_BEFORE_THE_BARRIER && round == 3 && me == 9) return;
+  }
+  if (WRONG != NO_BARRIER_AT_END) sync_cluster();
+}
+
+// An arrival at the other block that nobody waits for: it may come when that block has ended.
+template <bool BARRIER>
+void last_arrival() {
+  start_mbarriers<RIGHT>();
+  sync_cluster();
+  if (thread_index() == 5) mbarrier_arrive(EMPTY, 1 - cluster_rank());
+  if (BARRIER) sync_cluster();
+}
+
 struct Body {
   void (*run)();
 };
@@ -367,6 +443,7 @@ struct Body {
 void one_block(Body body) {
   if (block_x() == 0) body.run();
 }
+void all_blocks(Body body) { body.run(); }
 
 struct Case {
   const char* name;
@@ -375,6 +452,7 @@ struct Case {
   int shared_bytes = SHARED_BYTES;
   bool is_complete = false;  // all memory must have been written at the end
   int64_t bank_conflicts = -1;
+  bool is_cluster = false;  // both blocks run it, together
 };
 
 void run_once(const Case& test, uint64_t seed) {
@@ -388,7 +466,10 @@ void run_once(const Case& test, uint64_t seed) {
   waited = 0;
   Queue queue;
   queue.seed = seed;
-  for (void (*body)() : test.launches) launch(queue, one_block, 2, 1, test.threads, test.shared_bytes, Body{body});
+  for (void (*body)() : test.launches) {
+    launch(queue, test.is_cluster ? all_blocks : one_block, 2, 1, test.threads, test.shared_bytes, Body{body},
+           test.is_cluster ? 2 : 1);
+  }
   if (test.is_complete) memory.check_all_written();
   if (test.bank_conflicts >= 0 && host::bank_conflicts() != test.bank_conflicts) {
     host::fail(std::to_string(host::bank_conflicts()) + " bank conflicts");
@@ -414,6 +495,8 @@ void run_banks(const char* name, int64_t conflicts, void (*body)()) {
 }
 
 void run_warpgroup(const char* name, void (*body)()) { run(Case{name, {body}, 128, WARPGROUP_BYTES}); }
+
+void run_cluster(const char* name, void (*body)()) { run({name, {body}, THREADS, SHARED_BYTES, false, -1, true}); }
 
 template <class T, bool TRANSPOSED = false>
 void fill(uint16_t* to) {
@@ -512,6 +595,39 @@ int main() {
   run_warpgroup("wgmma transposed leaves row", transposed_product<16, 64 * 128>);
   run_warpgroup("wgmma transposed in another panel", transposed_product<0, 32 * 128>);
   run_warpgroup("wgmma transposed out of range", transposed_product<0, 160 * 128>);
+  run_cluster("bulk copies", bulk_copies<RIGHT>);
+  run_cluster("bulk copies not waited for", bulk_copies<NO_FULL_WAIT>);
+  run_cluster("bulk copies waited for by one thread", bulk_copies<ONE_FULL_WAIT>);
+  run_cluster("bulk copies over what is read", bulk_copies<NO_EMPTY_WAIT>);
+  run_cluster("bulk copies without the other's arrival", bulk_copies<NO_REMOTE_ARRIVAL>);
+  run_cluster("bulk copies behind own arrivals alone", bulk_copies<OWN_ARRIVALS_COUNT>);
+  run_cluster("mbarrier arrivals too many", bulk_copies<TOO_MANY_ARRIVALS>);
+  run_cluster("mbarrier full of the other parity", bulk_copies<WRONG_FULL_PARITY>);
+  run_cluster("mbarrier empty of the other parity", bulk_copies<WRONG_EMPTY_PARITY>);
+  run_cluster("bulk copies of more than expected", bulk_copies<TOO_FEW_BYTES>);
+  run_cluster("bulk copies of less than expected", bulk_copies<TOO_MANY_BYTES>);
+  run_cluster("bulk copies to the own block alone", bulk_copies<OWN_BLOCK_ALONE>);
+  run_cluster("bulk copies to no block", bulk_copies<NO_BLOCK>);
+  run_cluster("bulk copies outside the cluster", bulk_copies<BLOCK_OUTSIDE>);
+  run_cluster("mbarrier without fence", bulk_copies<NO_FENCE>);
+  run_cluster("mbarrier fenced before", bulk_copies<FENCE_BEFORE_INIT>);
+  run_cluster("mbarrier without barrier", bulk_copies<NO_BARRIER_BEHIND_INIT>);
+  run_cluster("mbarrier with the block's barrier", bulk_copies<BLOCK_BARRIER_BEHIND_INIT>);
+  run_cluster("mbarrier not initialised", bulk_copies<NOT_INITIALISED>);
+  run_cluster("mbarrier read", bulk_copies<MBARRIER_READ>);
+  run_cluster("mbarrier written", bulk_copies<MBARRIER_WRITTEN>);
+  run_cluster("mbarrier misaligned", bulk_copies<MISALIGNED_MBARRIER>);
+  run_cluster("bulk copies sent before the end", bulk_copies<NO_BARRIER_AT_END>);
+  run_cluster("bulk copies read behind the arrival", bulk_copies<READ_BEHIND_ARRIVAL>);
+  run_cluster("bulk copies to a misaligned target", bulk_copies<MISALIGNED_TARGET>);
+  run_cluster("bulk copies of a misaligned source", bulk_copies<MISALIGNED_SOURCE>);
+  run_cluster("bulk copies of a misaligned size", bulk_copies<MISALIGNED_SIZE>);
+  run_cluster("bulk copies out of range", bulk_copies<COPY_OUTSIDE>);
+  run_cluster("bulk copies over unpublished writes", bulk_copies<TARGET_NOT_PUBLISHED>);
+  run_cluster("bulk copies without expectation", bulk_copies<UNEXPECTED_BYTES>);
+  run_cluster("cluster barrier for some", bulk_copies<ENDS_BEFORE_THE_BARRIER>);
+  run_cluster("last arrival", last_arrival<true>);
+  run_cluster("last arrival without barrier", last_arrival<false>);
   // Conversions: a checksum of all 16-bit numbers there and back, for the test to compare with PyTorch's.
   for (uint32_t raw = 0; raw < 0x10000; raw += 0x10) {
     const half h{static_cast<uint16_t>(raw)};

@@ -36,6 +36,37 @@ class Fault:
     caught_by: str
 
 
+# The weights that the blocks of a cluster share.
+CLUSTER_FAULTS = tuple(
+    Fault(name, HOPPER, "patch_embed_stream.h", old, new, caught_by)
+    for name, old, new, caught_by in (
+        ("weights waited for by one thread", "const { simt::mbarrier_wait(",
+         "const { if (!simt::thread_index()) simt::mbarrier_wait(", "shared word"),
+        ("weights of the phase before", "Memory::parity(reading)", "!Memory::parity(reading)", "deadlock"),
+        ("weights over those still read", "    simt::mbarrier_wait(Memory::empty(all), Memory::parity(all));\n",
+         "", "race"),
+        ("weights over those of the phase before", "Memory::empty(all), Memory::parity(all)",
+         "Memory::empty(all), !Memory::parity(all)", "deadlock"),
+        ("the other block not told", "simt::thread_index() < CLUSTER) simt",
+         "simt::thread_index() == simt::cluster_rank()) simt", "deadlock"),
+        ("the other block not waited for", "Memory::empty(all), simt::thread_index())",
+         "Memory::empty(all), simt::cluster_rank())", "race"),
+        ("half of the bytes expected", "simt::mbarrier_expect(Memory::full(all), WEIGHT_BYTES)",
+         "simt::mbarrier_expect(Memory::full(all), SHARE)", "in flight"),
+        ("more bytes expected than come", "simt::mbarrier_expect(Memory::full(all), WEIGHT_BYTES)",
+         "simt::mbarrier_expect(Memory::full(all), 2 * WEIGHT_BYTES)", "deadlock"),
+        ("weights for the block alone", "(1 << CLUSTER) - 1", "1 << simt::cluster_rank()", "deadlock"),
+        ("the other block's share", "copy_bulk(to + share", "copy_bulk(to", "race"),
+        ("a share in another place", "* WEIGHT_BYTES + share;", "* WEIGHT_BYTES + SHARE - share;", "value"),
+        ("mbarriers not published", "    simt::mbarrier_publish();\n", "", "mbarrier_init"),
+        ("no barrier behind the mbarriers", "Memory::start_mbarriers();\n  simt::sync_cluster();",
+         "Memory::start_mbarriers();\n  simt::sync_threads();", "initialised"),
+        ("a block ends before the other has its weights", "  simt::sync_cluster();  // a block",
+         "  // a block", "a block ends"),
+        ("rows of the other block", "+ simt::cluster_rank()) * Tile::BM", ") * Tile::BM", "second write"),
+    )
+)  # fmt: skip
+
 FAULTS = (
     # The row kernels
     Fault(
@@ -647,7 +678,7 @@ FAULTS = (
         "origins of the next tile not noted",
         HOPPER,
         "patch_embed_stream.h",
-        "tile + order.blocks < order.count",
+        "tile + order.clusters < order.count",
         "false",
         "never written",
     ),
@@ -655,16 +686,17 @@ FAULTS = (
         "origins of the next tile in the place of this one's",
         HOPPER,
         "patch_embed_stream.h",
-        "origins(0) + StreamMemory<Tile>::origins(1) - this->origins",
-        "origins(0)",
+        "Memory::origins(0) + Memory::origins(1) - this->origins",
+        "Memory::origins(0)",
         "race",
     ),
-    Fault("columns of the tile before", HOPPER, "patch_embed_stream.h", "= order.first_column(tile);", "= 0;", "value"),
+    Fault("columns of the first tile", HOPPER, "patch_embed_stream.h", "(order.column(tile) * steps", "(0", "value"),
+    Fault("a tile too far", HOPPER, "patch_embed_stream.h", "loader.tile - order.clusters;", "loader.tile;", "outside"),
     Fault(
         "sums over loads",
         HOPPER,
         "patch_embed_stream.h",
-        "simt::shared_base() + StreamMemory<Tile>::SLABS",
+        "simt::shared_base() + Memory::SLABS",
         "simt::shared_base()",
         "race",
     ),
@@ -677,6 +709,28 @@ FAULTS = (
         "never written",
     ),
     Fault("warpgroup's barrier removed", HOPPER, "pipeline.h", f"    {SYNC}\n", "", "wgmma reads"),
+    # The cluster's weights
+    *CLUSTER_FAULTS,
+    Fault("weights not waited for", HOPPER, "pipeline.h", "loader.await(step);", "", "shared word"),
+    Fault(
+        "rows of weights for tiles",
+        OPS,
+        "patch_embed.cu",
+        "p.in_tiles = has_stream(",
+        "p.in_tiles = false && has_stream(",
+        "outside",
+    ),
+    Fault(
+        "tiles of weights unswizzled", PREPARE, "prepare_weight.h", "(d % ROWS, k %", "(0 * ROWS, k %", "second write"
+    ),
+    Fault(
+        "tiles of weights by columns",
+        PREPARE,
+        "prepare_weight.h",
+        "static_cast<int64_t>(d - d % ROWS) * p.weight_length",
+        "int64_t{0} * p.weight_length",
+        "second write",
+    ),
     # The weight's gradient
     Fault(
         "fragments not transposed",
@@ -796,8 +850,8 @@ FAULTS = (
         "a table too short",
         OPS,
         "patch_embed.cu",
-        'queue.scratch<float>("table", static_cast<int64_t>(prefix_rows + patches) * p.width)',
-        'queue.scratch<float>("table", static_cast<int64_t>(patches) * p.width)',
+        'queue.scratch<float>("table", static_cast<int64_t>(prefix_rows + p.patches) * p.width)',
+        'queue.scratch<float>("table", static_cast<int64_t>(p.patches) * p.width)',
         "outside",
     ),
 )
@@ -850,6 +904,12 @@ BFLOAT16_CASES: tuple[tuple[Case, torch.dtype, dict[str, Any]], ...] = (
     (PatchEmbedCase("large", batch=3, grid=(4, 5), patch=(8, 8), width=136), torch.bfloat16, LARGE),
     (PatchEmbedCase("splits", batch=5, grid=(8, 8), patch=(4, 4), channels=1, width=8), torch.bfloat16, {}),
 )  # fmt: skip
+HOPPER_CASES: tuple[tuple[Case, torch.dtype, dict[str, Any]], ...] = (
+    (PatchEmbedCase("warpgroups", batch=4, grid=(7, 7), patch=(8, 8), channels=7, width=200, images="uint8",
+                    normalise=True), torch.bfloat16, {"processors": 1, "capability": 90}),
+    (PatchEmbedCase("short", batch=4, grid=(7, 7), patch=(8, 8), channels=1, width=200, images="uint8"),
+     torch.bfloat16, {"processors": 1, "capability": 90}),
+)  # fmt: skip
 CASES: dict[str, tuple[tuple[Case, torch.dtype, dict[str, Any]], ...]] = {
     ADD: tuple(
         (AddPositionCase("rows", batch=19, patches=5, width=width, prefix=2, layout=layout), dtype, {})
@@ -871,19 +931,14 @@ CASES: dict[str, tuple[tuple[Case, torch.dtype, dict[str, Any]], ...]] = {
         )
     ),
     BFLOAT16: BFLOAT16_CASES,
-    OPS: BFLOAT16_CASES,
+    OPS: (*BFLOAT16_CASES, HOPPER_CASES[0]),
     SUMS: BFLOAT16_CASES,
-    PREPARE: BFLOAT16_CASES,
+    PREPARE: (*BFLOAT16_CASES, HOPPER_CASES[0]),
     FLOAT32: (
         (PatchEmbedCase("fma", batch=4, grid=(5, 7), patch=(4, 4), width=72, prefix=2), torch.float32, {}),
         (PatchEmbedCase("raw", grid=(3, 3), patch=(7, 7), width=63, images="uint8", normalise=True), torch.float32, {}),
     ),
-    HOPPER: (
-        (PatchEmbedCase("warpgroups", batch=4, grid=(7, 7), patch=(8, 8), channels=7, width=200, images="uint8",
-                        normalise=True), torch.bfloat16, {"processors": 1, "capability": 90}),
-        (PatchEmbedCase("short", batch=4, grid=(7, 7), patch=(8, 8), channels=1, width=200, images="uint8"),
-         torch.bfloat16, {"processors": 1, "capability": 90}),
-    ),
+    HOPPER: HOPPER_CASES,
 }  # fmt: skip
 
 

@@ -66,12 +66,21 @@ def test_any_number_of_steps_of_large_tiles(steps: int) -> None:
             _hold(make_inputs(case, torch.bfloat16))
 
 
-@pytest.mark.parametrize("images", ["uint8", "same"])
-@pytest.mark.parametrize(("steps", "processors"), [(1, 1), (2, 1), (3, 1), (3, 3), (5, 3)])
-def test_a_block_multiplies_tile_after_tile(steps: int, processors: int, images: str) -> None:
-    """Four tiles by one block, or by three; where their steps are fewer than loads are ahead, by four."""
-    case = PatchEmbedCase("stream", batch=7, patch=(8, 8), channels=steps, grid=(5, 6), width=200, images=images)
+@pytest.mark.parametrize("images", ["uint8", "same", "float32"])
+@pytest.mark.parametrize(("steps", "batch", "processors"), [(1, 7, 1), (2, 13, 1), (3, 7, 1), (3, 13, 4), (5, 6, 3)])
+def test_a_cluster_multiplies_tile_after_tile(steps: int, batch: int, processors: int, images: str) -> None:
+    """One to three tiles of rows, in pairs, by two of columns, by one pair of blocks or by two; where their steps are
+    fewer than loads are ahead, by a pair each."""
+    case = PatchEmbedCase("stream", batch=batch, patch=(8, 8), channels=steps, grid=(5, 6), width=200, images=images,
+                          prefix=1)  # fmt: skip
     with emulation(capability=90, processors=processors):
+        _hold(make_inputs(case, torch.bfloat16), gradients=1)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_prefixes_of_many_tiles(rows: int) -> None:
+    case = PatchEmbedCase("prefix", batch=2, patch=(8, 8), channels=3, grid=(5, 6), width=200, prefix=rows)
+    with emulation(**HOPPER):
         _hold(make_inputs(case, torch.bfloat16), gradients=1)
 
 

@@ -185,6 +185,11 @@ def wgmma(data: Array, *, transposed: bool = False) -> Array:
     return np.ascontiguousarray(start + products)
 
 
+def bulk_copies(data: Array) -> Array:
+    """Each of two blocks has both halves of every part; each lane reads what the lane seven further would."""
+    return np.tile(np.roll(data.reshape(6, 32, 16), -7, axis=1), (2, 1, 1))
+
+
 EXPECTED: dict[str, Callable[[Array], Array]] = {
     "ldmatrix": lambda data: ldmatrix(data, transposed=False),
     "ldmatrix.trans": lambda data: ldmatrix(data, transposed=True),
@@ -205,6 +210,7 @@ EXPECTED: dict[str, Callable[[Array], Array]] = {
     "wgmma bfloat16": wgmma,
     "wgmma transposed float16": lambda data: wgmma(data, transposed=True),
     "wgmma transposed bfloat16": lambda data: wgmma(data, transposed=True),
+    "cp.async.bulk": bulk_copies,
 }
 
 
@@ -220,8 +226,8 @@ def test_a_primitive_is_what_arithmetic_says(primitives: Primitives, name: str) 
         np.testing.assert_array_equal(primitives.run(name, data, seed=seed), expected, err_msg=f"seed {seed}")
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith("wgmma")])
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith(("wgmma", "cp.async.bulk"))])
 @pytest.mark.parametrize("capability", [80, 100])
-def test_wgmma_is_refused_where_it_does_not_exist(primitives: Primitives, name: str, capability: int) -> None:
+def test_a_primitive_is_refused_where_it_does_not_exist(primitives: Primitives, name: str, capability: int) -> None:
     with pytest.raises(RuntimeError, match=f"{name}: not on this device"):
         primitives.run(name, primitives.input(name, 0), capability=capability)

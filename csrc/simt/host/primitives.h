@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "banks.h"
-#include "block.h"
+#include "cluster.h"
 #include "number.h"
 
 #define SIMT_KERNEL(threads, blocks) inline void
@@ -15,20 +15,20 @@
 
 namespace simt {
 
-SIMT_DEVICE int thread_index() { return host::block().current().index; }
-SIMT_DEVICE int block_x() { return host::block().x(); }
-SIMT_DEVICE int grid_x() { return host::block().grid_x(); }
-SIMT_DEVICE int block_y() { return host::block().y(); }
+SIMT_DEVICE int thread_index() { return host::cluster().thread_index(); }
+SIMT_DEVICE int block_x() { return host::cluster().x(); }
+SIMT_DEVICE int grid_x() { return host::cluster().grid_x(); }
+SIMT_DEVICE int block_y() { return host::cluster().y(); }
 SIMT_DEVICE shared_address shared_base() { return 0; }
 
-SIMT_DEVICE void sync_threads() { host::block().sync_threads(); }
+SIMT_DEVICE void sync_threads() { host::cluster().sync_threads(); }
 
 SIMT_DEVICE void sync_warp() {
-  host::block().with_warp(
-      [](void* const(&lanes)[host::WARP]) {
-        for (void* lane : lanes) static_cast<host::Thread*>(lane)->warp_epoch++;
+  host::cluster().with_warp(
+      [](void* const(&)[host::WARP]) {
+        host::cluster().synchronise(host::cluster().current().warp() * host::WARP, host::WARP);
       },
-      &host::block().current());
+      nullptr);
 }
 
 SIMT_DEVICE uint32_t shuffle_xor(uint32_t value, int lanes) {
@@ -36,7 +36,7 @@ SIMT_DEVICE uint32_t shuffle_xor(uint32_t value, int lanes) {
     uint32_t value, result;
     int lanes;
   } mine{value, 0, lanes};
-  host::block().with_warp(
+  host::cluster().with_warp(
       [](void* const(&all)[host::WARP]) {
         for (int lane = 0; lane < host::WARP; lane++) {
           auto* to = static_cast<Operands*>(all[lane]);
@@ -95,15 +95,15 @@ SIMT_DEVICE void store_element(T* address, T value) {
 template <int WORDS>
 SIMT_DEVICE Vector<WORDS> load_shared(shared_address address) {
   Vector<WORDS> value;
-  host::Thread& thread = host::block().current();
-  host::block().shared().read(address, &value, sizeof value, thread.actor());
+  host::Thread& thread = host::cluster().current();
+  host::cluster().shared().read(address, &value, sizeof value, thread.clock);
   thread.loads.push_back({address, sizeof value});
   return value;
 }
 
 template <int WORDS>
 SIMT_DEVICE void store_shared(shared_address address, Vector<WORDS> value) {
-  host::block().shared().write(address, &value, sizeof value, host::block().current().actor());
+  host::cluster().shared().write(address, &value, sizeof value, host::cluster().current().clock);
 }
 
 // Asynchronous copies: the data of each arrives at once or only at the wait that covers it, by the seed.
@@ -111,32 +111,32 @@ SIMT_DEVICE void store_shared(shared_address address, Vector<WORDS> value) {
 template <int BYTES>
 SIMT_DEVICE void copy_async(shared_address target, const void* source, bool valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
-  host::Block& block = host::block();
+  host::Cluster& cluster = host::cluster();
   if (valid) {
     host::global_memory().check_read(source, BYTES);
   } else if (reinterpret_cast<uintptr_t>(source) % BYTES) {
     host::fail("misaligned source of a copy of zeros");
   }
-  block.shared().start_copy(target, BYTES, block.current().actor());
-  host::Copy copy{target, valid ? source : nullptr, BYTES, block.draw(2) == 0};
-  if (copy.arrived) block.shared().arrive(copy.target, copy.source, copy.bytes);
-  block.current().open_copies.push_back(copy);
+  cluster.shared().start_copy(target, BYTES, cluster.current().clock);
+  host::Copy copy{target, valid ? source : nullptr, BYTES, cluster.draw(2) == 0};
+  if (copy.arrived) cluster.shared().arrive(copy.target, copy.source, copy.bytes);
+  cluster.current().open_copies.push_back(copy);
 }
 
 SIMT_DEVICE void copy_commit() {
-  host::Thread& thread = host::block().current();
+  host::Thread& thread = host::cluster().current();
   thread.copies.push_back(std::move(thread.open_copies));
   thread.open_copies.clear();
 }
 
 template <int PENDING>
 SIMT_DEVICE void copy_wait() {
-  host::Block& block = host::block();
-  host::Thread& thread = block.current();
+  host::Cluster& cluster = host::cluster();
+  host::Thread& thread = cluster.current();
   while (static_cast<int>(thread.copies.size()) > PENDING) {
     for (const host::Copy& copy : thread.copies.front()) {
-      if (!copy.arrived) block.shared().arrive(copy.target, copy.source, copy.bytes);
-      block.shared().finish_copy(copy.target, copy.bytes, thread.actor());
+      if (!copy.arrived) cluster.shared().arrive(copy.target, copy.source, copy.bytes);
+      cluster.shared().finish_copy(copy.target, copy.bytes, thread.clock.now());
     }
     thread.copies.pop_front();
   }
@@ -153,14 +153,14 @@ struct MatrixRow {
 
 template <bool TRANSPOSED>
 void load_matrices(void* const (&lanes)[WARP]) {
-  const int warp = block().current().warp();
+  const int warp = cluster().current().warp();
   for (int matrix = 0; matrix < 4; matrix++) {
     uint16_t value[8][8];
     shared_address addresses[8];
     for (int row = 0; row < 8; row++) {
       const int lane = matrix * 8 + row;
       addresses[row] = static_cast<const MatrixRow*>(lanes[lane])->row;
-      block().shared().read(addresses[row], value[row], 16, block().lane_of(warp, lane).actor());
+      cluster().shared().read(addresses[row], value[row], 16, cluster().lane_of(warp, lane).clock);
     }
     count_conflicts(addresses, 8, 16);
     for (int lane = 0; lane < WARP; lane++) {
@@ -230,23 +230,23 @@ inline void multiply_add_tf32(void* const (&lanes)[WARP]) {
 
 SIMT_DEVICE void load_matrices(uint32_t (&out)[4], shared_address row) {
   host::MatrixRow mine{row, out};
-  host::block().with_warp(host::load_matrices<false>, &mine);
+  host::cluster().with_warp(host::load_matrices<false>, &mine);
 }
 
 SIMT_DEVICE void load_matrices_transposed(uint32_t (&out)[4], shared_address row) {
   host::MatrixRow mine{row, out};
-  host::block().with_warp(host::load_matrices<true>, &mine);
+  host::cluster().with_warp(host::load_matrices<true>, &mine);
 }
 
 template <class T>
 SIMT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   host::Fragments mine{sum, a, {b0, b1}};
-  host::block().with_warp(host::multiply_add<T>, &mine);
+  host::cluster().with_warp(host::multiply_add<T>, &mine);
 }
 
 SIMT_DEVICE void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   host::Fragments mine{sum, a, {b0, b1}};
-  host::block().with_warp(host::multiply_add_tf32, &mine);
+  host::cluster().with_warp(host::multiply_add_tf32, &mine);
 }
 
 }  // namespace simt

@@ -1,13 +1,13 @@
-// A thread of the emulated block: its fiber, and what it has started and not yet waited for.
+// A thread of the emulated cluster: its fiber, and what it has started and not yet waited for.
 #pragma once
 
 #include <cstdint>
 #include <deque>
-#include <memory>
 #include <vector>
 
+#include "clock.h"
+#include "fault.h"
 #include "fiber.h"
-#include "shared_memory.h"
 
 namespace simt::host {
 
@@ -28,15 +28,9 @@ struct SharedLoad {
   int bytes;
 };
 
-// One wgmma of a warpgroup. Its operands are read until the last of the threads has waited.
-struct Product {
-  std::vector<uint32_t> operands;  // addresses, each of 16 bytes
-  int waiting = WARPGROUP;
-};
-
-// The share of one thread in a wgmma.
+// The share of one thread in a wgmma: what it has learnt when it has waited, and where its sums lie.
 struct ProductShare {
-  std::shared_ptr<Product> product;
+  Event finished;
   float* sums;
 };
 
@@ -50,9 +44,8 @@ struct PendingSums {
 
 struct Thread {
   Context context;
-  int index = 0;
-  uint32_t block_epoch = 0;
-  uint32_t warp_epoch = 0;
+  int index = 0;  // in the cluster
+  Clock clock;
   std::vector<Copy> open_copies;              // started, not yet committed
   std::deque<std::vector<Copy>> copies;       // committed, not yet waited for
   bool has_arrived = false;                   // a wgmma may start: its sums are where the tensor cores may find them
@@ -63,7 +56,6 @@ struct Thread {
   void (*operation)() = nullptr;              // what it waits to do with its warp or warpgroup
   void* operands = nullptr;
 
-  Actor actor() const { return {index, block_epoch, warp_epoch}; }
   int warp() const { return index / WARP; }
   int lane() const { return index % WARP; }
 

@@ -1,15 +1,14 @@
 // wgmma, emulated: a warpgroup multiplies operands that lie in shared memory, while its threads go on.
 //
-// The product is computed when the last thread arrives. Until a thread's wait its sums are NaN, and until the last
-// thread's wait nobody may write to the operands. See SharedMemory::read_operand for what must come before.
+// The product is computed when the last thread arrives. Until a thread's wait its sums are NaN, and only behind the waits
+// of all may the operands be written. See SharedMemory::read_operand for what must come before.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <utility>
 
-#include "block.h"
+#include "cluster.h"
 #include "number.h"
 
 namespace simt {
@@ -44,13 +43,13 @@ class Operand {
 };
 
 template <class T, bool TRANSPOSED, int ROWS>
-void read_operand(uint64_t descriptor, float (&values)[ROWS][16], const Actor& actor, Product& product) {
+void read_operand(uint64_t descriptor, float (&values)[ROWS][16], const Clock& clock,
+                  const std::vector<Event>& readers) {
   const Operand<TRANSPOSED> operand(descriptor);
   for (int first = 0; first < ROWS * 16; first += 8) {
     const int row = TRANSPOSED ? first % ROWS : first / 16, k = TRANSPOSED ? first / ROWS : first % 16;
     uint16_t raw[8];
-    product.operands.push_back(operand.address(row, k));
-    block().shared().read_operand(product.operands.back(), raw, sizeof raw, actor);
+    cluster().shared().read_operand(operand.address(row, k), raw, sizeof raw, clock, readers);
     for (int i = 0; i < 8; i++) {
       (TRANSPOSED ? values[row + i][k] : values[row][k + i]) = to_float(T{raw[i]});
     }
@@ -80,13 +79,17 @@ void warpgroup_multiply_add(void* const (&threads)[WARPGROUP]) {
       fail("wgmma: threads of a warpgroup give different descriptors");
     }
   }
-  const auto product = std::make_shared<Product>();
-  const int first = block().current().index / WARPGROUP * WARPGROUP;
+  const int first = cluster().current().index / WARPGROUP * WARPGROUP;
+  Clock clock;
+  clock.learn(cluster().thread(first).clock);
+  for (int index = 1; index < WARPGROUP; index++) clock.forget(cluster().thread(first + index).clock);
+  std::vector<Event> readers;
+  for (int warp = 0; warp < WARPGROUP / WARP; warp++) readers.push_back(cluster().next_product(first / WARP + warp));
   float a[64][16], b[WARPGROUP_COLUMNS][16];
-  read_operand<T, TRANSPOSED>(operands(0)->a, a, block().current().actor(), *product);
-  read_operand<T, TRANSPOSED>(operands(0)->b, b, block().current().actor(), *product);
+  read_operand<T, TRANSPOSED>(operands(0)->a, a, clock, readers);
+  read_operand<T, TRANSPOSED>(operands(0)->b, b, clock, readers);
   for (int index = 0; index < WARPGROUP; index++) {
-    Thread& thread = block().thread(first + index);
+    Thread& thread = cluster().thread(first + index);
     PendingSums& sums = take_sums(thread, operands(index)->sums);
     for (int i = 0; i < PendingSums::COUNT; i++) {
       const float* row = a[index / WARP * 16 + index % WARP / 4 + i / 2 % 2 * 8];
@@ -96,7 +99,7 @@ void warpgroup_multiply_add(void* const (&threads)[WARPGROUP]) {
       sums.values[i] += products;
     }
     sums.products++;
-    thread.open_products.push_back({product, sums.place});
+    thread.open_products.push_back({readers[index / WARP], sums.place});
   }
 }
 
@@ -111,15 +114,14 @@ inline void finish_product(Thread& thread, const ProductShare& share) {
     std::copy(sums->values.begin(), sums->values.end(), sums->place);
     thread.sums.erase(sums);
   }
-  if (--share.product->waiting) return;
-  for (uint32_t address : share.product->operands) block().shared().release_operand(address, 16, thread.actor());
+  thread.clock.learn(share.finished);
 }
 
 }  // namespace host
 
-SIMT_DEVICE void publish_shared() { host::block().shared().publish(host::block().current().actor()); }
+SIMT_DEVICE void publish_shared() { host::cluster().shared().publish(host::cluster().current().clock); }
 
-SIMT_DEVICE void warpgroup_arrive() { host::block().current().has_arrived = true; }
+SIMT_DEVICE void warpgroup_arrive() { host::cluster().current().has_arrived = true; }
 
 SIMT_DEVICE uint64_t matrix_descriptor(shared_address address, int panel_bytes = 16) {
   if (address % 16) host::fail("wgmma: the address of a descriptor is misaligned");
@@ -129,20 +131,20 @@ SIMT_DEVICE uint64_t matrix_descriptor(shared_address address, int panel_bytes =
 
 template <class T, bool TRANSPOSED = false>
 SIMT_DEVICE void warpgroup_multiply_add(WarpgroupSums& sums, uint64_t a, uint64_t b) {
-  if (!host::block().current().has_arrived) host::fail("wgmma without warpgroup_arrive since the last wait");
+  if (!host::cluster().current().has_arrived) host::fail("wgmma without warpgroup_arrive since the last wait");
   host::ProductOperands mine{sums[0], a, b};
-  host::block().with_warpgroup(host::warpgroup_multiply_add<T, TRANSPOSED>, &mine);
+  host::cluster().with_warpgroup(host::warpgroup_multiply_add<T, TRANSPOSED>, &mine);
 }
 
 SIMT_DEVICE void warpgroup_commit() {
-  host::Thread& thread = host::block().current();
+  host::Thread& thread = host::cluster().current();
   thread.products.push_back(std::move(thread.open_products));
   thread.open_products.clear();
 }
 
 template <int PENDING>
 SIMT_DEVICE void warpgroup_wait(WarpgroupSums&) {
-  host::Thread& thread = host::block().current();
+  host::Thread& thread = host::cluster().current();
   while (static_cast<int>(thread.products.size()) > PENDING) {
     for (const host::ProductShare& share : thread.products.front()) host::finish_product(thread, share);
     thread.products.pop_front();
