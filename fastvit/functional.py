@@ -14,9 +14,11 @@ from fastvit import checks, ops
 from fastvit.ops import Op
 from fastvit.tuning import FORWARD, TRAINING
 
-__all__ = ["add_norm", "add_position", "patch_embed"]
+__all__ = ["add_norm", "add_position", "bias_act", "patch_embed"]
 
-_PATCH_EMBED, _ADD_POSITION, _ADD_NORM = (ops.OPS[name] for name in ("patch_embed", "add_position", "add_norm"))
+_PATCH_EMBED, _ADD_POSITION, _ADD_NORM, _BIAS_ACT = (
+    ops.OPS[name] for name in ("patch_embed", "add_position", "add_norm", "bias_act")
+)
 
 
 def patch_embed(
@@ -189,6 +191,56 @@ def add_norm(
     arguments = (residual, branch, bias, scale, keep, weight, norm_bias, eps, rms, sum_dtype, dtype)
     total, normed, _ = _run(_ADD_NORM, arguments, backend, problem, residual.numel() // dim)
     return residual if branch is None else total, normed
+
+
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None = None,
+    act: str = "gelu",
+    *,
+    up: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_last: bool | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What stands between the products of an MLP, plain or gated, in one pass.
+
+        out = act(x + bias)                     Mlp
+        out = act(x + bias) · (up + up_bias)    SwiGLU, GEGLU, with two linear layers
+        out = act(gate) · up                    SwiGLUPacked, GluMlp: gate and up are the halves of x + bias
+
+    Made in float32 and rounded once. The linear layers run without their biases, whose gradients fall out of this
+    op's backward; it keeps its arguments and nothing else. GELU as of Hendrycks and Gimpel, 2016, with erf, with tanh
+    or as x · sigmoid(1.702 x), quick_gelu (OpenAI's CLIP); SiLU is x · sigmoid(x); gates as of Shazeer, 2020.
+
+    Args:
+        x: [..., F] float16, bfloat16, float32 or float64, F from 1 to 65536; [..., 2F] with `gate_last`.
+        bias: as long as a row of x.
+        act: "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu".
+        up: [..., F] in x's dtype, the product of a second linear layer (timm's `fc1_x`, `up_proj` elsewhere); x is
+            then the gate's (`fc1_g`, `gate_proj`).
+        up_bias: [F], that of this layer.
+        gate_last: which half of x goes through `act`, named as in timm's GluMlp: the first if False (DINOv2,
+            SwiGLUPacked), the second if True. None: x is not packed.
+        dtype: of the result; default: x's.
+        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the fastest in the tuning table of this
+            device (:mod:`fastvit.tuning`), without one the best that can run here.
+
+    Returns:
+        [..., F]. Differentiable, any number of times, in all tensors.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
+    """
+    checks.check_products(x, bias, up, up_bias, gate_last)
+    checks.require(act in checks.ACTS, f"act: unknown {act!r}; known: {', '.join(checks.ACTS)}")
+    dtype = _token_dtype(dtype, x.dtype)
+
+    features = x.shape[-1]
+    is_gated = up is not None or gate_last is not None
+    problem = (x.dtype, x.dtype if bias is None else bias.dtype, dtype, (features,), is_gated)
+    return _run(_BIAS_ACT, (x, bias, up, up_bias, act, gate_last, dtype), backend, problem, x.numel() // features)
 
 
 def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tuple[Any, ...], rows: int) -> Any:
