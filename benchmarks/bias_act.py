@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from fastvit import tuning
 from fastvit.benchmarks import tune
 from fastvit.benchmarks.contenders import Task
 from fastvit.benchmarks.problem import BOTH, COMPILED, WIDTHS, Contender, Plan, Problem
-from fastvit.benchmarks.rivals import Solution
+from fastvit.benchmarks.rivals import BiasOfProduct, Solution
 from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
 from fastvit.validation import BiasActCase, Inputs, make_inputs
 from fastvit.validation.ops.bias_act import plain
@@ -72,27 +71,13 @@ def _contenders(task: Task, mode: str, hows: tuple[str, ...]) -> Iterator[Conten
     yield from task.rival(mode, "linear's bias + act", "", _eager, hows)
 
 
-class _BiasOfProduct(torch.autograd.Function):
-    """A linear layer's result and the gradient of its bias: the product itself adds the bias for nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, product: Tensor, bias: Tensor) -> Tensor:
-        ctx.dtype = bias.dtype
-        return product.view_as(product)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (grad,) = grads
-        return grad, grad.flatten(0, -2).sum(0).to(ctx.dtype)
-
-
 def _eager(inputs: Inputs) -> Solution:
     x, bias = leaves = [inputs[name] for name in ("x", "bias")]
     product = (x + bias.to(x.dtype)).detach().requires_grad_()
     without = {"bias": None, "up": None, "up_bias": None}
 
     def run() -> Tensor:
-        return plain(inputs, {"x": _BiasOfProduct.apply(product, bias), **without})  # type: ignore[arg-type]
+        return plain(inputs, {"x": BiasOfProduct.apply(product, bias), **without})  # type: ignore[arg-type]
 
     return Solution(run, [product, *leaves[1:]])
 

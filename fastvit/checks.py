@@ -197,6 +197,19 @@ def check_products(
     check_vector("up_bias", up_bias, up, "up")
 
 
+def check_heads(qkv: Tensor, bias: Tensor | None, num_heads: int) -> None:
+    """`qkv` is [B, T, 3D] float, D a multiple of the number of heads, and `bias` as long as its rows."""
+    check_tensor("qkv", qkv)
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected a whole number, got {num_heads!r}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads: {num_heads} must be at least 1")
+    if qkv.dim() != 3 or qkv.shape[-1] < 1 or qkv.shape[-1] % (3 * num_heads) != 0:
+        raise ValueError(f"qkv: expected shape [B, T, 3D] with D a multiple of {num_heads} heads, got {shape_of(qkv)}")
+    check_dtype("qkv", qkv.dtype, FLOAT_DTYPES)
+    check_vector("bias", bias, qkv, "qkv")
+
+
 def normalisation(
     mean: Sequence[float] | Tensor | None, std: Sequence[float] | Tensor | None, channels: int
 ) -> tuple[list[float] | None, list[float] | None]:

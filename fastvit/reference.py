@@ -102,6 +102,14 @@ def bias_act(
     return (out if factor is None else out * factor).to(dtype or x.dtype)
 
 
+def split_heads(qkv: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values; arguments and results as in :func:`fastvit.functional.split_heads`."""
+    if bias is not None:
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)  # nothing, with a gradient
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
 def _place(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, keep: Tensor | None) -> Tensor:
     """Add positions, select the kept patches, prepend the prefix: [B, N, D] → [B, R+N, D]."""
     batch, patches, width = tokens.shape

@@ -7,6 +7,7 @@ from fastvit.validation.ops.add_norm import AddNormCase, AddNormInputs
 from fastvit.validation.ops.add_position import AddPositionCase
 from fastvit.validation.ops.bias_act import BiasActCase, BiasActInputs
 from fastvit.validation.ops.patch_embed import PatchEmbedCase, PatchEmbedInputs
+from fastvit.validation.ops.split_heads import SplitHeadsCase, SplitHeadsInputs
 from fastvit.validation.primitives import check_primitives
 from fastvit.validation.report import Report, Row
 from fastvit.validation.runner import Progress, poisoned, validate, validate_function
@@ -26,6 +27,8 @@ __all__ = [
     "Progress",
     "Report",
     "Row",
+    "SplitHeadsCase",
+    "SplitHeadsInputs",
     "assert_close",
     "cases_for",
     "check_primitives",
