@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvit import functional
+from fastvit.backend import why_missing
 from fastvit.benchmarks.problem import BOTH, FORWARD, Contender, Problem, Unavailable, compiled, our_backends
 from fastvit.benchmarks.rivals import Solution, autocast
 from fastvit.benchmarks.rows import OURS
@@ -135,6 +136,8 @@ def largest_error(outputs: Any, exact: Any) -> float:
 
 def check_backend(backend: str, op: str, inputs: Inputs, device: torch.device) -> str:
     """Why a backend must not be timed on these inputs: what of its own output and gradients is out of tolerance."""
+    if reason := why_missing(backend, op):
+        return reason
     rows = check_inputs(backend_candidate(backend, device), op, inputs)
     wrong = [row for row in rows if row.status == FAILED]
     if not wrong:

@@ -107,12 +107,12 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
     return {name: why_unavailable(name, device_type) for name in BACKENDS}
 
 
-def resolve(requested: str | None, device_type: str, float64: bool) -> str:
+def resolve(requested: str | None, device_type: str, float64: bool, op: str) -> str:
     """The backend for a call: the argument, then `use_backend`, then FASTVIT_BACKEND, then the device's default.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the forced backend can't run on this device.
+        RuntimeError: the forced backend can't run on this device, or has no kernel for the op.
     """
     source, name = "backend", requested
     if name is None:
@@ -120,9 +120,9 @@ def resolve(requested: str | None, device_type: str, float64: bool) -> str:
     if name is None:
         source, name = "FASTVIT_BACKEND", _environment
     if name is None:
-        return "reference" if float64 else _automatic(device_type, False)
+        return "reference" if float64 else _automatic(device_type, op, False)
     check_known(name, source)
-    reason = why_unavailable(name, device_type)
+    reason = why_unavailable(name, device_type) or why_missing(name, op)
     if not reason and float64 and name != "reference":
         reason = "float64 is computed by the reference alone"
     if reason:
@@ -145,18 +145,19 @@ def choose(
     Raises:
         ValueError, RuntimeError: as :func:`resolve`.
     """
+    op = problem[0]
     if float64 or is_forced(requested):
-        return resolve(requested, device.type, float64)
+        return resolve(requested, device.type, float64, op)
     if rows is not None:
-        name = _usable(tuning.find(device, problem, rows), device)
+        name = _usable(tuning.find(device, problem, rows), device, op)
     elif _is_tuned(device):
-        op, mode, image, compute, out, shape, keep = problem
+        _, mode, image, compute, out, shape, keep = problem
         # Sizes of a weight that are symbols become numbers here: graphs of other weights are other graphs.
         sizes = tuple([operator.index(size) for size in shape])
         name = _fastest_of_all_batches(device, op, mode, image, compute, out, sizes, keep)
     else:
         name = ""
-    return name or _automatic(device.type, _suits_triton(problem, rows) and _is_hopper(device))
+    return name or _automatic(device.type, op, _suits_triton(problem, rows) and _is_hopper(device))
 
 
 def is_forced(requested: str | None) -> bool:
@@ -189,15 +190,15 @@ def under_transforms() -> bool:
 
 
 @_constant_when_traced
-def _automatic(device_type: str, prefers_triton: bool) -> str:
+def _automatic(device_type: str, op: str, prefers_triton: bool) -> str:
     """Without a measurement: of the two that run on a GPU, the extension, whose launch costs less and whose kernels
-    have no shape to be compiled for, but for what Triton is preferred for."""
+    have no shape to be compiled for, but for what Triton is preferred for, or alone can do."""
     if device_type in ("cpu", "meta"):
         return "cpu"
     if device_type != "cuda":
         return "reference"
     order = ("triton", "cuda") if prefers_triton else ("cuda", "triton")
-    return next((name for name in order if not why_unavailable(name, "cuda")), "reference")
+    return next((name for name in order if _can_run(name, "cuda", op)), "reference")
 
 
 LARGE = 132 * 128 * 128  # values of the tokens: a tile of 128 x 128 for every multiprocessor of an H100
@@ -227,21 +228,25 @@ def _is_tuned(device: torch.device) -> bool:
 @_constant_when_traced
 def _fastest_of_all_batches(device: torch.device, *problem: Any) -> str:
     table = tuning.table_of(device)
-    return _usable(table.lookup(tuning.Problem(*problem), None) if table else None, device)
+    return _usable(table.lookup(tuning.Problem(*problem), None) if table else None, device, problem[0])
 
 
-def _usable(choice: tuning.Choice | None, device: torch.device) -> str:
+def _usable(choice: tuning.Choice | None, device: torch.device, op: str) -> str:
     """The backend that a table names, or where it can't run in this process the fastest of those measured that can;
     "" if nothing was measured."""
     if choice is None:
         return ""
-    if choice.backend in BACKENDS and not why_unavailable(choice.backend, device.type):
+    if choice.backend in BACKENDS and _can_run(choice.backend, device.type, op):
         return choice.backend
     for candidate in sorted(choice.times_us, key=choice.times_us.__getitem__):
         name = candidate.partition(",")[0]  # the rest is a configuration
-        if name in BACKENDS and not why_unavailable(name, device.type):
+        if name in BACKENDS and _can_run(name, device.type, op):
             return name
     return ""
+
+
+def _can_run(name: str, device_type: str, op: str) -> bool:
+    return not (why_unavailable(name, device_type) or why_missing(name, op))
 
 
 @_constant_when_traced
@@ -309,6 +314,17 @@ _PACKAGES = {
     "cuda": "fastvit.cuda",
     "emulated": "fastvit.emulated",
 }
+
+
+@_constant_when_traced
+def why_missing(backend: str, op: str) -> str:
+    """The reason why a backend has no part in an op, "" if it has: a file of the op's name."""
+    return "" if backend == "reference" or _has_file(backend, op) else f"it has no kernel for {op}"
+
+
+@lru_cache
+def _has_file(backend: str, op: str) -> bool:
+    return importlib.util.find_spec(f"{_PACKAGES[backend]}.{op}") is not None
 
 
 @lru_cache

@@ -123,6 +123,8 @@ def check_keep_range(keep: Tensor, patches: int) -> None:
 
 
 MOST_VALUES = 8192  # of a token, in the trunk's ops
+MOST_FEATURES = 65536  # of a token, within an MLP
+ACTS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
 
 def check_residual_and_branch(residual: Tensor, branch: Tensor | None) -> None:
@@ -140,15 +142,15 @@ def check_residual_and_branch(residual: Tensor, branch: Tensor | None) -> None:
     check_device("branch", branch, "residual", residual)
 
 
-def check_vector(name: str, vector: Tensor | None, residual: Tensor) -> None:
+def check_vector(name: str, vector: Tensor | None, tokens: Tensor, tokens_name: str = "residual") -> None:
     """A float a value of a token."""
     if vector is None:
         return
     check_tensor(name, vector)
-    if vector.dim() != 1 or vector.shape[0] != residual.shape[-1]:
-        raise ValueError(f"{name}: expected shape [{residual.shape[-1]}], got {shape_of(vector)}")
+    if vector.dim() != 1 or vector.shape[0] != tokens.shape[-1]:
+        raise ValueError(f"{name}: expected shape [{tokens.shape[-1]}], got {shape_of(vector)}")
     check_dtype(name, vector.dtype, FLOAT_DTYPES)
-    check_device(name, vector, "residual", residual)
+    check_device(name, vector, tokens_name, tokens)
 
 
 def check_factors(
@@ -166,6 +168,46 @@ def check_factors(
     check_dtype("keep", keep.dtype, (torch.float32,))
     check_device("keep", keep, "residual", residual)
     require(not keep.requires_grad, "keep: it has no gradient; detach it")
+
+
+def check_products(
+    x: Tensor, bias: Tensor | None, up: Tensor | None, up_bias: Tensor | None, gate_last: bool | None
+) -> None:
+    """Float tensors [..., F] with [F] biases: x alone, x and up, or both as the halves of x."""
+    check_tensor("x", x)
+    if gate_last not in (None, False, True):
+        raise TypeError(f"gate_last: expected True, False or None, got {gate_last!r}")
+    most = MOST_FEATURES if gate_last is None else 2 * MOST_FEATURES
+    if x.dim() < 1 or not 1 <= x.shape[-1] <= most:
+        raise ValueError(f"x: expected shape [..., F] with F from 1 to {most}, got {shape_of(x)}")
+    check_dtype("x", x.dtype, FLOAT_DTYPES)
+    check_vector("bias", bias, x, "x")
+    if gate_last is not None:
+        require(up is None and up_bias is None, "up: with gate_last it is half of x, not a tensor of its own")
+        if x.shape[-1] % 2 != 0:
+            raise ValueError(f"x: with gate_last its last size is halved; got {shape_of(x)}")
+    if up is None:
+        require(up_bias is None, "up_bias: it belongs to up, and there is none")
+        return
+    check_tensor("up", up)
+    if up.shape != x.shape:
+        raise ValueError(f"up: shape {shape_of(up)}, but x has {shape_of(x)}; they must match")
+    check_dtype("up", up.dtype, (x.dtype,))
+    check_device("up", up, "x", x)
+    check_vector("up_bias", up_bias, up, "up")
+
+
+def check_heads(qkv: Tensor, bias: Tensor | None, num_heads: int) -> None:
+    """`qkv` is [B, T, 3D] float, D a multiple of the number of heads, and `bias` as long as its rows."""
+    check_tensor("qkv", qkv)
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected a whole number, got {num_heads!r}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads: {num_heads} must be at least 1")
+    if qkv.dim() != 3 or qkv.shape[-1] < 1 or qkv.shape[-1] % (3 * num_heads) != 0:
+        raise ValueError(f"qkv: expected shape [B, T, 3D] with D a multiple of {num_heads} heads, got {shape_of(qkv)}")
+    check_dtype("qkv", qkv.dtype, FLOAT_DTYPES)
+    check_vector("bias", bias, qkv, "qkv")
 
 
 def normalisation(

@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastvit import backend as backends
-from fastvit import checks, ops
+from fastvit import checks, ops, reference
 from fastvit.ops import Op
+from fastvit.ops.split_heads import SplitHeads
 from fastvit.tuning import FORWARD, TRAINING
 
-__all__ = ["add_norm", "add_position", "patch_embed"]
+__all__ = ["add_norm", "add_position", "attention", "bias_act", "patch_embed", "split_heads"]
 
-_PATCH_EMBED, _ADD_POSITION, _ADD_NORM = (ops.OPS[name] for name in ("patch_embed", "add_position", "add_norm"))
+_PATCH_EMBED, _ADD_POSITION, _ADD_NORM, _BIAS_ACT = (
+    ops.OPS[name] for name in ("patch_embed", "add_position", "add_norm", "bias_act")
+)
 
 
 def patch_embed(
@@ -192,6 +196,133 @@ def add_norm(
     return residual if branch is None else total, normed
 
 
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None = None,
+    act: str = "gelu",
+    *,
+    up: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_last: bool | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What stands between the products of an MLP, plain or gated, in one pass.
+
+        out = act(x + bias)                     Mlp
+        out = act(x + bias) · (up + up_bias)    SwiGLU, GEGLU, with two linear layers
+        out = act(gate) · up                    SwiGLUPacked, GluMlp: gate and up are the halves of x + bias
+
+    Made in float32 and rounded once. The linear layers run without their biases, whose gradients fall out of this
+    op's backward; it keeps its arguments and nothing else. GELU as of Hendrycks and Gimpel, 2016, with erf, with tanh
+    or as x · sigmoid(1.702 x), quick_gelu (OpenAI's CLIP); SiLU is x · sigmoid(x); gates as of Shazeer, 2020.
+
+    Args:
+        x: [..., F] float16, bfloat16, float32 or float64, F from 1 to 65536; [..., 2F] with `gate_last`.
+        bias: as long as a row of x.
+        act: "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu".
+        up: [..., F] in x's dtype, the product of a second linear layer (timm's `fc1_x`, `up_proj` elsewhere); x is
+            then the gate's (`fc1_g`, `gate_proj`).
+        up_bias: [F], that of this layer.
+        gate_last: which half of x goes through `act`, named as in timm's GluMlp: the first if False (DINOv2,
+            SwiGLUPacked), the second if True. None: x is not packed.
+        dtype: of the result; default: x's.
+        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the fastest in the tuning table of this
+            device (:mod:`fastvit.tuning`), without one the best that can run here.
+
+    Returns:
+        [..., F]. Differentiable, any number of times, in all tensors.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
+    """
+    checks.check_products(x, bias, up, up_bias, gate_last)
+    checks.require(act in checks.ACTS, f"act: unknown {act!r}; known: {', '.join(checks.ACTS)}")
+    dtype = _token_dtype(dtype, x.dtype)
+
+    features = x.shape[-1]
+    is_gated = up is not None or gate_last is not None
+    problem = (x.dtype, x.dtype if bias is None else bias.dtype, dtype, (features,), is_gated)
+    return _run(_BIAS_ACT, (x, bias, up, up_bias, act, gate_last, dtype), backend, problem, x.numel() // features)
+
+
+def split_heads(
+    qkv: Tensor, bias: Tensor | None, num_heads: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of all heads as views, whose gradients come back as one tensor and a bias's gradient.
+
+    Forward reads and writes nothing. Backward brings the gradients of q, k and v, whatever their strides, to the packed
+    gradient of `qkv` and sums that for the bias, in one pass, where PyTorch's own stacks them and sums afterwards.
+    What normalises or turns queries and keys, and any attention, goes behind it.
+
+    The bias is that of the linear layer that made `qkv`, which adds it in its product, where it costs nothing, and
+    leaves its gradient to this op:
+
+        qkv = F.linear(x, weight, bias.detach())
+        q, k, v = split_heads(qkv, bias, num_heads)
+
+    Its values are not read here. Added without `detach`, its gradient would count twice; not added, or not passed on
+    to the product at all, it would be the gradient of something that was never added.
+
+    Args:
+        qkv: [B, T, 3D] float16, bfloat16, float32 or float64: of each token all queries, then keys, then values, each
+            H heads of D/H, as timm and DINOv2 pack them.
+        bias: [3D], part of qkv already; None where the layer has none, or its gradient is not wanted here.
+        num_heads: H, a divisor of D.
+        backend: "reference", "cpu", "triton", "cuda" or "emulated", for the backward; default: the fastest in the
+            tuning table of this device (:mod:`fastvit.tuning`), without one the best that can run here.
+
+    Returns:
+        q, k, v, [B, H, T, D/H]. Differentiable, any number of times, in qkv and bias.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
+    """
+    checks.check_heads(qkv, bias, num_heads)
+    width = qkv.shape[-1]
+    mode, parameters = _mode((qkv, bias)), qkv.dtype if bias is None else bias.dtype
+    problem = ("split_heads", mode, qkv.dtype, parameters, qkv.dtype, (width,), False)
+    name = _choose(qkv.device, (qkv, bias), qkv.dtype, backend, problem, qkv.numel() // width * num_heads)
+    is_exported = torch.compiler.is_exporting()
+    if is_exported and mode == FORWARD:
+        bias = None  # it is there for its gradient alone
+    if name == "reference" or is_exported or torch.jit.is_tracing():  # programs are of standard operators
+        return reference.split_heads(qkv, bias, num_heads)
+    return SplitHeads.apply(qkv, bias, num_heads, name)
+
+
+def attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Self-attention between its two products: :func:`split_heads`, and PyTorch's own attention.
+
+    Which of PyTorch's kernels runs, how it rounds and how it draws random numbers is as ever. Vaswani et al., 2017.
+
+    Args:
+        qkv, bias, num_heads, backend: as in :func:`split_heads`; the bias is part of qkv already.
+        scale: of the scores; default: 1/√(D/H).
+        attn_mask, is_causal: as in :func:`torch.nn.functional.scaled_dot_product_attention`.
+        dropout: share of the weights that are dropped, in evaluation too.
+
+    Returns:
+        [B, T, D], ready for the projection. Differentiable in qkv and bias, as often as PyTorch's own attention is.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
+    """
+    q, k, v = split_heads(qkv, bias, num_heads, backend=backend)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
 def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tuple[Any, ...], rows: int) -> Any:
     """Choose a backend, and take the shortest way to it.
 
@@ -205,7 +336,7 @@ def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tup
         ops.tell_counter()  # which may be what watches
     tensors = arguments[: op.tensors]
     mode = _mode(tensors)
-    name = _choose(tensors, arguments[-1], requested, (op.name, mode, *problem), rows)
+    name = _choose(tensors[0].device, tensors, arguments[-1], requested, (op.name, mode, *problem), rows)
     if name == "reference":
         if ops.is_plain(*tensors):
             op.check(*arguments, name)
@@ -215,7 +346,12 @@ def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tup
 
 
 def _choose(
-    tensors: tuple[Tensor, ...], dtype: torch.dtype, requested: str | None, problem: tuple[Any, ...], rows: int | None
+    device: torch.device,
+    tensors: tuple[Tensor | None, ...],
+    dtype: torch.dtype,
+    requested: str | None,
+    problem: tuple[Any, ...],
+    rows: int | None,
 ) -> str:
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
@@ -223,7 +359,7 @@ def _choose(
         rows, is_transformed = None, backends.under_transforms()
     else:
         is_transformed = torch._C._are_functorch_transforms_active()
-    name = backends.choose(requested, tensors[0].device, _any_float64(tensors, dtype), problem, rows)
+    name = backends.choose(requested, device, _any_float64(tensors, dtype), problem, rows)
     if name == "reference" or not (is_transformed or forward_ad._current_level >= 0 and _any_dual(tensors)):
         return name
     if backends.is_forced(requested):

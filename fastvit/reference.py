@@ -6,7 +6,7 @@ float64 it is the truth of the validator and of the tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,43 @@ def add_norm(
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
     normed = normed if norm_bias is None else normed + norm_bias
     return total, normed.to(dtype or total.dtype)
+
+
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None = None,
+    act: str = "gelu",
+    *,
+    up: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_last: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What stands between an MLP's products; arguments and result as in :func:`fastvit.functional.bias_act`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate = x.to(wide) if bias is None else x.to(wide) + bias
+    factor = up if up is None or up_bias is None else up.to(wide) + up_bias
+    if gate_last is not None:
+        gate, factor = gate.chunk(2, dim=-1)[:: -1 if gate_last else 1]
+    out = ACTS[act](gate)
+    return (out if factor is None else out * factor).to(dtype or x.dtype)
+
+
+def split_heads(qkv: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values; arguments and results as in :func:`fastvit.functional.split_heads`."""
+    if bias is not None:
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)  # nothing, with a gradient
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
 def _place(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, keep: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from fastvit import cli, tuning
-from fastvit.backend import available_backends, reset_launch_counts
+from fastvit.backend import available_backends, reset_launch_counts, why_missing
 
 # A tuning table of this machine must not choose what the tests run; processes that they start inherit this.
 os.environ["FASTVIT_TUNING"] = "off"
@@ -101,6 +101,9 @@ def runnable_backends() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with an argument `backend` runs once for every backend that can run here."""
+    """A test with an argument `backend` runs once for every backend that can run here, and in a file that names its
+    op as OP has a part in it."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", runnable_backends())
+        op = getattr(metafunc.module, "OP", None)
+        names = [name for name in runnable_backends() if op is None or not why_missing(name, op)]
+        metafunc.parametrize("backend", names)

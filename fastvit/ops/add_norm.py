@@ -151,28 +151,10 @@ def _save_backward(ctx: Any, call: BackwardArguments, _: Any) -> None:
 
 
 def _second_gradients(ctx: Any, *changes: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of what the backward op returns, by PyTorch's own derivatives of the same formulas."""
-    with torch.enable_grad():
-        # Views: the sum itself was made from others of them, whose gradients are not to count that way too.
-        given = [None if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
-        results = formulas.backward(*formulas.followed(given, ctx.rest[0]), *ctx.rest)
-        changed = [(result, change) for result, change in zip(results, changes, strict=True) if change is not None]
-        wanted = {
-            place: tensor
-            for place, tensor in enumerate(given[:9])
-            if tensor is not None and ctx.needs_input_grad[place]
-        }
-        found = torch.autograd.grad(
-            [result for result, _ in changed],
-            list(wanted.values()),
-            [change for _, change in changed],
-            create_graph=True,
-            allow_unused=True,
-        )
-    gradients: list[Tensor | None] = [None] * 9
-    for place, gradient in zip(wanted, found, strict=True):
-        gradients[place] = gradient
-    return tuple(gradients)
+    def formula(*given: Any) -> tuple[Tensor, ...]:
+        return formulas.backward(*formulas.followed(given, ctx.rest[0]), *ctx.rest)
+
+    return registry.derivatives(ctx, formula, changes)
 
 
 registry.differentiate(add_norm_backward, BackwardArguments, _save_backward, _second_gradients)

@@ -27,6 +27,7 @@ _SCHEMA_TYPES = {
     "Needs": "bool[4]",
     "torch.dtype": "ScalarType",
     "bool": "bool",
+    "bool | None": "bool?",
     "float": "float",
     "int": "SymInt",
     "str": "str",
@@ -127,6 +128,34 @@ def differentiate(
         return (*found, *(None,) * (count - len(found)))
 
     torch.library.register_autograd(f"{NAMESPACE}::{op.name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def derivatives(
+    ctx: Any, function: Callable[..., tuple[Tensor, ...]], changes: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the tensors that the context has saved, an op's first arguments, by PyTorch's own derivatives.
+
+    Args:
+        function: the op's formulas, from these tensors to its results.
+        changes: the gradients of the results.
+    """
+    with torch.enable_grad():
+        # Views: one may have been made from others of them, whose gradients are not to count that way too.
+        given = [None if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        results = function(*given)
+        changed = [(result, change) for result, change in zip(results, changes, strict=True) if change is not None]
+        wanted = {
+            place: tensor for place, tensor in enumerate(given) if tensor is not None and ctx.needs_input_grad[place]
+        }
+        found = torch.autograd.grad(
+            [result for result, _ in changed],
+            list(wanted.values()),
+            [change for _, change in changed],
+            create_graph=True,
+            allow_unused=True,
+        )
+    gradients = dict(zip(wanted, found, strict=True))
+    return tuple(gradients.get(place) for place in range(len(given)))
 
 
 def _annotations(arguments: type[Any]) -> list[str]:

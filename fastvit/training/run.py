@@ -85,7 +85,7 @@ def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
 def _check_backend(device: torch.device) -> None:
     """Refuse a forced backend that can't run here before anything is built."""
     try:
-        resolve(None, device.type, float64=False)
+        resolve(None, device.type, False, "patch_embed")
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from fastvit.validation.cases import Case, Inputs, cases_for, make_inputs, photographs
 from fastvit.validation.ops.add_norm import AddNormCase, AddNormInputs
 from fastvit.validation.ops.add_position import AddPositionCase
+from fastvit.validation.ops.bias_act import BiasActCase, BiasActInputs
 from fastvit.validation.ops.patch_embed import PatchEmbedCase, PatchEmbedInputs
+from fastvit.validation.ops.split_heads import SplitHeadsCase, SplitHeadsInputs
 from fastvit.validation.primitives import check_primitives
 from fastvit.validation.report import Report, Row
 from fastvit.validation.runner import Progress, poisoned, validate, validate_function
@@ -15,6 +17,8 @@ __all__ = [
     "AddNormCase",
     "AddNormInputs",
     "AddPositionCase",
+    "BiasActCase",
+    "BiasActInputs",
     "Case",
     "Comparison",
     "Inputs",
@@ -23,6 +27,8 @@ __all__ = [
     "Progress",
     "Report",
     "Row",
+    "SplitHeadsCase",
+    "SplitHeadsInputs",
     "assert_close",
     "cases_for",
     "check_primitives",

@@ -24,6 +24,7 @@ from fastvit.backend import (
     launch_counts,
     multiplies_at_tf32,
     triton_is_interpreted,
+    why_missing,
 )
 from fastvit.validation.cases import DTYPES, SHORT_NAMES, Case, Inputs, InputUnavailable, cases_for, make_inputs
 from fastvit.validation.ops import OPS, Outputs, Tensors, call, results_of, truth
@@ -101,7 +102,9 @@ def validate(
         if not backends and name == "emulated":
             reason = reason or "slow: it runs where it is named (--backend emulated)"
         plan = _plan(ops, dtypes, large=where.type == "cuda" or name == "cpu", quick=quick)
-        work += [(backend_candidate(name, where), case, dtype, reason) for case, dtype in plan]
+        work += [
+            (backend_candidate(name, where), case, dtype, reason or why_missing(name, case.op)) for case, dtype in plan
+        ]
     if any(candidate.name == "emulated" and not reason for candidate, _, _, reason in work):
         _compile_emulated(len(work), progress)
     return _run(work, progress)
@@ -393,7 +396,7 @@ def _candidate_results(candidate: Candidate, op: str, inputs: Inputs) -> Results
 
 def _require_launches(backend: str, op: str, before: dict[tuple[str, str], int]) -> None:
     after = launch_counts()
-    for name in (op, f"{op}_backward"):
+    for name in (f"{op}_backward",) if OPS[op].views else (op, f"{op}_backward"):
         ran = {key[1]: count - before.get(key, 0) for key, count in after.items() if key[0] == name}
         others = [other for other, count in ran.items() if count and other != backend]
         # A gradient that is a view needs no launch, but here all gradients are asked for.

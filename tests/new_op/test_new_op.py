@@ -18,8 +18,10 @@ from torch import Tensor
 from fastvit import backend as backends
 from fastvit import functional, reference, tuning
 from fastvit.benchmarks import timing
+from fastvit.benchmarks.contenders import check_backend
 from fastvit.benchmarks.runner import SUITES, run_suites
 from fastvit.benchmarks.tune import TUNED, Scope, tune
+from fastvit.emulated import build
 from fastvit.validation import cases_for, validate, validate_function
 from fastvit.validation.faults import faults, planted
 from fastvit.validation.ops import OPS
@@ -67,6 +69,7 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setattr(module, "__path__", [*module.__path__, str(Path(__file__).with_name(folder))])
     yield NAME
     backends.implementation.cache_clear()
+    backends._has_file.cache_clear()
     for package in FOLDERS.values():
         sys.modules.pop(f"{package}.{NAME}", None)
         vars(sys.modules[package]).pop(NAME, None)
@@ -88,6 +91,20 @@ def test_its_planted_faults_are_caught_where_they_are(op: str) -> None:
         with planted(name):
             failures = validate(backends=["cpu"], ops=[op]).failures
         assert {row.quantity for row in failures} == {fault.spoils}
+
+
+def test_a_backend_without_a_file_of_its_name_has_no_part_in_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = f"it has no kernel for {op}"
+    rows = validate(backends=["emulated"], ops=[op], device="cpu").rows
+    assert {row.status for row in rows} == {"skipped"} and rows[0].reason in (missing, build.why_unavailable())
+    monkeypatch.setattr(backends, "why_unavailable", lambda name, device_type: "")
+    with pytest.raises(RuntimeError, match=f"backend: 'cuda' can't run on device 'cuda': {missing}"):
+        backends.resolve("cuda", "cuda", False, op)
+    assert backends._automatic("cuda", op, False) == "triton"
+    assert backends._automatic("cuda", "add_position", False) == "cuda"
+    measured = tuning.Choice("cuda", {"cuda": 1.0, "triton": 2.0, "reference": 3.0})
+    assert backends._usable(measured, torch.device("cuda"), op) == "triton"
+    assert check_backend("cuda", op, None, torch.device("cuda")) == missing  # type: ignore[arg-type]
 
 
 def test_its_specialisations_are_in_the_manifest_and_compile(op: str) -> None:
@@ -120,5 +137,5 @@ def test_it_leaves_no_trace() -> None:
     for known in (OPS, SUITES, TUNED, {of: fault for of, fault in faults().values()}):
         assert set(known) >= {"add_position", "patch_embed"} and NAME not in known
     assert not [name for name in sys.modules if name.endswith(f".{NAME}") and name.startswith("fastvit")]
-    with pytest.raises(ValueError, match=f"unknown op '{NAME}'; known: .*add_position, patch_embed"):
+    with pytest.raises(ValueError, match=f"unknown op '{NAME}'; known: .*add_position.*patch_embed"):
         validate(backends=["cpu"], ops=[NAME])

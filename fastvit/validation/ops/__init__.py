@@ -39,6 +39,7 @@ class Op:
     plain: Callable[..., Outputs]
     faults: tuple[Fault, ...] = ()  # what the validator must catch
     multiplies: bool = False
+    views: bool = False  # its results are views, for which no backend launches anything
 
 
 OPS: Mapping[str, Op] = Declared(__name__, "OP")
