@@ -24,19 +24,22 @@ from fastvit.guards import attribute, is_transformed, why_not_plain, why_not_pla
 __all__ = [
     "ATTENTION",
     "MLP",
+    "SWIGLU",
     "TIMM",
     "Branch",
     "Half",
     "Names",
     "Setup",
     "Stream",
+    "activated",
     "half_of",
     "is_dropping",
     "know",
-    "layers",
+    "mlp",
     "product",
     "run_blocks",
     "run_half",
+    "split_heads",
     "why_not_half",
     "why_not_linear",
 ]
@@ -60,6 +63,12 @@ _norms: dict[Forward, bool] = {nn.LayerNorm.forward: False, nn.RMSNorm.forward: 
 _scales: dict[Forward, str] = {}  # LayerScale: the name of its parameter
 _drop_paths: set[Forward] = set()  # they multiply samples by random factors
 _branches: dict[Forward, Branch] = {}
+# Activations: their names, from the module; "": not known.
+_acts: dict[Forward, Callable[[Any], str]] = {
+    nn.GELU.forward: lambda act: {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate, ""),
+    nn.SiLU.forward: lambda _: "silu",
+    nn.ReLU.forward: lambda act: "" if act.inplace else "relu",
+}
 
 
 def know(
@@ -67,12 +76,14 @@ def know(
     scales: Mapping[Forward, str] | None = None,
     drop_paths: Iterable[Forward] = (),
     branches: Mapping[Forward, Branch] | None = None,
+    acts: Mapping[Forward, Callable[[Any], str]] | None = None,
 ) -> None:
     """Tell of a library's classes, each by its `forward`."""
     _norms.update(norms or {})
     _scales.update(scales or {})
     _drop_paths.update(drop_paths)
     _branches.update(branches or {})
+    _acts.update(acts or {})
 
 
 class Setup(NamedTuple):
@@ -257,28 +268,57 @@ def is_dropping(dropout: Any) -> bool:
     return bool(why_not_plain(dropout, nn.Dropout)) or (dropout.p > 0 and dropout.training)
 
 
+def split_heads(linear: Any, x: Tensor, heads: int, setup: Setup) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a packed projection, each [B, heads, T, D/heads]. It adds its bias in its product,
+    and the bias's gradient is one of what comes behind it."""
+    bias = attribute(linear, "bias")
+    if bias is None or why_not_linear(linear):
+        return functional.split_heads(linear(x), None, heads, backend=setup.backend)
+    qkv = F.linear(x, attribute(linear, "weight"), bias.detach())
+    return functional.split_heads(qkv, bias, heads, backend=setup.backend)
+
+
 def attention(module: Any, x: Tensor, setup: Setup, **options: Any) -> tuple[Tensor, Tensor | None]:
     """Self-attention of timm's form: qkv, q_norm, k_norm, attn_drop, norm, proj, proj_drop."""
-    batch, tokens, _ = x.shape
-    heads, head_dim = module.num_heads, module.head_dim
-    qkv = attribute(module, "qkv")(x).reshape(batch, tokens, 3, heads, head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D/heads]
+    q, k, v = split_heads(attribute(module, "qkv"), x, module.num_heads, setup)
     q, k = attribute(module, "q_norm")(q), attribute(module, "k_norm")(k)
     dropout = attribute(module, "attn_drop").p if module.training else 0.0
     x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
-    x = attribute(module, "norm")(x.transpose(1, 2).reshape(batch, tokens, heads * head_dim))
+    x = attribute(module, "norm")(x.transpose(1, 2).flatten(2))
     return product(attribute(module, "proj"), x, setup, attribute(module, "proj_drop"))
 
 
-def layers(*names: str, dropout: str = "") -> Branch:
-    """An MLP: modules one after another, the last of them a linear layer, and a dropout behind it."""
+def mlp(first: str, act: str, *between: str, last: str, dropout: str = "", up: str = "") -> Branch:
+    """An MLP by the names of its modules: a linear layer, its activation, others, a linear layer and its dropout; with
+    `up`, that of the linear layer whose result the activation gates."""
 
     def run(module: Any, x: Tensor, setup: Setup) -> tuple[Tensor, Tensor | None]:
-        for name in names[:-1]:
+        layer, activation = attribute(module, first), attribute(module, act)
+        other = attribute(module, up) if up else None
+        x = activated(layer, activation, x, setup, other, getattr(module, "gate_last", None))
+        for name in between:
             x = attribute(module, name)(x)
-        return product(attribute(module, names[-1]), x, setup, attribute(module, dropout) if dropout else None)
+        return product(attribute(module, last), x, setup, attribute(module, dropout) if dropout else None)
 
     return Branch(run, lambda _: "")
+
+
+def activated(layer: Any, act: Any, x: Tensor, setup: Setup, up: Any = None, gate_last: bool | None = None) -> Tensor:
+    """What lies between the products of an MLP. Where a linear layer makes both, `gate_last` says which half is gated
+    by the other."""
+    name = "" if _why_not_known(act, _acts) else _acts[type(act).forward](act)
+    if not name or why_not_linear(layer) or (up is not None and why_not_linear(up)):
+        if gate_last is not None:
+            one, other = layer(x).chunk(2, dim=-1)
+            return one * act(other) if gate_last else act(one) * other
+        return act(layer(x)) if up is None else act(layer(x)) * up(x)
+    products = [None if part is None else F.linear(x, attribute(part, "weight")) for part in (layer, up)]
+    assert products[0] is not None
+    up_bias = None if up is None else attribute(up, "bias")
+    return functional.bias_act(
+        products[0], attribute(layer, "bias"), name,
+        up=products[1], up_bias=up_bias, gate_last=gate_last, backend=setup.backend,
+    )  # fmt: skip
 
 
 # Why not
@@ -336,4 +376,5 @@ def _why_not_known(module: Any, known: Any) -> str:
 
 
 ATTENTION = Branch(attention, _why_no_attention)
-MLP = layers("fc1", "act", "drop1", "norm", "fc2", dropout="drop2")  # of timm's form
+MLP = mlp("fc1", "act", "drop1", "norm", last="fc2", dropout="drop2")  # of timm's form
+SWIGLU = mlp("fc1_g", "act", "drop1", "norm", last="fc2", dropout="drop2", up="fc1_x")

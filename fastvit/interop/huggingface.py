@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import activations
 
 from fastvit import trunk
 from fastvit.guards import attribute, full_name, why_observed
@@ -321,18 +322,22 @@ def _why_watched(module: Any) -> str:
     return ""
 
 
+_GATED = trunk.mlp("gate_proj", "act_fn", last="down_proj", up="up_proj")
 _BRANCHES = {
-    "GatedMLP": trunk.Branch(lambda module, x, setup: _gated(module, x, setup), lambda _: ""),
-    "SwiGLUFFN": trunk.Branch(lambda module, x, setup: _gated(module, x, setup), lambda _: ""),
+    "GatedMLP": _GATED,
+    "SwiGLUFFN": _GATED,
     "Attention": trunk.Branch(_attention, _why_watched),
-    "DINOv3ViTMLP": trunk.layers("up_proj", "act_fn", "down_proj"),
-    "MLP": trunk.layers("fc1", "activation_fn", "fc2"),
+    "DINOv3ViTMLP": trunk.mlp("up_proj", "act_fn", last="down_proj"),
+    "MLP": trunk.mlp("fc1", "activation_fn", last="fc2"),
 }
-
-
-def _gated(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
-    gate = attribute(module, "act_fn")(attribute(module, "gate_proj")(x))
-    return trunk.product(attribute(module, "down_proj"), gate * attribute(module, "up_proj")(x), setup)
+_GELU_TANH: Any = getattr(activations, "GELUTanh", None) or activations.PytorchGELUTanh  # in older versions
+trunk.know(
+    acts={
+        activations.GELUActivation.forward: lambda act: "gelu" if act.act is nn.functional.gelu else "",
+        activations.QuickGELUActivation.forward: lambda _: "quick_gelu",
+        _GELU_TANH.forward: lambda act: "" if inspect.ismethod(getattr(act, "act", None)) else "gelu_tanh",
+    }
+)
 
 
 def _classes(layer: str, *models: str) -> tuple[str, ...]:

@@ -410,11 +410,21 @@ class EvaBlock(TrunkBlock):
     )
 
 
+def _quick_gelu(act: Any) -> str:
+    return "" if act.inplace else "quick_gelu"
+
+
 trunk.know(
     norms={layers.LayerNorm.forward: False, layers.RmsNorm.forward: True},
     scales={layers.LayerScale.forward: "gamma"},
     drop_paths=[layers.DropPath.forward],
-    branches={layers.Attention.forward: trunk.ATTENTION, layers.Mlp.forward: trunk.MLP},
+    branches={
+        layers.Attention.forward: trunk.ATTENTION,
+        layers.Mlp.forward: trunk.MLP,
+        layers.GluMlp.forward: trunk.MLP,
+        layers.SwiGLU.forward: trunk.SWIGLU,
+    },
+    acts={layers.GELUTanh.forward: lambda _: "gelu_tanh", layers.QuickGELU.forward: _quick_gelu},
 )
 
 

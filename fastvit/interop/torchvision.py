@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit import trunk
+from fastvit import functional, trunk
 from fastvit.guards import attribute, why_not_plain, why_not_plain_tensor
 from fastvit.interop.host import Fused, Part, why_not_table
 from fastvit.interop.trunk import TrunkBlock
@@ -113,11 +113,11 @@ class EncoderBlock(TrunkBlock):
 
 def _attention(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
     """nn.MultiheadAttention of tokens with themselves, without its copies of packed queries, keys and values."""
-    batch, tokens, width = x.shape
-    qkv = F.linear(x, attribute(module, "in_proj_weight"), attribute(module, "in_proj_bias"))
-    q, k, v = qkv.reshape(batch, tokens, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    bias = attribute(module, "in_proj_bias")
+    qkv = F.linear(x, attribute(module, "in_proj_weight"), None if bias is None else bias.detach())
+    q, k, v = functional.split_heads(qkv, bias, module.num_heads, backend=setup.backend)
     dropout = module.dropout if module.training else 0.0
-    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).reshape(batch, tokens, width)
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
     weight, bias = (attribute(attribute(module, "out_proj"), name) for name in ("weight", "bias"))
     return (F.linear(x, weight), bias) if setup.bias_apart else (F.linear(x, weight, bias), None)
 
@@ -131,17 +131,18 @@ def _why_no_attention(module: Any) -> str:
 
 
 def _mlp(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
-    """A sequence that ends in a linear layer and its dropout."""
-    parts: list[Any] = [*module._modules.values()]
-    for part in parts[:-2]:
+    """A linear layer, its activation, dropouts, a linear layer and its dropout."""
+    first, act, *between, last, dropout = module._modules.values()  # type: ignore[misc]
+    x = trunk.activated(first, act, x, setup)
+    for part in between:
         x = part(x)
-    return trunk.product(parts[-2], x, setup, parts[-1])
+    return trunk.product(last, x, setup, dropout)
 
 
 def _why_no_mlp(module: Any) -> str:
-    last: list[Any] = [*module._modules.values()][-2:]
-    fits = len(last) == 2 and isinstance(last[0], nn.Linear) and isinstance(last[1], nn.Dropout)
-    return "" if fits else "ends in no linear layer"
+    parts: list[Any] = [*module._modules.values()]
+    fits = len(parts) >= 4 and isinstance(parts[-2], nn.Linear) and isinstance(parts[-1], nn.Dropout)
+    return "" if fits else "ends in no linear layer and its dropout"
 
 
 trunk.know(

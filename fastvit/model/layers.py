@@ -404,7 +404,8 @@ def _call(module: nn.Module, x: Tensor, **options: Any) -> Tensor:
 trunk.know(
     scales={LayerScale.forward: "gamma"},
     drop_paths=[DropPath.forward],
-    branches={Attention.forward: trunk.ATTENTION, Mlp.forward: trunk.MLP},
+    branches={Attention.forward: trunk.ATTENTION, Mlp.forward: trunk.MLP, GluMlp.forward: trunk.MLP},
+    acts={QuickGELU.forward: lambda _: "quick_gelu"},
 )
 
 
