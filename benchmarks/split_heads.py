@@ -75,7 +75,7 @@ def _eager(inputs: SplitHeadsInputs) -> Solution:
     def run() -> tuple[Tensor, ...]:
         return plain(inputs, {"qkv": BiasOfProduct.apply(qkv, bias), "bias": None})
 
-    return Solution(run, leaves)  # type: ignore[arg-type]
+    return Solution(run, leaves)
 
 
 def _work(inputs: SplitHeadsInputs, mode: str) -> tuple[float, float]:

@@ -130,7 +130,8 @@ def _arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[tupl
 
 
 def _reads(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[Any, Tensor]:
-    name, found = _name(func), {}
+    name = _name(func)
+    found: dict[Any, Tensor] = {}
     for position, (argument, _, value) in enumerate(_arguments(func, args, kwargs)):
         is_filled = position == 0 and name.startswith(_FILLS)
         if not argument.is_out and not is_filled:

@@ -62,6 +62,7 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
 
 def to_gpu(module: nn.Module) -> nn.Module:
     """Put tensors on the fake GPU in the place of a module's parameters and buffers."""
+    part: Any  # its parameters may be of any class
     for part in module.modules():
         for name, value in part._parameters.items():
             if value is not None:

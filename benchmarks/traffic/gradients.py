@@ -23,9 +23,10 @@ def gradients(
     **_: Any,
 ) -> tuple[Tensor | None, ...]:
     """What `torch.autograd.grad` returns with `allow_unused=True`: a gradient for each input, None for unused ones."""
-    outputs, inputs, grad_outputs = ([x] if isinstance(x, Tensor) else x for x in (outputs, inputs, grad_outputs))
-    starts = [get_gradient_edge(output) for output in outputs]  # type: ignore[arg-type]
-    ends = [get_gradient_edge(value) for value in inputs]  # type: ignore[arg-type]
+    given: Any = ([x] if isinstance(x, Tensor) else x for x in (outputs, inputs, grad_outputs))
+    outputs, inputs, grad_outputs = given
+    starts = [get_gradient_edge(output) for output in outputs]
+    ends = [get_gradient_edge(value) for value in inputs]
     wanted = {end.node for end in ends}
     needed = _leading_to(wanted, [start.node for start in starts])
     grads: Grads = {}
@@ -35,8 +36,8 @@ def gradients(
         # A node is made after those that it hands its gradients to.
         for node in sorted(needed, key=lambda node: node._sequence_nr(), reverse=True):
             if node in grads:
-                given = grads[node] if node in wanted else grads.pop(node)
-                for (child, number), grad in _run(node, given):
+                arrived = grads[node] if node in wanted else grads.pop(node)
+                for (child, number), grad in _run(node, arrived):
                     if child in needed or child in wanted:
                         _add(grads, child, number, grad)
     return tuple(grads.get(end.node, {}).get(end.output_nr) for end in ends)
@@ -73,7 +74,8 @@ def _add(grads: Grads, node: Any, number: int, grad: Tensor | None) -> None:
 def _run(node: Any, given: dict[int, Tensor]) -> list[tuple[tuple[Any, int], Tensor | None]]:
     """A node's gradients, each with the node it goes to and the number of the input there."""
     grads = [given.get(number) for number in range(len(node._input_metadata))]
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+    is_of_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+    if not is_of_python:
         results = node(*grads)
         results = results if isinstance(results, tuple) else (results,)
         return list(zip(node.next_functions, results, strict=True))

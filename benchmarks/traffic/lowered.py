@@ -48,12 +48,12 @@ def count_compiled(module: nn.Module, images: Tensor, count: Count) -> None:
         code, _ = graph.codegen()
         call = _loaded(code.value, count)
         with V.fake_mode, count:
-            call(list(graph.example_inputs))
+            call(list(graph.example_inputs))  # type: ignore[arg-type]
         return SimpleNamespace(call=_stop, __file__=__file__, __path__=__file__)
 
     whole_backward = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     # Whether to pad a product inductor decides by timing it; those of Vision Transformers need none.
-    untimed = {"shape_padding": False}
+    untimed: dict[str, Any] = {"shape_padding": False}
     with (
         fresh_cache(),
         config.patch(compile_threads=1, force_disable_caches=True, **untimed),

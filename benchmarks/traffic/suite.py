@@ -146,7 +146,7 @@ def run(
         on_row: called with each row as it comes.
     """
     shaping = {name: version for name, version in versions("cpu").items() if name != "capability"}
-    about = {"versions": shaping, "commit": commit(), "command": command_line()}
+    about: dict[str, Any] = {"versions": shaping, "commit": commit(), "command": command_line()}
     rows: list[TrafficRow] = []
     for row in _counted(plan, progress or (lambda done, total, description: None)):
         rows.append(replace(row, **about))

@@ -411,7 +411,7 @@ class EvaBlock(TrunkBlock):
 
 
 def _quick_gelu(act: Any) -> str:
-    return "" if act.inplace else "quick_gelu"
+    return "" if getattr(act, "inplace", False) else "quick_gelu"
 
 
 trunk.know(

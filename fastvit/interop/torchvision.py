@@ -132,7 +132,7 @@ def _why_no_attention(module: Any) -> str:
 
 def _mlp(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
     """A linear layer, its activation, dropouts, a linear layer and its dropout."""
-    first, act, *between, last, dropout = module._modules.values()  # type: ignore[misc]
+    first, act, *between, last, dropout = module._modules.values()
     x = trunk.activated(first, act, x, setup)
     for part in between:
         x = part(x)

@@ -30,8 +30,17 @@ EAGER = {
     ("torchvision", PLAIN, "float32"): (299.225, 62),
     ("transformers vit", PLAIN, "float32"): (243.225, 74),
     ("transformers dinov2", SCALED, "float32"): (367.226, 96),
-    ("fastvit", PLAIN, "float32"): (219.225, 54),
-    ("fastvit", PLAIN, "bfloat16"): (211.225, 56),
+}
+# The same by the trunk's ops, which our own model has anyway: bytes may not be more, nor launches.
+OURS = {
+    ("timm", PLAIN, "float32"): (112, 36),
+    ("timm", PLAIN, "bfloat16"): (87, 36),
+    ("timm", SCALED, "float32"): (116, 42),  # of which four draw masks
+    ("torchvision", PLAIN, "float32"): (112, 36),
+    ("transformers vit", PLAIN, "float32"): (150, 64),
+    ("transformers dinov2", SCALED, "float32"): (190, 80),
+    ("fastvit", PLAIN, "float32"): (112, 36),
+    ("fastvit", SCALED, "bfloat16"): (95, 42),
 }
 LEFT_OUT = {
     ("torchvision", SCALED, "float32"): "neither LayerScale nor DropPath",
@@ -50,14 +59,34 @@ def needs(host: str) -> None:
         pytest.skip(missing)
 
 
-def counted(chosen: Iterable[tuple[str, str, str]], *, compiled: bool) -> dict[tuple[str, str, str], TrafficRow]:
-    rows = run([Case(host, "S", setting, stream, compiled, False, depth=DEPTH) for host, setting, stream in chosen])
+def counted(
+    chosen: Iterable[tuple[str, str, str]], *, compiled: bool = False, accelerated: bool = False
+) -> dict[tuple[str, str, str], TrafficRow]:
+    rows = run([
+        Case(host, "S", setting, stream, compiled, accelerated and host != "fastvit", depth=DEPTH)
+        for host, setting, stream in chosen
+    ])  # fmt: skip
     return {(row.host, row.setting, row.stream): row for row in rows}
 
 
 @pytest.fixture(scope="module")
 def eager() -> dict[tuple[str, str, str], TrafficRow]:
-    return counted([*EAGER, *LEFT_OUT], compiled=False)
+    return counted([*EAGER, *LEFT_OUT])
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict[tuple[str, str, str], TrafficRow]:
+    return counted(OURS, accelerated=True)
+
+
+@pytest.mark.parametrize("case", OURS, ids=" ".join)
+def test_the_trunks_ops_keep_to_their_bounds(
+    ours: dict[tuple[str, str, str], TrafficRow], case: tuple[str, str, str]
+) -> None:
+    needs(case[0])
+    row, (most_bytes, most_launches) = ours[case], OURS[case]
+    assert not row.reason
+    assert 0.9 * most_bytes < row.bytes_per_value <= most_bytes and row.launches_per_block <= most_launches
 
 
 @pytest.mark.parametrize("case", EAGER, ids=" ".join)
@@ -98,7 +127,7 @@ def test_a_floor_is_the_slower_of_two_and_the_rest() -> None:
 
 # What is tried on the fake GPU, in a process of its own: by name, what came of it.
 CHILD = """
-import json, torch
+import fastvit, json, torch
 from torch import nn
 from fastvit.benchmarks.traffic import counting, gpu
 from fastvit.benchmarks.traffic.step import count_step
@@ -126,6 +155,10 @@ def ops():
             torch.ops.fastvit.prepare_weight(weight, bias, None, None, False, torch.bfloat16)
     return count.by_name()
 
+def blocks(depth):
+    model = fastvit.VisionTransformer(embed_dim=384, depth=depth, num_heads=6)
+    return count_step(model, 256, compiled=False).by_name()
+
 def state():
     dispatch = torch._C._dispatch_dump("aten::scaled_dot_product_attention")
     values = {f"{target} {name}": id(target.__dict__.get(name)) for target, name in targets}
@@ -143,6 +176,7 @@ print(json.dumps({
     "left behind": [name for name in before if before[name] != after[name]],
     "launched": launched,
     "declared": ops(),
+    "blocks": [blocks(2), blocks(3)],
 }))
 """
 
@@ -171,6 +205,17 @@ def test_an_op_is_its_launches_unless_its_file_declares_them(tried: dict[str, An
     assert declared["patch_embed"] == [7, 1000 + tokens]
     # No launchers of its own are known: what it takes and what it returns, once.
     assert declared["prepare_weight"] == [1, weight * (4 + 2) + 48 * (4 + 4)]
+
+
+def test_between_the_products_there_is_nothing_but_ours(tried: dict[str, Any]) -> None:
+    """What a block of ViT-S more adds: no copies around attention, and no casts but those of weights."""
+    two, three = tried["blocks"]
+    added = {name: [a - b for a, b in zip(three[name], two.get(name, [0, 0]), strict=True)] for name in three}
+    names = {name for name, (launches, _) in added.items() if launches}
+    assert not names & {"stack", "cat", "clone", "add", "add_", "mul", "sum", "gelu", "gelu_backward"}
+    weights = 12 * 384**2  # fp32 to bf16, and their gradients back
+    assert added["_to_copy"][1] < 1.01 * 2 * weights * (4 + 2)
+    assert {"add_norm", "add_norm_backward", "bias_act", "bias_act_backward", "split_heads_backward"} <= names
 
 
 def test_nothing_is_left_behind(tried: dict[str, Any]) -> None:
