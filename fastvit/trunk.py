@@ -19,12 +19,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import backend as backends
 from fastvit import functional
-from fastvit.guards import attribute, is_transformed, why_not_plain, why_not_plain_tensor, why_observed
+from fastvit.guards import attribute, full_name, is_transformed, why_not_plain, why_not_plain_tensor, why_observed
 
 __all__ = [
     "ATTENTION",
     "MLP",
     "SWIGLU",
+    "WHOLE",
     "TIMM",
     "Branch",
     "Half",
@@ -32,6 +33,7 @@ __all__ = [
     "Setup",
     "Stream",
     "activated",
+    "has_own_branch",
     "half_of",
     "is_dropping",
     "know",
@@ -56,6 +58,7 @@ class Branch(NamedTuple):
 
     run: Callable[..., tuple[Tensor, Tensor | None]]
     why_not: Callable[[Any], str]
+    is_whole: bool = False  # whether the module itself runs in it, and is only given what the norm gives ours
 
 
 # By the `forward` of a class, which subclasses share that have none of their own:
@@ -288,6 +291,11 @@ def attention(module: Any, x: Tensor, setup: Setup, **options: Any) -> tuple[Ten
     return product(attribute(module, "proj"), x, setup, attribute(module, "proj_drop"))
 
 
+def _run_whole(module: Any, x: Tensor, setup: Setup, **options: Any) -> tuple[Tensor, None]:
+    found = module(x, **options)
+    return found[0] if isinstance(found, tuple) else found, None
+
+
 def mlp(first: str, act: str, *between: str, last: str, dropout: str = "", up: str = "") -> Branch:
     """An MLP by the names of its modules: a linear layer, its activation, others, a linear layer and its dropout; with
     `up`, that of the linear layer whose result the activation gates."""
@@ -356,6 +364,11 @@ def why_not_half(half: Half) -> str:
     return "; ".join(reason for reason in reasons if reason)
 
 
+def has_own_branch(module: Any) -> bool:
+    """Whether a branch is ours from its first product to its last."""
+    return not why_no_branch(module) and not _branches[type(module).forward].is_whole
+
+
 def why_no_branch(module: Any) -> str:
     """Why a branch runs as it is, "" if ours runs in its place."""
     reason = _why_not_known(module, _branches)
@@ -368,13 +381,26 @@ def _why_no_attention(module: Any) -> str:
     return "" if attribute(module, "gate") is None else "has a gate"
 
 
+def _why_watched(module: Any) -> str:
+    """Why somebody would see that tokens come in autocast's dtype, which its layers give them anyway; "" if nobody."""
+    for name, part in module._modules.items():
+        if part is None or type(part).forward in _norms:
+            continue
+        if type(part) not in (nn.Linear, nn.Dropout, nn.Identity):
+            return f"has a {name} that is a {full_name(type(part))}"
+        if reason := why_observed(part):
+            return f"has a {name} that {reason}"
+    return ""
+
+
 def _why_not_known(module: Any, known: Any) -> str:
     if type(module).forward not in known:
-        return f"is a {type(module).__name__}"
+        return f"is a {full_name(type(module))}"
     reason = why_observed(module)
     return reason or next((why for why in map(why_not_plain_tensor, module._parameters.values()) if why), "")
 
 
 ATTENTION = Branch(attention, _why_no_attention)
+WHOLE = Branch(_run_whole, _why_watched, is_whole=True)  # attention of other forms, as it is
 MLP = mlp("fc1", "act", "drop1", "norm", last="fc2", dropout="drop2")  # of timm's form
 SWIGLU = mlp("fc1_g", "act", "drop1", "norm", last="fc2", dropout="drop2", up="fc1_x")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvit.backend import check_known
 from fastvit.checks import FLOAT_DTYPES, check_scale, normalisation
 from fastvit.guards import full_name, why_no_projection
-from fastvit.interop.host import Settings, fused
+from fastvit.interop.host import Settings, fused, listed
 from fastvit.interop.planning import Model, Step, check_module, first_convolution, plan, put_in, restore
 from fastvit.interop.reporting import Change, Refusal, Report, Trunk
 from fastvit.interop.trunk import TrunkBlock
@@ -112,7 +112,8 @@ def _trunk_of(model: nn.Module) -> list[Trunk]:
     found = []
     for own, members in blocks.items():
         whole = {path: reason for path, block in members if (reason := block.why_not(block))}
-        found.append(Trunk(full_name(own), tuple(path for path, _ in members), whole))
+        first = next((block for path, block in members if path not in whole), members[0][1])
+        found.append(Trunk(full_name(own), listed(first.parts(first)), tuple(path for path, _ in members), whole))
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import activations
 
 from fastvit import trunk
-from fastvit.guards import attribute, full_name, why_observed
+from fastvit.guards import attribute, full_name
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_table
 from fastvit.interop.trunk import TrunkBlock
 from fastvit.positions import numbers_where_traced
@@ -309,24 +309,11 @@ class Layer(TrunkBlock):
                 trunk.know(drop_paths=[type(drop_path).forward])
 
 
-def _attention(module: Any, x: Tensor, setup: trunk.Setup, **options: Any) -> tuple[Tensor, None]:
-    return module(x, **options)[0], None
-
-
-def _why_watched(module: Any) -> str:
-    """Why somebody would see that tokens come in autocast's dtype, which its layers would give them, "" if nobody."""
-    for name, part in module._modules.items():
-        reason = why_observed(part) or (type(part) is not nn.Linear and f"is a {full_name(type(part))}")
-        if reason and type(part) is not nn.Dropout:
-            return f"{name} {reason}"
-    return ""
-
-
 _GATED = trunk.mlp("gate_proj", "act_fn", last="down_proj", up="up_proj")
 _BRANCHES = {
     "GatedMLP": _GATED,
     "SwiGLUFFN": _GATED,
-    "Attention": trunk.Branch(_attention, _why_watched),
+    "Attention": trunk.WHOLE,
     "DINOv3ViTMLP": trunk.mlp("up_proj", "act_fn", last="down_proj"),
     "MLP": trunk.mlp("fc1", "activation_fn", last="fc2"),
 }

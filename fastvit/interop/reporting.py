@@ -53,15 +53,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Trunk:
-    """Blocks of one class whose additions and norms are calls of :func:`fastvit.functional.add_norm`."""
+    """Blocks of one class that run by the trunk's ops, such as :func:`fastvit.functional.add_norm`."""
 
     module: str  # the library's class, by its full name
+    parts: str  # what of a block, in words
     paths: tuple[str, ...]
     whole: dict[str, str]  # by the path of a block: which of its parts run as they are at present, and why
 
     def __str__(self) -> str:
         count = f"{len(self.paths)} block{'s' if len(self.paths) > 1 else ''}"
-        lines = [f"{count}, {self.paths[0]} to {self.paths[-1]} ({self.module}): each addition and norm in one call, "]
+        lines = [f"{count}, {self.paths[0]} to {self.paths[-1]} ({self.module}): {self.parts} by the trunk's ops, "]
         lines[0] += "on a GPU or where a backend is forced"
         reasons: dict[str, list[str]] = {}
         for path, reason in self.whole.items():

@@ -10,6 +10,7 @@ from timm import layers
 from timm.layers import resample_abs_pos_embed
 from timm.layers.format import Format
 from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
+from timm.models import beit, eva
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
@@ -420,6 +421,9 @@ trunk.know(
     drop_paths=[layers.DropPath.forward],
     branches={
         layers.Attention.forward: trunk.ATTENTION,
+        eva.EvaAttention.forward: trunk.WHOLE,
+        layers.AttentionRope.forward: trunk.WHOLE,
+        beit.Attention.forward: trunk.WHOLE,
         layers.Mlp.forward: trunk.MLP,
         layers.GluMlp.forward: trunk.MLP,
         layers.SwiGLU.forward: trunk.SWIGLU,

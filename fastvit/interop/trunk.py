@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from fastvit.guards import attribute
 from fastvit.interop.host import Settings, why_not_methods
 from fastvit.interop.surgery import Mixin
-from fastvit.trunk import Half, Names, Setup, Stream, half_of, run_blocks, run_half, why_not_half
+from fastvit.trunk import Half, Names, Setup, Stream, half_of, has_own_branch, run_blocks, run_half, why_not_half
 
 __all__ = ["Blocks", "TrunkBlock"]
 
@@ -73,6 +73,12 @@ class TrunkBlock(Mixin):
     def _halves(self, setup: Setup, options: dict[str, Any]) -> tuple[Half, Half]:
         attention, mlp = self.form
         return half_of(self, attention, setup, self.call, **options), half_of(self, mlp, setup, self.call)
+
+    @classmethod
+    def parts(cls, module: Any) -> list[str]:
+        """What of this block is ours, in words."""
+        kinds = zip(cls.form, ("attention", "MLP"), strict=True)
+        return ["additions", "norms", *(kind for half, kind in kinds if has_own_branch(attribute(module, half.branch)))]
 
     @classmethod
     def why_not(cls, module: Any) -> str:

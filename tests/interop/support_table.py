@@ -31,12 +31,13 @@ COLUMNS = {
     "model": "setting",
     "class": "class",
     "in one call": "fuses",
+    "of the blocks": "trunk",
     "raw uint8": "uint8",
     f"outputs, ≤ {OUTPUTS:.0e}": "outputs",
     f"gradients, ≤ {GRADIENTS:.0e}": "gradients",
     "bfloat16, ≤ 2": "autocast",
 }
-FACTS = ("class", "fuses", "uint8")
+FACTS = ("class", "fuses", "trunk", "uint8")
 
 
 def is_written() -> bool:
@@ -49,6 +50,7 @@ def facts(entry: Entry, model: nn.Module) -> dict[str, str]:
     model = fastvit.accelerate(copy.deepcopy(model))
     fuses = [change.fuses for change in fastvit.report(model).changes]
     assert len(fuses) == 1, fuses
+    trunk = ", ".join(dict.fromkeys(found.parts for found in fastvit.report(model).trunk)) or "–"
     mean = [0.5] * entry.channels
     try:
         fastvit.accelerate(model, mean=mean, std=mean)
@@ -56,7 +58,7 @@ def facts(entry: Entry, model: nn.Module) -> dict[str, str]:
     except Unsupported as reason:
         uint8 = f"no: {str(reason).partition('images: ')[2]}"
     assert (uint8 == "yes") == entry.uint8
-    return {"class": f"`{type(model).__name__}`", "fuses": fuses[0], "uint8": uint8}
+    return {"class": f"`{type(model).__name__}`", "fuses": fuses[0], "trunk": trunk, "uint8": uint8}
 
 
 def figure(entry: Entry, **found: str | float) -> tuple[str, dict[str, str]]:
