@@ -112,7 +112,7 @@ def backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, has_bias: bool) -> tuple[Ten
         raise ValueError(f"qkv: {batch} x {tokens} is 2^31 rows")
     d_qkv = d_q.new_empty(batch, tokens, 3 * width)
     tiles, block_rows = cdiv(width, entry.constant("BLOCK_COLUMNS")), entry.constant("BLOCK_ROWS")
-    rows_per_program = max(cdiv(cdiv(rows * tiles, PROGRAMS), block_rows), 1) * block_rows
+    rows_per_program = max(cdiv(cdiv(rows, max(PROGRAMS // tiles, 1)), block_rows), 1) * block_rows
     programs = cdiv(rows, rows_per_program)
     partials = torch.empty(programs if has_bias else 0, 3 * width, dtype=torch.float32, device=d_q.device)
     strides = {
