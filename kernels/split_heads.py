@@ -145,7 +145,7 @@ def _readable(gradient: Tensor) -> Tensor:
 
 def _call() -> None:
     gradients = (torch.empty(256, 197, 12, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    d_q, d_k, d_v = (gradient.transpose(1, 2) for gradient in gradients)  # as flash attention leaves them
+    d_q, d_k, d_v = (gradient.permute(0, 2, 1, 3) for gradient in gradients)  # as flash attention leaves them
     backward(d_q, d_k, d_v, True)
 
 
