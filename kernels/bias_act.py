@@ -249,7 +249,8 @@ def backward(
     width = gate.shape[-1]
     rows = d_out.numel() // width
     tiles, block_rows = cdiv(width, entry.constant("BLOCK_COLUMNS")), entry.constant("BLOCK_ROWS")
-    rows_per_program = max(cdiv(cdiv(rows * tiles, PROGRAMS[other is not None]), block_rows), 1) * block_rows
+    most = max(PROGRAMS[other is not None] // tiles, 1)
+    rows_per_program = max(cdiv(cdiv(rows, most), block_rows), 1) * block_rows
     programs, columns = cdiv(rows, rows_per_program), width if other is None else 2 * width
     partials = torch.empty((programs, columns) if has_sums else (0, columns), dtype=torch.float32, device=x.device)
     of_gate, _, of_up, _ = plain.operands(partials, None, None, None, None if other is None else bool(gate_last))

@@ -112,7 +112,7 @@ def backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, has_bias: bool) -> tuple[Ten
         raise ValueError(f"qkv: {batch} x {tokens} is 2^31 rows")
     d_qkv = d_q.new_empty(batch, tokens, 3 * width)
     tiles, block_rows = cdiv(width, entry.constant("BLOCK_COLUMNS")), entry.constant("BLOCK_ROWS")
-    rows_per_program = max(cdiv(cdiv(rows * tiles, PROGRAMS), block_rows), 1) * block_rows
+    rows_per_program = max(cdiv(cdiv(rows, max(PROGRAMS // tiles, 1)), block_rows), 1) * block_rows
     programs = cdiv(rows, rows_per_program)
     partials = torch.empty(programs if has_bias else 0, 3 * width, dtype=torch.float32, device=d_q.device)
     strides = {
@@ -145,7 +145,7 @@ def _readable(gradient: Tensor) -> Tensor:
 
 def _call() -> None:
     gradients = (torch.empty(256, 197, 12, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    d_q, d_k, d_v = (gradient.transpose(1, 2) for gradient in gradients)  # as flash attention leaves them
+    d_q, d_k, d_v = (gradient.permute(0, 2, 1, 3) for gradient in gradients)  # as flash attention leaves them
     backward(d_q, d_k, d_v, True)
 
 
