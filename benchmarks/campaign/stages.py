@@ -84,5 +84,6 @@ STAGES = (
     Stage("compiled", 23, "the cases of the suites that have compiled rivals, beside those", compiled, _COMPILED, "B"),
     Stage("sanitize", 16, "compute-sanitizer's tools on the smallest shapes", sanitize, _UNDER_A_TOOL, "B"),
     *(_suite(name, 20) for name in ("input", "accelerated", "accelerated_model", "masked")),
+    *(_suite(name, 20) for name in ("add_norm", "bias_act", "split_heads")),
 )
 CALLS = {name: sum(stage.share for stage in STAGES if name in stage.calls) for name in "AB"}  # seconds

@@ -24,6 +24,7 @@ from fastvit.benchmarks.campaign.runner import find_stages
 from fastvit.benchmarks.campaign.stages import STAGES
 from fastvit.validation import PatchEmbedCase, make_inputs
 from fastvit.validation.faults import planted
+from fastvit.validation.ops import OPS
 from fastvit.validation.report import FAILED, PASSED, SKIPPED, Report, Row
 from fastvit.validation.runner import backend_candidate, check_inputs
 from tests.benchmarks.stage_results import last_figure, rows_in
@@ -251,7 +252,7 @@ def test_the_validator_runs_an_op_at_a_time(tmp_path: Path, capsys: pytest.Captu
     assert correctness.validate(tmp_path, "cpu", "cpu", quick=True) == PASSED
     rows = rows_in(tmp_path / "validate.jsonl")
     assert {(row["op"], row["dtype"]) for row in rows if row["status"] == "passed"} == {
-        (op, dtype) for op in ("patch_embed", "add_position") for dtype in ("float32", "bfloat16", "float16")
+        (op, dtype) for op in OPS for dtype in ("float32", "bfloat16", "float16")
     }
     ops = [row["op"] for row in rows]
     assert ops == sorted(ops, key=lambda op: op != "patch_embed"), "the op that multiplies comes first"
@@ -273,7 +274,7 @@ def test_a_broken_cuda_leaves_the_rows_of_what_it_broke(
     monkeypatch.setattr(torch.cuda, "empty_cache", broken)
     assert correctness.validate(tmp_path, "cpu", "cpu", True, ["bfloat16"]) == FAILED
     rows = rows_in(tmp_path / "validate.jsonl")
-    assert {row["op"] for row in rows if row["status"] == "passed"} == {"patch_embed"}
+    assert {row["op"] for row in rows if row["status"] == "passed"} == {*OPS} - {"add_position"}
     assert all("illegal memory" in row["reason"] for row in rows if row["op"] == "add_position")
     assert last_figure(capsys.readouterr().out).startswith("FAILED")
 

@@ -94,7 +94,9 @@ def test_no_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_recorded_rows_make_a_page(tmp_path: Path, drawn: list[Any]) -> None:
-    recorded = [row for path in record.FOLDER.rglob("results/*/*.jsonl") for row in read_json_lines(path)[:24]]
+    recorded = [
+        row for path in record.FOLDER.rglob("results/*-threads-*/*.jsonl") for row in read_json_lines(path)[:24]
+    ]
     assert recorded
     text = write_report(recorded, tmp_path).read_text(encoding="utf-8")
     assert drawn and all(row.device in text and row.commit in text for row in recorded)

@@ -32,6 +32,12 @@ def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "MIN_ROUNDS", 3)
 
 
+@pytest.fixture(autouse=True)
+def _two_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that multiplies and one that does not, whatever else there is."""
+    monkeypatch.setattr(tune, "TUNED", {name: tune.TUNED[name] for name in ("patch_embed", "add_position")})
+
+
 def test_every_case_is_measured_in_both_modes() -> None:
     seen: list[tuple[int, int, str]] = []
     table = tune.tune(

@@ -157,10 +157,16 @@ def test_train_writes_and_resumes(run: Cli, tmp_path: Path, monkeypatch: pytest.
     ("arguments", "message"),
     [
         ("validate --backend tpu", "--backend tpu: accepted is one of reference, cpu, triton, cuda, emulated"),
-        ("validate --op conv", "--op conv: accepted is one of add_position, patch_embed"),
+        (
+            "validate --op conv",
+            "--op conv: accepted is one of add_norm, add_position, bias_act, patch_embed, split_heads",
+        ),
         ("validate --dtype fp8", "--dtype fp8: accepted is one of float32"),
         ("validate --device tpu", "--device tpu: accepted is one of auto, cpu"),
-        ("bench nothing", "suite nothing: accepted is one of add_position, patch_embed, masked, model, input"),
+        (
+            "bench nothing",
+            "suite nothing: accepted is one of add_norm, add_position, bias_act, patch_embed, split_heads, masked, model",
+        ),
         ("bench --size huge", "--size huge: accepted is one of tiny, small, full"),
         ("bench --threads 0", "--threads"),
         ("train --epochs -1", "--epochs -1: accepted is a whole number of at least 1"),

@@ -34,6 +34,12 @@ def run(run: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[C
     tuning.reset()
 
 
+@pytest.fixture(autouse=True)
+def _two_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that multiplies and one that does not, whatever else there is."""
+    monkeypatch.setattr(tune, "TUNED", {name: tune.TUNED[name] for name in ("patch_embed", "add_position")})
+
+
 def test_it_explains_itself(run: Cli) -> None:
     code, out, _ = run("tune", "--help")
     assert code == 0 and "Examples" in out and "fastvit tune --quick" in out and "--show" in out
