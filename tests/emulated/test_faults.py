@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from fastvit.emulated import build
-from fastvit.emulated.call import bank_conflicts, emulation
-from fastvit.validation import AddNormCase, AddPositionCase, Case, PatchEmbedCase, make_inputs
-from fastvit.validation.runner import backend_candidate, check_inputs
+from fastvit.validation import AddPositionCase, PatchEmbedCase
+from tests.emulated.planted import SYNC, Cases, Fault, expect_caught, expect_nothing
 
-ADD, NORM, SUMS, PREPARE, OPS = "add_position", "add_norm", "row_sums", "prepare_weight", "patch_embed"
+ADD, SUMS, PREPARE, OPS = "add_position", "row_sums", "prepare_weight", "patch_embed"
 BFLOAT16, FLOAT32, HOPPER = "patch_embed_bfloat16", "patch_embed_float32", "patch_embed_sm90a"
-SYNC = "simt::sync_threads();"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One change of one file of csrc/; the text to change must stand in it exactly once.
-
-    It is built into one unit, the others staying as they are. `caught_by` is a part of what is said: of the emulation's
-    message, or "value" where the comparison with float64 finds it. That a fault does not compile is no catch.
-    """
-
-    name: str
-    unit: str
-    file: str
-    old: str
-    new: str
-    caught_by: str
-
 
 # The weights that the blocks of a cluster share.
 CLUSTER_FAULTS = tuple(
@@ -142,287 +119,6 @@ FAULTS = (
         "simt::to_float(rounded) * shift[i];",
         "scaled[i] * shift[i];",
         "value",
-    ),
-    # add_norm
-    Fault(
-        "no barrier in the sum over a row",
-        NORM,
-        "add_norm.h",
-        f"{SYNC}\n  for (int other = first;",
-        "for (int other = first;",
-        "shared word",
-    ),
-    Fault(
-        "both sums over a row in one slot",
-        NORM,
-        "add_norm.h",
-        "sum_over_row(squares, p.lanes, 1)",
-        "sum_over_row(squares, p.lanes, 0)",
-        "race",
-    ),
-    Fault(
-        "sums over rows in one slot",
-        NORM,
-        "add_norm.h",
-        "step / p.groups % 2)",
-        "0)",
-        "race",
-    ),
-    Fault(
-        "warps of another row",
-        NORM,
-        "add_norm.h",
-        "= simt::thread_index() / lanes * (lanes / 32);",
-        "= 0;",
-        "value",
-    ),
-    Fault(
-        "rows that are not there",
-        NORM,
-        "add_norm.h",
-        "count(row < rows ? width - column : 0)",
-        "count(width - column)",
-        "outside",
-    ),
-    Fault(
-        "statistics of rows that are not there",
-        NORM,
-        "add_norm.h",
-        "if (is_row && lane == 0)",
-        "if (lane == 0)",
-        "second write",
-    ),
-    Fault(
-        "columns that are not there",
-        NORM,
-        "numeric.h",
-        "if (count <= 0) return;\n  const char*",
-        "const char*",
-        "outside",
-    ),
-    Fault(
-        "columns that are not there, written",
-        NORM,
-        "numeric.h",
-        "if (count <= 0) return;\n  char*",
-        "char*",
-        "outside",
-    ),
-    Fault(
-        "the half of a store",
-        NORM,
-        "numeric.h",
-        "(first + 16, simt::Vector<4>{{words[4]",
-        "(first, simt::Vector<4>{{words[4]",
-        "second write",
-    ),
-    Fault(
-        "a value too many, loaded",
-        NORM,
-        "numeric.h",
-        "words[i] = i < count ? simt::load_element(elements + i) : 0;",
-        "words[i] = simt::load_element(elements + i);",
-        "outside",
-    ),
-    Fault(
-        "half a word too many, loaded",
-        NORM,
-        "numeric.h",
-        "if (i < count) words[i / 2] |=",
-        "words[i / 2] |=",
-        "outside",
-    ),
-    Fault(
-        "a value too many, stored",
-        NORM,
-        "numeric.h",
-        "if (i < count) simt::store_element(elements + i, words[i]);",
-        "simt::store_element(elements + i, words[i]);",
-        "second write",
-    ),
-    Fault(
-        "half a word too many, stored",
-        NORM,
-        "numeric.h",
-        "if (i < count) simt::store_element(elements + i, static_cast",
-        "simt::store_element(elements + i, static_cast",
-        "second write",
-    ),
-    Fault(
-        "the other half of a word",
-        NORM,
-        "numeric.h",
-        "words[i / 2] >> (16 * (i % 2))",
-        "words[i / 2] >> (16 * (1 - i % 2))",
-        "value",
-    ),
-    Fault(
-        "a variance of columns that are not there",
-        NORM,
-        "add_norm.h",
-        "i < part.count ? values[i] * values[i] : 0.0f",
-        "values[i] * values[i]",
-        "value",
-    ),
-    Fault(
-        "the factor of another sample",
-        NORM,
-        "add_norm.h",
-        "is_row ? simt::load_element(p.keep + part.row / p.tokens)",
-        "is_row ? simt::load_element(p.keep + part.row % p.tokens % 2)",
-        "value",
-    ),
-    Fault(
-        "the factor of another sample, backward",
-        NORM,
-        "add_norm.h",
-        "keep = simt::load_element(p.keep + part.row / p.tokens)",
-        "keep = simt::load_element(p.keep)",
-        "value",
-    ),
-    Fault(
-        "the mean of an RMS norm",
-        NORM,
-        "add_norm.h",
-        "sum[0] / p.width * p.centre",
-        "sum[0] / p.width",
-        "value",
-    ),
-    Fault(
-        "the mean of an RMS norm, backward",
-        NORM,
-        "add_norm.h",
-        "sums[1] / p.width * p.centre",
-        "sums[1] / p.width",
-        "value",
-    ),
-    Fault(
-        "a deviation for a mean",
-        NORM,
-        "add_norm.h",
-        "{simt::load_element(p.statistics + part.row),",
-        "{simt::load_element(p.statistics + p.rows + part.row),",
-        "value",
-    ),
-    Fault(
-        "the parts of other blocks left out",
-        NORM,
-        "add_norm.h",
-        "if (other != column) add_other_part",
-        "if (false) add_other_part",
-        "value",
-    ),
-    Fault(
-        "one part of a row for all blocks",
-        NORM,
-        "add_norm.h",
-        "column = simt::block_y() * columns + first_column",
-        "column = first_column",
-        "second write",
-    ),
-    Fault(
-        "rows of the next block",
-        NORM,
-        "add_norm.h",
-        "first + p.rows_per_block < p.rows ? first + p.rows_per_block : p.rows",
-        "first + p.rows_per_block",
-        "outside",
-    ),
-    Fault(
-        "partial sums in one row",
-        NORM,
-        "add_norm.h",
-        "static_cast<int64_t>(simt::block_x()) * p.vectors",
-        "static_cast<int64_t>(0) * p.vectors",
-        "second write",
-    ),
-    Fault(
-        "no barrier before the block's sums",
-        NORM,
-        "add_norm.h",
-        "simt::sync_threads();  // what lay there has been read",
-        "",
-        "race",
-    ),
-    Fault(
-        "no barrier behind the block's sums",
-        NORM,
-        "add_norm.h",
-        f"{SYNC}\n  if (thread >= p.lanes) return;",
-        "if (thread >= p.lanes) return;",
-        "shared word",
-    ),
-    Fault(
-        "sums of the first group alone",
-        NORM,
-        "add_norm.h",
-        "other < p.lanes * p.groups; other += p.lanes",
-        "other < p.lanes; other += p.lanes",
-        "value",
-    ),
-    Fault(
-        "sums side by side",
-        NORM,
-        "add_norm.h",
-        "16 * (i / 4 * NORM_THREADS + thread)",
-        "16 * (2 * thread + i / 4)",
-        "bank conflict",
-    ),
-    Fault(
-        "the bias left out of the scale's gradient",
-        NORM,
-        "add_norm.h",
-        "d_scale[i] += d_change[i] * bias[i];",
-        "",
-        "value",
-    ),
-    Fault(
-        "the bias's gradient unscaled",
-        NORM,
-        "add_norm.h",
-        "d_change[i] *= scale[i];",
-        "",
-        "value",
-    ),
-    Fault(
-        "no barrier in the last sum",
-        NORM,
-        "add_norm.h",
-        f"{SYNC}\n  if (warp > 0",
-        "if (warp > 0",
-        "shared word",
-    ),
-    Fault(
-        "the last partial sum dropped",
-        NORM,
-        "add_norm.h",
-        "(p.rows - warp + WARPS - 1) / WARPS",
-        "(p.rows - warp) / WARPS",
-        "value",
-    ),
-    Fault(
-        "columns of partial sums that are not there",
-        NORM,
-        "add_norm.h",
-        "if (column < p.columns) {",
-        "if (true) {",
-        "outside",
-    ),
-    Fault(
-        "sums that are not there",
-        NORM,
-        "add_norm.h",
-        "if (warp > 0 || column >= p.columns) return;",
-        "if (warp > 0) return;",
-        "outside",
-    ),
-    Fault(
-        "16 bytes where none fit",
-        NORM,
-        "add_norm.cu",
-        "return width % EIGHT == 0 &&",
-        "return width > 0 &&",
-        "misaligned",
     ),
     # The pipeline of all products
     Fault("no wait", BFLOAT16, "pipeline.h", "simt::copy_wait<AHEAD - 1>();", "", "in flight"),
@@ -857,45 +553,20 @@ FAULTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    """Where the builds go: what no fault touches is compiled once, for all processes."""
-    return build.cache_folder() / "faults"
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_planted_fault_is_caught(fault: Fault, folder: Path, tmp_path: Path) -> None:
-    sources = tmp_path / "csrc"
-    shutil.copytree(build.SOURCES, sources)
-    path = sources / fault.file
-    text = path.read_text()
-    assert text.count(fault.old) == 1, f"stands {text.count(fault.old)} times in {fault.file}"
-    path.write_text(text.replace(fault.old, fault.new))
-    # First the unit with the fault: of inline functions that several units have, the linker takes the first.
-    others = [unit for unit in build.units_of(build.SOURCES) if unit.stem != fault.unit]
-    library = build.build([sources / f"{fault.unit}.cu", *others], folder, few_types=True)
-    for object_file in folder.glob(f"{fault.unit}_*"):
-        if object_file.name not in _unchanged(folder):
-            object_file.unlink(missing_ok=True)
-    with emulation(library=library):
-        found = _outcome(fault.unit)
-    assert found and fault.caught_by in found, found or "not caught"
+def test_a_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
+    expect_caught(fault, CASES[fault.unit], tmp_path)
 
 
-def _unchanged(folder: Path) -> set[str]:
-    return {build.object_of(unit, folder, few_types=True).name for unit in build.units_of(build.SOURCES)}
-
-
-def test_without_a_fault_all_is_well(folder: Path) -> None:
-    with emulation(library=build.build(build.units_of(build.SOURCES), folder, few_types=True)):
-        for unit in CASES:
-            assert _outcome(unit) == ""
+def test_without_a_fault_all_is_well() -> None:
+    for cases in CASES.values():
+        expect_nothing(cases)
 
 
 LARGE = {"processors": 1}
 # Several tiles of rows and columns with a rest, more steps than stages, vectors and single pixels, and a selection
 # of patches whose rows, unlike their distance, no vector divides.
-BFLOAT16_CASES: tuple[tuple[Case, torch.dtype, dict[str, Any]], ...] = (
+BFLOAT16_CASES: Cases = (
     (PatchEmbedCase("tiles", batch=4, grid=(5, 7), patch=(8, 8), width=72, prefix=2), torch.bfloat16, {}),
     (PatchEmbedCase("single", grid=(3, 3), patch=(7, 7), channels=5, width=63, images="uint8", normalise=True,
                     layout="cropped"), torch.bfloat16, {}),
@@ -904,30 +575,18 @@ BFLOAT16_CASES: tuple[tuple[Case, torch.dtype, dict[str, Any]], ...] = (
     (PatchEmbedCase("large", batch=3, grid=(4, 5), patch=(8, 8), width=136), torch.bfloat16, LARGE),
     (PatchEmbedCase("splits", batch=5, grid=(8, 8), patch=(4, 4), channels=1, width=8), torch.bfloat16, {}),
 )  # fmt: skip
-HOPPER_CASES: tuple[tuple[Case, torch.dtype, dict[str, Any]], ...] = (
+HOPPER_CASES: Cases = (
     (PatchEmbedCase("warpgroups", batch=4, grid=(7, 7), patch=(8, 8), channels=7, width=200, images="uint8",
                     normalise=True), torch.bfloat16, {"processors": 1, "capability": 90}),
     (PatchEmbedCase("short", batch=4, grid=(7, 7), patch=(8, 8), channels=1, width=200, images="uint8"),
      torch.bfloat16, {"processors": 1, "capability": 90}),
 )  # fmt: skip
-CASES: dict[str, tuple[tuple[Case, torch.dtype, dict[str, Any]], ...]] = {
+CASES: dict[str, Cases] = {
     ADD: tuple(
         (AddPositionCase("rows", batch=19, patches=5, width=width, prefix=2, layout=layout), dtype, {})
         for dtype, width, layout in (
             (torch.bfloat16, 72, "contiguous"), (torch.float32, 72, "contiguous"), (torch.float32, 72, "from_nchw"),
             (torch.bfloat16, 63, "sliced_rows")
-        )
-    ),
-    NORM: tuple(
-        (case, torch.bfloat16, {})
-        for case in (
-            AddNormCase("parts", tokens=1, width=2056, stream="float32", parameters="mixed"),
-            AddNormCase("single", tokens=5, width=63, stream="float32", parameters="mixed", scale=True),
-            AddNormCase("whole", tokens=17, width=384, rms=True),
-            AddNormCase("scaled", batch=4, tokens=3, width=264, stream="float32", parameters="mixed", scale=True,
-                        keep=True),
-            # A block takes several rows, one after another.
-            AddNormCase("steps", batch=1, tokens=1060, width=264, scale=True),
         )
     ),
     BFLOAT16: BFLOAT16_CASES,
@@ -940,18 +599,3 @@ CASES: dict[str, tuple[tuple[Case, torch.dtype, dict[str, Any]], ...]] = {
     ),
     HOPPER: HOPPER_CASES,
 }  # fmt: skip
-
-
-def _outcome(unit: str) -> str:
-    """What is wrong with the kernels as they are now built; "" for nothing."""
-    candidate = backend_candidate("emulated")
-    bank_conflicts()  # of earlier faults
-    for case, dtype, device in CASES[unit]:
-        with emulation(**device):
-            for row in check_inputs(candidate, case.op, make_inputs(case, dtype), case.name):
-                if row.status != "passed":
-                    return row.reason or f"value: {row.quantity} of {case.name}"
-            conflicts = bank_conflicts()
-            if conflicts:
-                return f"{conflicts} bank conflicts"
-    return ""

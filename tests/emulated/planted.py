@@ -1,0 +1,85 @@
+"""Faults in the shipped kernels' own source: how one is planted, built and seen."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvit.emulated import build
+from fastvit.emulated.call import bank_conflicts, emulation
+from fastvit.validation import Case, make_inputs
+from fastvit.validation.runner import backend_candidate, check_inputs
+
+SYNC = "simt::sync_threads();"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of one file of csrc/; the text to change must stand in it exactly once.
+
+    It is built into one unit, the others staying as they are. `caught_by` is a part of what is said: of the emulation's
+    message, or "value" where the comparison with float64 finds it. That a fault does not compile is no catch.
+    """
+
+    name: str
+    unit: str
+    file: str
+    old: str
+    new: str
+    caught_by: str
+
+
+Cases = tuple[tuple[Case, torch.dtype, dict[str, Any]], ...]  # with the GPU that each is for
+
+
+def expect_caught(fault: Fault, cases: Cases, tmp_path: Path) -> None:
+    """Build the kernels with the fault, and run the cases until one shows it."""
+    sources, folder = tmp_path / "csrc", _folder()
+    shutil.copytree(build.SOURCES, sources)
+    path = sources / fault.file
+    text = path.read_text()
+    assert text.count(fault.old) == 1, f"stands {text.count(fault.old)} times in {fault.file}"
+    path.write_text(text.replace(fault.old, fault.new))
+    # First the unit with the fault: of inline functions that several units have, the linker takes the first.
+    others = [unit for unit in build.units_of(build.SOURCES) if unit.stem != fault.unit]
+    library = build.build([sources / f"{fault.unit}.cu", *others], folder, few_types=True)
+    for object_file in folder.glob(f"{fault.unit}_*"):
+        if object_file.name not in _unchanged(folder):
+            object_file.unlink(missing_ok=True)
+    with emulation(library=library):
+        found = _outcome(cases)
+    assert found and fault.caught_by in found, found or "not caught"
+
+
+def expect_nothing(cases: Cases) -> None:
+    """The same without a fault."""
+    with emulation(library=build.build(build.units_of(build.SOURCES), _folder(), few_types=True)):
+        assert _outcome(cases) == ""
+
+
+def _folder() -> Path:
+    """Where the builds go: what no fault touches is compiled once, for all processes."""
+    return build.cache_folder() / "faults"
+
+
+def _unchanged(folder: Path) -> set[str]:
+    return {build.object_of(unit, folder, few_types=True).name for unit in build.units_of(build.SOURCES)}
+
+
+def _outcome(cases: Cases) -> str:
+    """What is wrong with the kernels as they are now built; "" for nothing."""
+    candidate = backend_candidate("emulated")
+    bank_conflicts()  # of earlier faults
+    for case, dtype, device in cases:
+        with emulation(**device):
+            for row in check_inputs(candidate, case.op, make_inputs(case, dtype), case.name):
+                if row.status != "passed":
+                    return row.reason or f"value: {row.quantity} of {case.name}"
+            conflicts = bank_conflicts()
+            if conflicts:
+                return f"{conflicts} bank conflicts"
+    return ""
