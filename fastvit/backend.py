@@ -319,12 +319,13 @@ _PACKAGES = {
 @_constant_when_traced
 def why_missing(backend: str, op: str) -> str:
     """The reason why a backend has no part in an op, "" if it has: a file of the op's name."""
-    return "" if backend == "reference" or _has_file(backend, op) else f"it has no kernel for {op}"
+    is_there = backend == "reference" or _is_module(f"{_PACKAGES[backend]}.{op}")
+    return "" if is_there else f"it has no kernel for {op}"
 
 
 @lru_cache
-def _has_file(backend: str, op: str) -> bool:
-    return importlib.util.find_spec(f"{_PACKAGES[backend]}.{op}") is not None
+def _is_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 @lru_cache

@@ -11,6 +11,7 @@ import importlib, os, pkgutil, random, signal, sys, warnings
 import numpy as np
 import sklearn.datasets  # which draws a number
 import torch
+import torch._inductor  # which ignores a warning of torch's
 
 def state():
     return {

@@ -119,7 +119,7 @@ def _norm_backward(
 
 
 def _over_rows(values: Tensor) -> Tensor:
-    return values.flatten(0, -2).sum(0)
+    return values.reshape(-1, values.shape[-1]).sum(0)
 
 
 def followed(given: Sequence[Any], rms: bool) -> list[Any]:

@@ -69,7 +69,7 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setattr(module, "__path__", [*module.__path__, str(Path(__file__).with_name(folder))])
     yield NAME
     backends.implementation.cache_clear()
-    backends._has_file.cache_clear()
+    backends._is_module.cache_clear()
     for package in FOLDERS.values():
         sys.modules.pop(f"{package}.{NAME}", None)
         vars(sys.modules[package]).pop(NAME, None)

@@ -239,3 +239,10 @@ def test_bad_input(change: dict[str, Any], kind: type[Exception], message: str) 
     with pytest.raises(kind, match=message):
         call(functional.add_norm, {**make("cpu"), **change})
     assert not launch_counts()
+
+
+def test_one_token_alone(backend: str, device: str) -> None:
+    token, weight = (torch.randn(D, device=device, requires_grad=True) for _ in range(2))
+    total, normed = functional.add_norm(token, token.detach(), weight=weight, eps=1e-6, backend=backend)
+    (total.sum() + normed.square().sum()).backward()
+    assert normed.shape == (D,) and token.grad is not None and weight.grad is not None
