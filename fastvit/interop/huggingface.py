@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import activations
 
 from fastvit import trunk
 from fastvit.guards import attribute, full_name
@@ -301,6 +300,10 @@ class Layer(TrunkBlock):
                 kind = next((kind for kind in known if type(part).__name__.endswith(kind)), "")
                 if kind:
                     trunk.know(branches={type(part).forward: known[kind]})
+            for act in part._modules.values():
+                known_act = _ACTS.get(type(act).__name__)
+                if known_act and type(act).__module__ == "transformers.activations":
+                    trunk.know(acts={type(act).forward: known_act})
         for half in cls.form:
             scale, drop_path = (attribute(module, name) if name else None for name in (half.scale, half.drop_path))
             if isinstance(scale, nn.Module) and type(scale).__name__.endswith("LayerScale"):
@@ -317,14 +320,13 @@ _BRANCHES = {
     "DINOv3ViTMLP": trunk.mlp("up_proj", "act_fn", last="down_proj"),
     "MLP": trunk.mlp("fc1", "activation_fn", last="fc2"),
 }
-_GELU_TANH: Any = getattr(activations, "GELUTanh", None) or activations.PytorchGELUTanh  # in older versions
-trunk.know(
-    acts={
-        activations.GELUActivation.forward: lambda act: "gelu" if act.act is nn.functional.gelu else "",
-        activations.QuickGELUActivation.forward: lambda _: "quick_gelu",
-        _GELU_TANH.forward: lambda act: "" if inspect.ismethod(getattr(act, "act", None)) else "gelu_tanh",
-    }
-)
+# The library's own activations, by the names of their classes.
+_ACTS: dict[str, Callable[[Any], str]] = {
+    "GELUActivation": lambda act: "gelu" if act.act is nn.functional.gelu else "",
+    "QuickGELUActivation": lambda _: "quick_gelu",
+    "GELUTanh": lambda act: "" if inspect.ismethod(act.act) else "gelu_tanh",
+    "PytorchGELUTanh": lambda _: "gelu_tanh",  # in older versions
+}
 
 
 def _classes(layer: str, *models: str) -> tuple[str, ...]:
