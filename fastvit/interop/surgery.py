@@ -97,6 +97,7 @@ def _in_front(method: Callable, name: str, own: Any) -> Callable:
             return getattr(type(self), name)(self, *args, **kwargs)
         return method(self, *args, **kwargs)
 
+    call.is_in_front = True  # type: ignore[attr-defined]
     return call
 
 
@@ -111,7 +112,12 @@ def _without(cls: type) -> type:
     if bases == cls.__bases__:
         return cls
     # The class under the mixin may have been derived from in the same way before.
-    namespace = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    # What wraps a mixin's method, as transformers does in every class derived from its layers, goes with it.
+    namespace = {
+        name: value
+        for name, value in vars(cls).items()
+        if name not in ("__dict__", "__weakref__") and not getattr(value, "is_in_front", False)
+    }
     return type(cls.__name__, bases, namespace)
 
 
