@@ -60,7 +60,7 @@ def _problems_of(
 
 def _case(name: str, model: str, batch: int, tokens: int, parameters: str) -> SplitHeadsCase:
     return SplitHeadsCase(
-        name, batch=batch, tokens=tokens, heads=WIDTHS[model] // HEAD, width=HEAD, parameters=parameters
+        name, batch=batch, tokens=tokens, heads=max(1, WIDTHS[model] // HEAD), width=HEAD, parameters=parameters
     )
 
 

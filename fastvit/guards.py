@@ -22,6 +22,7 @@ __all__ = [
     "warn_once",
     "why_no_projection",
     "why_not_plain",
+    "why_not_plain_parameters",
     "why_not_plain_tensor",
     "why_observed",
     "why_other_geometry",
@@ -56,6 +57,11 @@ def why_not_plain_tensor(tensor: Tensor | None) -> str:
     if kind is nn.Parameter or kind is Tensor or tensor is None or isinstance(tensor, TRACED_TENSORS):
         return ""
     return f"is a {full_name(kind)}, not a plain tensor"
+
+
+def why_not_plain_parameters(module: nn.Module) -> str:
+    """Why a parameter of a module is more than its values."""
+    return next((reason for reason in map(why_not_plain_tensor, module._parameters.values()) if reason), "")
 
 
 def why_no_projection(module: Any) -> str:

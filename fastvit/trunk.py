@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import backend as backends
 from fastvit import functional
-from fastvit.guards import attribute, full_name, is_transformed, why_not_plain, why_not_plain_tensor, why_observed
+from fastvit.guards import attribute, full_name, is_transformed, why_not_plain, why_not_plain_parameters, why_observed
 
 __all__ = [
     "ATTENTION",
@@ -42,6 +42,7 @@ __all__ = [
     "run_blocks",
     "run_half",
     "split_heads",
+    "whole",
     "why_not_half",
     "why_not_linear",
 ]
@@ -94,7 +95,6 @@ class Setup(NamedTuple):
 
     backend: str | None = None
     keeps_dtype: bool = False  # the stream keeps its dtype, whatever is added to it
-    bias_apart: bool = True  # linear layers leave their bias to the op behind them
 
     @classmethod
     def of(cls, x: Any, backend: str | None, keeps_dtype: bool) -> Setup | None:
@@ -132,7 +132,7 @@ class Stream(NamedTuple):
         """With the branch added, in the dtype that torch's addition gives."""
         if self.branch is None:
             return self.residual
-        branch = self.branch if self.bias is None else self.branch + self.bias.to(self.branch.dtype)
+        branch = _with(self.branch, self.bias)
         branch = branch if self.scale is None else branch * self.scale
         branch = branch if self.keep is None else branch * self.keep.to(branch.dtype)[:, None, None]
         return self.residual + (branch.to(self.residual.dtype) if setup.keeps_dtype else branch)
@@ -180,7 +180,13 @@ class Names(NamedTuple):
 TIMM = Names("norm1", "attn", "", "ls1", "drop_path1"), Names("norm2", "mlp", "", "ls2", "drop_path2")
 
 
-def half_of(block: Any, names: Names, setup: Setup, call: Callable[..., Any], **options: Any) -> Half:
+def whole(module: Any, x: Tensor, **options: Any) -> Tensor:
+    """A branch as it is: what it gives, or the first of what it gives."""
+    found = module(x, **options)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def half_of(block: Any, names: Names, setup: Setup, call: Callable[..., Tensor] = whole, **options: Any) -> Half:
     """A half of a block by its names. `call(module, x, **options)` runs a branch as it is."""
     norm, module, dropout, scale, drop_path = (attribute(block, name) if name else None for name in names)
     kind: Any = type(module)
@@ -255,10 +261,10 @@ def run_blocks(blocks: Iterable[Any], x: Tensor, setup: Setup) -> Tensor:
 # Branches. Each gives its result, and the bias of its last linear layer where that is not in it.
 
 
-def product(linear: Any, x: Tensor, setup: Setup, dropout: Any = None) -> tuple[Tensor, Tensor | None]:
+def product(linear: Any, x: Tensor, dropout: Any = None) -> tuple[Tensor, Tensor | None]:
     """A linear layer and the dropout behind it; its bias apart where the op that comes next can add it."""
     drops = is_dropping(dropout)
-    if drops or not setup.bias_apart or attribute(linear, "bias") is None or why_not_linear(linear):
+    if drops or attribute(linear, "bias") is None or why_not_linear(linear):
         x = linear(x)
         return (dropout(x) if drops else x), None
     return F.linear(x, attribute(linear, "weight")), attribute(linear, "bias")
@@ -288,12 +294,11 @@ def attention(module: Any, x: Tensor, setup: Setup, **options: Any) -> tuple[Ten
     dropout = attribute(module, "attn_drop").p if module.training else 0.0
     x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
     x = attribute(module, "norm")(x.transpose(1, 2).flatten(2))
-    return product(attribute(module, "proj"), x, setup, attribute(module, "proj_drop"))
+    return product(attribute(module, "proj"), x, attribute(module, "proj_drop"))
 
 
 def _run_whole(module: Any, x: Tensor, setup: Setup, **options: Any) -> tuple[Tensor, None]:
-    found = module(x, **options)
-    return found[0] if isinstance(found, tuple) else found, None
+    return whole(module, x, **options), None
 
 
 def mlp(first: str, act: str, *between: str, last: str, dropout: str = "", up: str = "") -> Branch:
@@ -306,7 +311,7 @@ def mlp(first: str, act: str, *between: str, last: str, dropout: str = "", up: s
         x = activated(layer, activation, x, setup, other, getattr(module, "gate_last", None))
         for name in between:
             x = attribute(module, name)(x)
-        return product(attribute(module, last), x, setup, attribute(module, dropout) if dropout else None)
+        return product(attribute(module, last), x, attribute(module, dropout) if dropout else None)
 
     return Branch(run, lambda _: "")
 
@@ -320,13 +325,12 @@ def activated(layer: Any, act: Any, x: Tensor, setup: Setup, up: Any = None, gat
             one, other = layer(x).chunk(2, dim=-1)
             return one * act(other) if gate_last else act(one) * other
         return act(layer(x)) if up is None else act(layer(x)) * up(x)
-    products = [None if part is None else F.linear(x, attribute(part, "weight")) for part in (layer, up)]
-    assert products[0] is not None
-    up_bias = None if up is None else attribute(up, "bias")
+    hidden = F.linear(x, attribute(layer, "weight"))
+    other = None if up is None else F.linear(x, attribute(up, "weight"))
+    bias, up_bias = attribute(layer, "bias"), attribute(up, "bias")
     return functional.bias_act(
-        products[0], attribute(layer, "bias"), name,
-        up=products[1], up_bias=up_bias, gate_last=gate_last, backend=setup.backend,
-    )  # fmt: skip
+        hidden, bias, name, up=other, up_bias=up_bias, gate_last=gate_last, backend=setup.backend
+    )
 
 
 # Why not
@@ -347,10 +351,7 @@ def why_not_norm(norm: Any) -> str:
 
 def why_not_linear(linear: Any) -> str:
     """Why a linear layer is more than a product with plain parameters, "" if it is just that."""
-    reason = why_not_plain(linear, nn.Linear)
-    return (
-        reason or why_not_plain_tensor(linear._parameters["weight"]) or why_not_plain_tensor(linear._parameters["bias"])
-    )
+    return why_not_plain(linear, nn.Linear) or why_not_plain_parameters(linear)
 
 
 def why_not_half(half: Half) -> str:
@@ -396,8 +397,7 @@ def _why_watched(module: Any) -> str:
 def _why_not_known(module: Any, known: Any) -> str:
     if type(module).forward not in known:
         return f"is a {full_name(type(module))}"
-    reason = why_observed(module)
-    return reason or next((why for why in map(why_not_plain_tensor, module._parameters.values()) if why), "")
+    return why_observed(module) or why_not_plain_parameters(module)
 
 
 ATTENTION = Branch(attention, _why_no_attention)

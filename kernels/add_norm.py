@@ -334,10 +334,9 @@ def _entry(
 
 def _given(entry: manifest.Entry, device: torch.device, **vectors: Tensor | None) -> dict[str, Tensor | int]:
     """Pointers of the vectors in the entry's dtypes, and which of those that may be missing are there."""
-    names = {name: dtype for dtype, name in manifest.NAMES.items()}
     arguments: dict[str, Tensor | int] = {}
     for name, vector in vectors.items():
-        dtype = names[dict(entry.pointers)[f"{name}_ptr"]]
+        dtype = manifest.DTYPES[dict(entry.pointers)[f"{name}_ptr"]]
         arguments[f"{name}_ptr"] = _nothing(dtype, device) if vector is None else vector.to(dtype).contiguous()
         if name != "weight":
             arguments[f"has_{name}"] = int(vector is not None)

@@ -295,7 +295,7 @@ def _described(
     entry: manifest.Entry, x: Tensor, width: int, act: str, bias: Tensor | None, up_bias: Tensor | None
 ) -> dict[str, Tensor | int | float]:
     """What both kernels are told of products, biases and function."""
-    dtype = next(dtype for dtype, name in manifest.NAMES.items() if name == dict(entry.pointers)["bias_ptr"])
+    dtype = manifest.DTYPES[dict(entry.pointers)["bias_ptr"]]
     arguments: dict[str, Tensor | int | float] = {}
     for name, vector in (("bias", bias), ("up_bias", up_bias)):
         given = torch.empty(0, dtype=dtype, device=x.device) if vector is None else vector.to(dtype).contiguous()

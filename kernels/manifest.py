@@ -21,6 +21,7 @@ NAMES = {
     torch.float32: "fp32",
     torch.int64: "i64",
 }
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 TARGETS = (80, 90, 100)
 HALF = ("bf16", "fp16")
 FLOATS = ("fp32", *HALF)

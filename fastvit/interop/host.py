@@ -18,6 +18,7 @@ from fastvit.guards import (
     warn_once,
     why_no_projection,
     why_not_plain,
+    why_not_plain_parameters,
     why_not_plain_tensor,
     why_observed,
 )
@@ -323,10 +324,7 @@ def why_not_part(part: Any, kind: type[Any] | None) -> str:
         if vars(type(part)).get("_mixin") is not kind:
             return f"is a {full_name(type(part))}, and was put in later"
         return why_observed(part) or why_not_methods(part)
-    reason = why_not_plain(part, kind)
-    if reason:
-        return reason
-    return next((reason for reason in map(why_not_plain_tensor, part._parameters.values()) if reason), "")
+    return why_not_plain(part, kind) or why_not_plain_parameters(part)
 
 
 def why_not_methods(module: Any) -> str:

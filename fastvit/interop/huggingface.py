@@ -79,7 +79,7 @@ class Embeddings(Fused):
     def _options(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """The arguments behind the images, by name; None where one of them is not for us (a mask of patches)."""
         if args:
-            kwargs = {**dict(zip(_argument_names(self._own_class), args, strict=False)), **kwargs}
+            kwargs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
         return None if kwargs.pop("bool_masked_pos", None) is not None else kwargs
 
     # What the host returns, made by us, from the images and the host's options; None where only the host knows what
@@ -281,11 +281,6 @@ class Siglip2Embeddings(Fused):
         linear = self.patch_embedding
         tokens = self.embed(images, linear.weight[:, :, None, None], linear.bias, pos_embed=table.flatten(0, 1))
         return tokens.unflatten(1, (batch, patches))[0]
-
-
-def _argument_names(own: Any) -> tuple[str, ...]:
-    """The arguments of the host's forward behind the images."""
-    return tuple(inspect.signature(own.forward).parameters)[2:]
 
 
 class Layer(TrunkBlock):

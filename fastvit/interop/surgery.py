@@ -8,6 +8,7 @@ mixin out again restores it exactly. Copies and pickles go by the parts, since a
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ class Mixin(_AnyModule):
 
     _mixin: type[Mixin]
     _own_class: type[nn.Module]
+    _argument_names: tuple[str, ...]  # of the own class's forward, behind the first
     _found: dict[str, Any]  # the own class's methods of these names when the mixin was put in
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,6 +79,7 @@ def _mixed(mixin: type[Mixin], own: type[nn.Module]) -> Any:
             "__doc__": own.__doc__,
             "_mixin": mixin,
             "_own_class": own,
+            "_argument_names": tuple(inspect.signature(own.forward).parameters)[2:],
             "_found": {name: getattr(own, name) for name in mixin.overrides if hasattr(own, name)},
         }
         for name, method in mixin.methods(own).items():

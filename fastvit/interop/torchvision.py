@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import functional, trunk
-from fastvit.guards import attribute, why_not_plain, why_not_plain_tensor
+from fastvit.guards import attribute, why_not_plain, why_not_plain_parameters, why_not_plain_tensor
 from fastvit.interop.host import Fused, Part, why_not_table
 from fastvit.interop.trunk import TrunkBlock
 
@@ -119,15 +119,14 @@ def _attention(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tens
     dropout = module.dropout if module.training else 0.0
     x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
     weight, bias = (attribute(attribute(module, "out_proj"), name) for name in ("weight", "bias"))
-    return (F.linear(x, weight), bias) if setup.bias_apart else (F.linear(x, weight, bias), None)
+    return F.linear(x, weight), bias
 
 
 def _why_no_attention(module: Any) -> str:
     if not module.batch_first or not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
         return "is a MultiheadAttention of another form"
     out = attribute(module, "out_proj")
-    reason = why_not_plain(out, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return reason or next((why for why in map(why_not_plain_tensor, out._parameters.values()) if why), "")
+    return why_not_plain(out, nn.modules.linear.NonDynamicallyQuantizableLinear) or why_not_plain_parameters(out)
 
 
 def _mlp(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
@@ -136,7 +135,7 @@ def _mlp(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | N
     x = trunk.activated(first, act, x, setup)
     for part in between:
         x = part(x)
-    return trunk.product(last, x, setup, dropout)
+    return trunk.product(last, x, dropout)
 
 
 def _why_no_mlp(module: Any) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 from fastvit.guards import attribute
 from fastvit.interop.host import Settings, why_not_methods
 from fastvit.interop.surgery import Mixin
-from fastvit.trunk import Half, Names, Setup, Stream, half_of, has_own_branch, run_blocks, run_half, why_not_half
+from fastvit.trunk import Half, Names, Setup, Stream, half_of, has_own_branch, run_blocks, run_half, whole, why_not_half
 
 __all__ = ["Blocks", "TrunkBlock"]
 
@@ -29,8 +28,7 @@ class TrunkBlock(Mixin):
 
     def options(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What the host's forward is given besides tokens, by the names that attention has for it."""
-        names = list(inspect.signature(self._own_class.forward).parameters)[2 : 2 + len(args)]
-        return {**dict(zip(names, args, strict=True)), **kwargs}
+        return {**dict(zip(self._argument_names, args, strict=False)), **kwargs} if args else kwargs
 
     @classmethod
     def refusal(cls, module: Any) -> str:
@@ -44,8 +42,7 @@ class TrunkBlock(Mixin):
 
     def call(self, module: Any, x: Any, **options: Any) -> Any:
         """A branch as it is."""
-        found = module(x, **options)
-        return found[0] if isinstance(found, tuple) else found
+        return whole(module, x, **options)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         setup = self.setup(x)

@@ -386,8 +386,8 @@ class Block(nn.Module):
     def stream(self, stream: trunk.Stream, setup: trunk.Setup, **options: Any) -> trunk.Stream:
         """The same on the residual stream; options of attention by name."""
         first, second = trunk.TIMM
-        stream = trunk.run_half(stream, trunk.half_of(self, first, setup, _call, **options), setup)
-        return trunk.run_half(stream, trunk.half_of(self, second, setup, _call), setup)
+        stream = trunk.run_half(stream, trunk.half_of(self, first, setup, **options), setup)
+        return trunk.run_half(stream, trunk.half_of(self, second, setup), setup)
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         # A float32 LayerScale or norm would promote the stream, so the branch comes down to it, never the reverse.
@@ -395,10 +395,6 @@ class Block(nn.Module):
 
     def _branch_input(self, x: Tensor) -> Tensor:
         return x if self.residual_dtype is None else to_module_dtype(x, self)
-
-
-def _call(module: nn.Module, x: Tensor, **options: Any) -> Tensor:
-    return module(x, **options)
 
 
 trunk.know(

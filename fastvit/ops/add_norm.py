@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,20 +30,13 @@ class Arguments(NamedTuple):
     backend: str
 
 
-def _rows(tensor: Tensor) -> Any:
-    rows: Any = 1
-    for size in tensor.shape[:-1]:
-        rows = rows * size
-    return rows
-
-
 def _fake(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The sum (size 0 without a branch: it is the residual), its norm, and mean and 1/deviation of every row."""
     residual = call.residual
     return (
         residual.new_empty(0 if call.branch is None else residual.shape, dtype=call.sum_dtype),
         residual.new_empty(residual.shape, dtype=call.dtype),
-        residual.new_empty((2, _rows(residual)), dtype=torch.float32),
+        residual.new_empty((2, math.prod(residual.shape[:-1])), dtype=torch.float32),
     )
 
 
