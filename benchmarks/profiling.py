@@ -38,6 +38,7 @@ WARM_UP, ROUNDS = 3, 5
 OTHER = "other"
 # What a kernel's name says of its purpose: the first class that has a part of the name, in lower case.
 CLASSES: dict[str, tuple[str, ...]] = {
+    "fused block ops": ("add_norm", "bias_act", "pack_heads", "split_heads"),
     "patch embedding": (
         "fastvit::", "patch_embed", "add_position", "prepare_weight", "position_table", "reduce_weight_gradient",
         "sum_rows", "sum_segments",

@@ -70,6 +70,12 @@ KERNELS = {
         "triton_red_fused_sum_1",
         "aten::sum",
     ],
+    "fused block ops": [
+        "add_norm_backward",
+        "pack_heads",
+        "fastvit::split_heads",
+        "void fastvit::add_norm_forward<__nv_bfloat16, float>",
+    ],
     "patch embedding": [
         "_patch_embed_forward",
         "_sum_segments",
@@ -97,7 +103,7 @@ def test_all_our_kernels_are_known_as_ours() -> None:
     from fastvit.kernels.launch import jit_function
 
     names = {getattr(jit_function(entry), "fn", jit_function(entry)).__name__ for entry in manifest.entries()}
-    assert len(names) >= 8 and {class_of(name) for name in names} == {"patch embedding"}
+    assert len(names) >= 8 and {class_of(name) for name in names} == {"patch embedding", "fused block ops"}
 
 
 @pytest.mark.parametrize("mode", ["forward", "step"])
