@@ -101,16 +101,17 @@ class Setup(NamedTuple):
         """For a call on tokens [B, T, D]; None where blocks are to run their own code.
 
         That is where something watches that can't see into the ops, where a graph is traced that needs no gradients
-        (the compiler fuses as well by itself there) or is to be exported, and, unless a backend is forced, where the
-        ops need not pay: on a CPU, and for few tokens, which wait for the calls rather than for memory.
+        (the compiler fuses as well by itself there) or is to be exported, and where the ops need not pay: on a CPU,
+        and for few tokens, which wait for the calls rather than for memory. A `backend` that the blocks were given
+        themselves says that they are wanted; one that is forced for every op says so on a GPU alone.
         """
         if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in DTYPES or _has_any_global_hook():
             return None
         if is_transformed() or (torch.compiler.is_compiling() and not _is_trained()):
             return None
-        if not backends.is_forced(backend):
+        if backend is None:
             is_large = torch.compiler.is_compiling() or x.numel() >= LEAST_VALUES
-            if x.device.type != "cuda" or not is_large:
+            if x.device.type != "cuda" or not (is_large or backends.is_forced(None)):
                 return None
         return cls(backend, keeps_dtype)
 

@@ -246,15 +246,16 @@ def test_report_names_what_runs_as_it_is() -> None:
     assert "as the library has it in blocks.1: a norm is a tests.interop.test_trunk" in str(fastvit.report(accelerated))
 
 
-def test_without_a_backend_a_cpu_runs_the_librarys_blocks() -> None:
+def test_without_a_backend_of_its_own_a_cpu_runs_the_librarys_blocks() -> None:
     torch.manual_seed(0)
     model = fastvit.accelerate(timm_vit())
     images = torch.randn(2, 3, SIZE, SIZE)
     launched("add_norm")
     model(images)
-    assert launched("add_norm") == 0
     with use_backend("cpu"):
         model(images)
+    assert launched("add_norm") == 0
+    fastvit.accelerate(model, backend="cpu")(images)
     assert launched("add_norm") == 2 * DEPTH
     fastvit.accelerate(model, backend="cpu", trunk=False)
     model(images)
