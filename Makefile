@@ -23,7 +23,7 @@ COMPILED := $(wildcard tests/compile)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-full test-core test-interpreter test-compile test-abi compile-check interop-docs extension gpu lint clean
+.PHONY: help install demo test test-full test-core test-interpreter test-compile test-abi compile-check interop-docs extension native gpu lint clean
 
 help: ## Print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -82,6 +82,9 @@ lint: install ## ruff and mypy
 # Six architectures take minutes on many cores, so that no other target does it: FASTVIT_CUDA_ARCHS=90a for one.
 extension: install ## Build the C++/CUDA extension in place, for the GPUs of FASTVIT_CUDA_ARCHS, such as 80;90a
 	FASTVIT_BUILD_CUDA=1 $(BIN)/python tools/build_extension.py
+
+native: install ## Build the ops for the processor again, in place, as `make install` did
+	FASTVIT_BUILD_NATIVE=1 $(BIN)/python tools/build_native.py
 
 test-abi: install ## One binary of the binding under torch 2.11 and 2.14, each in an environment of its own (large)
 	$(BIN)/python tools/test_abi.py

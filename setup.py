@@ -1,4 +1,4 @@
-"""Packaging: which folder becomes which module, and the C++/CUDA extension. The rest: pyproject.toml.
+"""Packaging: which folder becomes which module, and the compiled libraries. The rest: pyproject.toml.
 
 Two folders at the top of the repository are installed under other names:
 
@@ -9,8 +9,8 @@ Neither has an ``__init__.py``. A regular package called ``kernels`` in the work
 place of the PyPI package of that name, which transformers uses; a folder without ``__init__.py`` yields to it.
 An editable install finds the two folders through fastvit/kernels/__init__.py and fastvit/benchmarks/__init__.py.
 
-The extension is built where nvcc, ninja, a C++ compiler and torch's headers are: tools/build_extension.py, which also
-tells the variables that it heeds.
+Where ninja, a C++ compiler and torch's headers are, tools/build_native.py builds the ops for the processor, and where
+nvcc is too, tools/build_extension.py the C++/CUDA extension. Both tell the variables that they heed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ ROOT = Path(__file__).resolve().parent
 RENAMED = {"kernels": "fastvit.kernels", "benchmarks": "fastvit.benchmarks"}
 
 sys.path.insert(0, str(ROOT / "tools"))
-import build_extension as extension  # noqa: E402
+import build_extension  # noqa: E402
+import build_native  # noqa: E402
+
+# What builds a library into a folder, and the module that tells its name and place.
+LIBRARIES = {
+    build_native: build_native.build_native,
+    build_extension: build_extension.build_extension,
+}
 
 
 def renamed_packages() -> dict[str, str]:
@@ -46,23 +53,24 @@ def renamed_packages() -> dict[str, str]:
 
 
 @lru_cache
-def is_built() -> bool:
-    """Whether the extension will be part of this; a variable without a meaning ends everything."""
+def are_built() -> bool:
+    """Whether a library will be part of this; a variable without a meaning ends everything."""
     try:
-        return extension.plan()[0] is not None
-    except extension.BuildError as error:
+        return any([tool.plan()[0] is not None for tool in LIBRARIES])
+    except build_extension.BuildError as error:
         raise SystemExit(f"error: {error}") from None
 
 
 class FastViT(Distribution):
-    """Bound to a platform where it will have the library."""
+    """Bound to a platform where it will have a library."""
 
     def has_ext_modules(self) -> bool:
-        return is_built()
+        return are_built()
 
 
-class BuildCUDA(Command):
-    """The library, and what is to be known of it, in fastvit/cuda/: of the wheel, or of the tree in an editable one."""
+class BuildLibraries(Command):
+    """The libraries, and what is to be known of each, in their packages: of the wheel, or of the tree in an editable
+    one."""
 
     user_options: list[tuple[str, str, str]] = []
     editable_mode = False
@@ -74,47 +82,47 @@ class BuildCUDA(Command):
         self.build_lib = self.get_finalized_command("build").build_lib
 
     def run(self) -> None:
-        folder = (ROOT if self.editable_mode else Path(self.build_lib)) / extension.PACKAGE
-        try:
-            reason = extension.build_extension(folder)
-        except extension.BuildError as error:
-            raise SystemExit(f"error: {error}; FASTVIT_BUILD_CUDA=0 installs without it") from None
-        if reason:
-            self.announce(f"the C++/CUDA extension is not built: {reason}", level=2)
+        for tool, build_into in LIBRARIES.items():
+            folder = (ROOT if self.editable_mode else Path(self.build_lib)) / tool.PACKAGE
+            try:
+                reason = build_into(folder)
+            except build_extension.BuildError as error:
+                raise SystemExit(f"error: {error}; {tool.VARIABLE}=0 installs without it") from None
+            if reason:
+                self.announce(f"{tool.LIBRARY} is not built: {reason}", level=2)
 
     def get_source_files(self) -> list[str]:
         return [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
 
     def get_outputs(self) -> list[str]:
-        folder = Path(self.build_lib) / extension.PACKAGE
-        names = (extension.INFO, *([extension.LIBRARY] if is_built() else []))
-        return [] if self.editable_mode else [str(folder / name) for name in names]
+        files = [Path(self.build_lib) / tool.PACKAGE / name for tool in LIBRARIES for name in (tool.INFO, tool.LIBRARY)]
+        return [] if self.editable_mode else [str(path) for path in files if path.exists() or path.suffix == ".json"]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
 
 class Build(build):
-    """With the extension, after the Python files."""
+    """With the libraries, after the Python files."""
 
-    sub_commands = [*build.sub_commands, ("build_cuda", None)]
+    sub_commands = [*build.sub_commands, ("build_libraries", None)]
 
 
 class BuildWheel(bdist_wheel):
-    """The library knows nothing of Python, so that one wheel serves every version."""
+    """The libraries know nothing of Python, so that one wheel serves every version."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
-is_built()
+are_built()
 renamed = renamed_packages()
 setup(
     license="Apache-2.0",
     packages=sorted({*find_packages(include=["fastvit", "fastvit.*"]), *renamed}),
     package_dir={"fastvit": "fastvit", **renamed},
     package_data={"": ["py.typed", "*.json"]},
-    exclude_package_data={"fastvit.cuda": [extension.INFO]},
+    exclude_package_data={f"fastvit.{tool.PACKAGE.name}": [tool.INFO] for tool in LIBRARIES},
     distclass=FastViT,
-    cmdclass={"build": Build, "build_cuda": BuildCUDA, "bdist_wheel": BuildWheel},
+    cmdclass={"build": Build, "build_libraries": BuildLibraries, "bdist_wheel": BuildWheel},
 )

@@ -1,4 +1,5 @@
-// The ops, as both bindings call them: torch/ for tensors of PyTorch, emulated/ for tests on a machine without a GPU.
+// The ops, as both bindings call them: torch/ for tensors of PyTorch, emulated/ for tests on a machine without a GPU. They
+// are there for a GPU, in the files beside this one, and for a processor, in cpu/.
 //
 // Callers have checked shapes and types, as fastvit/checks.py does, and have made every tensor contiguous but images,
 // d_images and the tokens of add_position, which may have any strides that `can_read` accepts. Outputs are allocated by

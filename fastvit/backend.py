@@ -17,7 +17,7 @@ import torch
 
 from fastvit import tuning
 
-BACKENDS = ("reference", "cpu", "triton", "cuda", "emulated")
+BACKENDS = ("reference", "cpu", "native", "triton", "cuda", "emulated")
 
 MIN_CAPABILITY = (8, 0)  # the oldest GPU the kernels are compiled for
 
@@ -191,8 +191,10 @@ def under_transforms() -> bool:
 
 @_constant_when_traced
 def _automatic(device_type: str, op: str, prefers_triton: bool) -> str:
-    """Without a measurement: of the two that run on a GPU, the extension, whose launch costs less and whose kernels
-    have no shape to be compiled for, but for what Triton is preferred for, or alone can do."""
+    """Without a measurement: on a CPU C++ where it is; of the two that run on a GPU, the extension, whose launch costs
+    less and whose kernels have no shape to be compiled for, but for what Triton is preferred for, or alone can do."""
+    if device_type == "cpu" and _can_run("native", device_type, op):
+        return "native"
     if device_type in ("cpu", "meta"):
         return "cpu"
     if device_type != "cuda":
@@ -263,6 +265,12 @@ def _cpu_reason(device_type: str) -> str:
     return "" if device_type in ("cpu", "meta") else "it computes on the CPU only"
 
 
+def _native_reason(device_type: str) -> str:
+    from fastvit.native import why_unavailable
+
+    return why_unavailable(device_type)
+
+
 @lru_cache
 def _triton_reason(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
@@ -303,6 +311,7 @@ def _emulated_reason(device_type: str) -> str:
 _REASONS: dict[str, Callable[[str], str]] = {
     "reference": _reference_reason,
     "cpu": _cpu_reason,
+    "native": _native_reason,
     "triton": _triton_reason,
     "cuda": _cuda_reason,
     "emulated": _emulated_reason,
@@ -310,6 +319,7 @@ _REASONS: dict[str, Callable[[str], str]] = {
 
 _PACKAGES = {
     "cpu": "fastvit.cpu",
+    "native": "fastvit.native",
     "triton": "fastvit.kernels",
     "cuda": "fastvit.cuda",
     "emulated": "fastvit.emulated",

@@ -33,10 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
 WORK = ROOT / "build" / "extension"
 PACKAGE = Path("fastvit") / "cuda"
+BUILT = "library.so"  # as ninja leaves it
 LIBRARY = "_fastvit_cuda.so"
 INFO = "_fastvit_cuda.json"  # beside the library: what it was built from and for, or why it was not
 USUAL_CUDA_HOME = Path("/usr/local/cuda")
 
+VARIABLE = "FASTVIT_BUILD_CUDA"
 MODES = ("auto", "0", "1")
 DEFAULT_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 OLDEST_ARCHITECTURE = 80
@@ -74,21 +76,23 @@ class Library:
     name: str
     toolchain: Toolchain
     sources: Path
+    texts: Sequence[Path]  # all that is compiled into it, headers too
+    about: str = "the C++/CUDA extension"
     objects: list[tuple[str, Path, Sequence[str]]] = field(default_factory=list)  # the rule, the source, more flags
     rules: dict[str, Sequence[str]] = field(default_factory=dict)  # compiler and flags
     link: Sequence[str] = ()
     info: dict[str, object] = field(default_factory=dict)  # what the file beside the library says of it
 
 
-def build_mode(environment: Mapping[str, str] = os.environ) -> str:
-    """FASTVIT_BUILD_CUDA.
+def build_mode(environment: Mapping[str, str] = os.environ, variable: str = VARIABLE) -> str:
+    """The value of that variable.
 
     Raises:
         BuildError: it is none of :data:`MODES`.
     """
-    mode = environment.get("FASTVIT_BUILD_CUDA") or "auto"
+    mode = environment.get(variable) or "auto"
     if mode not in MODES:
-        raise BuildError(f"FASTVIT_BUILD_CUDA={mode!r}: accepted are {', '.join(MODES)}")
+        raise BuildError(f"{variable}={mode!r}: accepted are {', '.join(MODES)}")
     return mode
 
 
@@ -123,15 +127,22 @@ def plan(environment: Mapping[str, str] = os.environ) -> tuple[Toolchain | None,
     Raises:
         BuildError: a variable has no meaning, or FASTVIT_BUILD_CUDA=1 and something is missing.
     """
-    mode = build_mode(environment)
+    toolchain, reason = plan_by(VARIABLE, environment)
+    if toolchain:
+        architectures(environment.get("FASTVIT_CUDA_ARCHS", ""), toolchain.targets)
+    return toolchain, reason
+
+
+def plan_by(variable: str, environment: Mapping[str, str], *, cuda: bool = True) -> tuple[Toolchain | None, str]:
+    """The same as this variable has it, and nothing but the tools is looked at."""
+    mode = build_mode(environment, variable)
     if mode == "0":
-        return None, "it was left out: FASTVIT_BUILD_CUDA=0"
-    toolchain, missing = find_toolchain()
+        return None, f"it was left out: {variable}=0"
+    toolchain, missing = find_toolchain(cuda=cuda)
     if toolchain is None and mode == "1":
-        raise BuildError(f"FASTVIT_BUILD_CUDA=1, but there is no {'; no '.join(missing)}")
+        raise BuildError(f"{variable}=1, but there is no {'; no '.join(missing)}")
     if toolchain is None:
         return None, f"where FastViT was installed there was no {'; no '.join(missing)}"
-    architectures(environment.get("FASTVIT_CUDA_ARCHS", ""), toolchain.targets)
     return toolchain, ""
 
 
@@ -157,13 +168,13 @@ def architectures(text: str, targets: Sequence[int]) -> list[str]:
 
 def cuda_library(toolchain: Toolchain, names: Sequence[str], sources: Path = SOURCES) -> Library:
     """The extension, for the architectures `names`."""
-    library = Library("cuda", toolchain, sources)
+    library = Library("cuda", toolchain, sources, texts(sources))
     general = [number for number in names if number.isdigit()]
     codes = [f"arch=compute_{name},code=sm_{name}" for name in names]
     if general:  # later architectures compile this at run time
         codes.append(f"arch=compute_{general[-1]},code=compute_{general[-1]}")
     defines = ["-DFASTVIT_HAS_SM90A"] if "90a" in names else []
-    includes = [f"-isystem{path}" for path in (*toolchain.includes, _headers(toolchain))]
+    includes = [f"-isystem{path}" for path in (*toolchain.includes, headers(toolchain))]
     units = _kernels(sources, with_sm90a="90a" in names)
     threads = max(1, min(len(codes), _jobs() // max(1, len(units))))
     library.rules = {
@@ -175,23 +186,23 @@ def cuda_library(toolchain: Toolchain, names: Sequence[str], sources: Path = SOU
         library.objects.append(("nvcc", unit, [word for code in own for word in ("-gencode", code)]))
     library.objects += [("cxx", unit, []) for unit in _binding(sources)]
     folders = [f"-L{path}" for path in toolchain.libraries]
-    library.link = ["-Wl,--exclude-libs,ALL", *_link_torch(toolchain), *folders, *"-lcudart_static -lrt -ldl".split()]
+    library.link = ["-Wl,--exclude-libs,ALL", *link_torch(toolchain), *folders, *"-lcudart_static -lrt -ldl".split()]
     library.info = {"architectures": list(names), "ptx": general[-1] if general else ""}
     return library
 
 
 def host_library(toolchain: Toolchain, *, no_launch: bool = False, sources: Path = SOURCES) -> Library:
     """The same binding over emulated kernels, for tensors on the CPU; with `no_launch` over none, to be timed."""
-    library = Library("host-no-launch" if no_launch else "host", toolchain, sources)
+    library = Library("host-no-launch" if no_launch else "host", toolchain, sources, texts(sources))
     defines = ["-DFASTVIT_HAS_SM90A", *(["-DSIMT_NO_LAUNCH"] if no_launch else [])]
     flags = [flag if flag != "-O1" or not no_launch else "-O2" for flag in HOST_FLAGS]
     library.rules = {
         "emulated": [toolchain.cxx, *flags, *defines, "-x", "c++"],
-        "cxx": [toolchain.cxx, *CXX_FLAGS, *defines, "-DFASTVIT_EMULATED", f"-isystem{_headers(toolchain)}"],
+        "cxx": [toolchain.cxx, *CXX_FLAGS, *defines, "-DFASTVIT_EMULATED", f"-isystem{headers(toolchain)}"],
     }
     library.objects = [("emulated", unit, []) for unit in _kernels(sources, with_sm90a=True)]
     library.objects += [("cxx", unit, []) for unit in _binding(sources)]
-    library.link = _link_torch(toolchain)
+    library.link = link_torch(toolchain)
     return library
 
 
@@ -212,10 +223,10 @@ def build(library: Library, target: Path, work: Path = WORK) -> bool:
         (folder / "build.ninja").write_text(ninja_file(library), encoding="utf-8")
         command = [*library.toolchain.ninja, "-C", str(folder), f"-j{_jobs()}"]
         if subprocess.run(command, check=False).returncode:
-            raise BuildError("the C++/CUDA extension does not compile; the compiler's messages are above")
+            raise BuildError(f"{library.about} does not compile; the compiler's messages are above")
         info.unlink(missing_ok=True)
-        _replace(target, (folder / LIBRARY).read_bytes())
-        about = {"key": key, "sources": sources_digest(library.sources), **library.info}
+        _replace(target, (folder / BUILT).read_bytes())
+        about = {"key": key, "sources": digest_of(library.sources, library.texts), **library.info}
         write_info(info, {"built": True, **about, "versions": library.toolchain.versions})
     return True
 
@@ -229,15 +240,19 @@ def build_extension(folder: Path, environment: Mapping[str, str] = os.environ) -
         BuildError: as :func:`plan` and :func:`build`.
     """
     toolchain, reason = plan(environment)
-    folder.mkdir(parents=True, exist_ok=True)
     if toolchain is None:
-        if not (folder / LIBRARY).exists():
-            write_info(folder / INFO, {"built": False, "reason": reason})
+        leave_out(folder / LIBRARY, reason)
         return reason
     names = architectures(environment.get("FASTVIT_CUDA_ARCHS", ""), toolchain.targets)
     print(f"nvcc: {toolchain.nvcc}", flush=True)
     build(cuda_library(toolchain, names), folder / LIBRARY)
     return ""
+
+
+def leave_out(target: Path, reason: str) -> None:
+    """Say beside it why a library is not built, unless one is there, which may come from elsewhere."""
+    if not target.exists():
+        write_info(target.with_suffix(".json"), {"built": False, "reason": reason})
 
 
 def read_info(path: Path) -> dict[str, object]:
@@ -253,14 +268,21 @@ def write_info(path: Path, info: Mapping[str, object]) -> None:
     _replace(path, (json.dumps(info, indent=2) + "\n").encode())
 
 
+def texts(sources: Path) -> list[Path]:
+    """Everything that is compiled into the extension, for a GPU or emulated."""
+    found = (path for path in sorted(sources.rglob("*")) if path.suffix in (".h", ".cu", ".cpp"))
+    return [path for path in found if path.relative_to(sources).parts[0] not in ("emulated", "cpu")]
+
+
 def sources_digest(sources: Path = SOURCES) -> str:
-    """Of the names and the text of everything that is compiled into the library."""
-    texts = []
-    for path in sorted(sources.rglob("*")):
-        name = path.relative_to(sources)
-        if path.suffix in (".h", ".cu", ".cpp") and name.parts[0] != "emulated":
-            texts += [name.as_posix(), path.read_text(encoding="utf-8")]
-    return _digest(*texts)
+    """Of all `texts`."""
+    return digest_of(sources, texts(sources))
+
+
+def digest_of(sources: Path, files: Sequence[Path]) -> str:
+    """Of the names and the text of files."""
+    parts = [(path.relative_to(sources).as_posix(), path.read_text(encoding="utf-8")) for path in files]
+    return _digest(*(text for part in parts for text in part))
 
 
 def ninja_file(library: Library) -> str:
@@ -275,11 +297,12 @@ def ninja_file(library: Library) -> str:
     lines += ["  description = link $out"]
     outputs = []
     for rule, source, flags in library.objects:
-        outputs.append(f"{source.relative_to(library.sources).as_posix().replace('/', '.')}.o")
+        name = source.relative_to(library.sources).as_posix().replace("/", ".")
+        outputs.append(f"{name}.o" if f"{name}.o" not in outputs else f"{name}.{rule}.o")  # one source, several rules
         lines.append(f"build {outputs[-1]}: {rule} {_escape_path(source)}")
         if flags:
             lines.append(f"  flags = {_escape(shlex.join(flags))}")
-    lines += [f"build {LIBRARY}: link {' '.join(outputs)}", f"default {LIBRARY}"]
+    lines += [f"build {BUILT}: link {' '.join(outputs)}", f"default {BUILT}"]
     return "\n".join(lines) + "\n"
 
 
@@ -303,11 +326,13 @@ def _binding(sources: Path) -> list[Path]:
     return sorted((sources / "torch").glob("*.cpp"))
 
 
-def _headers(toolchain: Toolchain) -> str:
+def headers(toolchain: Toolchain) -> str:
+    """The folder of torch's headers."""
     return str(toolchain.torch / "include")
 
 
-def _link_torch(toolchain: Toolchain) -> list[str]:
+def link_torch(toolchain: Toolchain) -> list[str]:
+    """The linker's options for torch, which is loaded before the library is."""
     return [f"-L{toolchain.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]
 
 
@@ -323,7 +348,7 @@ def _jobs() -> int:
 def _key(library: Library) -> str:
     """Of the sources, the commands and the tools."""
     commands = [library.rules, library.link, library.info, library.toolchain.versions]
-    return _digest(sources_digest(library.sources), json.dumps(commands))
+    return _digest(digest_of(library.sources, library.texts), json.dumps(commands))
 
 
 def _digest(*texts: str) -> str:

@@ -14,7 +14,9 @@
 
 #include "checks.h"
 
-#if defined(FASTVIT_EMULATED)
+#if defined(FASTVIT_NATIVE)
+#include "device_native.h"
+#elif defined(FASTVIT_EMULATED)
 #include "device_host.h"
 #else
 #include "device_cuda.h"

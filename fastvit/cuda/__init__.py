@@ -6,17 +6,17 @@ It is built from csrc/ by tools/build_extension.py, at installation or by `make 
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastvit.library import CHECKOUT, Library
+
 LIBRARY = Path(__file__).resolve().with_name("_fastvit_cuda.so")
-_CHECKOUT = Path(__file__).resolve().parents[2]
+_CHECKOUT = CHECKOUT
+_KIND = Library("the C++/CUDA extension", "build_extension.py", "extension", "FASTVIT_BUILD_CUDA")
 
 
 @lru_cache
@@ -34,29 +34,18 @@ def why_unavailable(device_type: str) -> str:
 
 def why_missing() -> str:
     """The reason why there is no library, "" if there is one."""
-    if LIBRARY.exists():
-        return ""
-    reason = build_info().get("reason")
-    return f"the C++/CUDA extension is not built: {reason}" if reason else "the C++/CUDA extension is not built"
+    return _KIND.why_missing(LIBRARY)
 
 
 @lru_cache
 def why_not_loaded() -> str:
     """Load the library, once in a process. The reason why it can't be, "" if it is loaded."""
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
-        # torch wraps what the system's loader said.
-        return f"{LIBRARY} can't be loaded into torch {torch.__version__}: {error.__cause__ or error}"
-    return ""
+    return _KIND.why_not_loaded(LIBRARY)
 
 
 def build_info() -> dict[str, Any]:
     """What the build wrote beside the library: "architectures" and "ptx", or "reason"; {} where nothing was built."""
-    try:
-        return dict(json.loads(LIBRARY.with_suffix(".json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+    return _KIND.build_info(LIBRARY)
 
 
 def architectures() -> tuple[str, ...]:
@@ -68,22 +57,12 @@ def architectures() -> tuple[str, ...]:
 
 def how_to_get() -> str:
     """The command that builds the extension for this installation."""
-    if (_CHECKOUT / "tools" / "build_extension.py").exists():
-        return f"make -C {_CHECKOUT} extension"
-    return "FASTVIT_BUILD_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall PATH_TO_FASTVIT'S_SOURCES"
+    return _KIND.how_to_get(_CHECKOUT)
 
 
 def is_outdated() -> bool:
     """Whether the library was built from other sources than those of the checkout it is in."""
-    built_from = build_info().get("sources")
-    path = _CHECKOUT / "tools" / "build_extension.py"
-    spec = importlib.util.spec_from_file_location("fastvit_build_extension", path) if path.exists() else None
-    if built_from is None or not LIBRARY.exists() or spec is None or spec.loader is None:
-        return False
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool  # where its dataclasses look for their module
-    spec.loader.exec_module(tool)
-    return bool(tool.sources_digest() != built_from)
+    return _KIND.is_outdated(LIBRARY, _CHECKOUT)
 
 
 def _why_not_compiled_for(major: int, minor: int) -> str:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 CONTENTS = ("fastvit", "kernels", "benchmarks", "csrc", "tools/build_extension.py", "setup.py", "pyproject.toml")
-CONTENTS += ("MANIFEST.in", "README.md", "LICENSE")
+CONTENTS += ("tools/build_native.py", "MANIFEST.in", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def copied_tree(target: Path) -> Path:
     for name in CONTENTS:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "_fastvit_cuda.*")
+            ignored = shutil.ignore_patterns("__pycache__", "_fastvit_*.so", "_fastvit_*.json")
             shutil.copytree(ROOT / name, target / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, target / name)

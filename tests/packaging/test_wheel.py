@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RENAMED = ("kernels", "benchmarks")
+WITHOUT = {"FASTVIT_BUILD_CUDA": "0", "FASTVIT_BUILD_NATIVE": "0"}
 
 
 def python_files() -> list[str]:
@@ -28,34 +29,36 @@ def python_files() -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel without the C++/CUDA extension."""
+    """A wheel without the compiled libraries."""
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    variables = {**os.environ, "FASTVIT_BUILD_CUDA": "0"}
+    variables = {**os.environ, **WITHOUT}
     done = subprocess.run([*command, "-w", out, tree], capture_output=True, text=True, check=False, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.glob("*.whl")
     return built
 
 
-def test_wheel_without_the_extension_serves_every_platform(wheel: Path) -> None:
+def test_wheel_without_libraries_serves_every_platform(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     archive = zipfile.ZipFile(wheel)
     assert not [name for name in archive.namelist() if name.endswith((".so", ".cu", ".h"))]
-    info = json.loads(archive.read("fastvit/cuda/_fastvit_cuda.json"))
-    assert info == {"built": False, "reason": "it was left out: FASTVIT_BUILD_CUDA=0"}
+    for name, variable in (("cuda", "FASTVIT_BUILD_CUDA"), ("native", "FASTVIT_BUILD_NATIVE")):
+        info = json.loads(archive.read(f"fastvit/{name}/_fastvit_{name}.json"))
+        assert info == {"built": False, "reason": f"it was left out: {variable}=0"}
 
 
-def test_an_unknown_mode_stops_the_build(tree: Path) -> None:
-    variables = {**os.environ, "FASTVIT_BUILD_CUDA": "yes"}
+@pytest.mark.parametrize("variable", WITHOUT)
+def test_an_unknown_mode_stops_the_build(tree: Path, variable: str) -> None:
+    variables = {**os.environ, variable: "yes"}
     command = [sys.executable, "setup.py", "--version"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, env=variables)
-    assert done.returncode and "error: FASTVIT_BUILD_CUDA='yes': accepted are auto, 0, 1" in done.stderr
+    assert done.returncode and f"error: {variable}='yes': accepted are auto, 0, 1" in done.stderr
 
 
 def test_source_distribution_has_what_a_build_takes(tree: Path, tmp_path: Path) -> None:
     code = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
-    variables = {**os.environ, "FASTVIT_BUILD_CUDA": "0"}
+    variables = {**os.environ, **WITHOUT}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=False, env=variables
     )
@@ -63,7 +66,7 @@ def test_source_distribution_has_what_a_build_takes(tree: Path, tmp_path: Path) 
     (archive,) = tmp_path.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert names >= {*sources, "setup.py", "tools/build_extension.py", "kernels/launch.py"}
+    assert names >= {*sources, "setup.py", "tools/build_extension.py", "tools/build_native.py", "kernels/launch.py"}
 
 
 def test_wheel_has_every_module_once(wheel: Path) -> None:

@@ -1,0 +1,216 @@
+// As many float32 values as a register of the instruction set holds, and their way to memory and back.
+//
+// Arithmetic is that of the compilers' vector types: a * b + c, which they contract, comparisons that give masks. A
+// type that a register holds whole is what they compile well, so that LANES differs: 4, 8 or 16.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../views.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fastvit::FASTVIT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));  // and masks: -1 where it holds, else 0
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
+using Bytes = uint8_t __attribute__((vector_size(LANES)));
+
+// Elements of 16 bits, as they lie in memory.
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Floats all(float value) { return value - Floats{}; }  // of -0 too
+inline Words all_words(uint32_t value) { return Words{} + value; }
+
+// a where the mask holds, else b.
+inline Words select(Ints mask, Words a, Words b) {
+  const Words m = bits_as<Words>(mask);
+  return (a & m) | (b & ~m);
+}
+inline Floats select(Ints mask, Floats a, Floats b) {
+  return bits_as<Floats>(select(mask, bits_as<Words>(a), bits_as<Words>(b)));
+}
+
+inline Floats minimum(Floats a, Floats b) { return select(a < b, a, b); }
+inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
+
+// In pairs, so that the order is the same whatever the compiler.
+inline float sum(Floats values) {
+  float all[LANES];
+  std::memcpy(all, &values, sizeof all);
+  for (int half = LANES / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) all[i] += all[i + half];
+  }
+  return all[0];
+}
+
+// Between the bits of 16-bit elements and float32. Rounding is to nearest, ties to even, and exact.
+
+inline Floats widen(Shorts bits, bfloat16) {
+  return bits_as<Floats>(__builtin_convertvector(bits, Words) << 16);
+}
+
+inline Shorts narrow(Floats values, bfloat16) {
+  const Words bits = bits_as<Words>(values);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(select(values == values, rounded, all_words(0x7fc0)), Shorts);
+}
+
+inline Floats widen(Shorts bits, float16) {
+#if defined(__AVX512F__)  // maskz_: of all lanes, as GCC 12 warns of what its header does in the plain one
+  return bits_as<Floats>(_mm512_maskz_cvtph_ps(0xffff, bits_as<__m256i>(bits)));
+#elif defined(__F16C__)
+  return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(bits)));
+#elif defined(__aarch64__)
+  return bits_as<Floats>(vcvt_f32_f16(bits_as<float16x4_t>(bits)));
+#else
+  const Words wide = __builtin_convertvector(bits, Words);
+  const Words sign = (wide & 0x8000) << 16, magnitude = wide & 0x7fff;
+  const Words infinite = bits_as<Words>(magnitude >= 0x7c00);
+  const Words normal = (magnitude << 13) + (112u << 23) + (infinite & (112u << 23));
+  // Below the normal ones: a multiple of 2^-24.
+  const Floats small = __builtin_convertvector(bits_as<Ints>(magnitude), Floats) * 0x1p-24f;
+  return bits_as<Floats>(select(magnitude < 0x400, bits_as<Words>(small), normal) | sign);
+#endif
+}
+
+inline Shorts narrow(Floats values, float16) {
+#if defined(__AVX512F__)
+  constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return bits_as<Shorts>(_mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(values), NEAREST));
+#elif defined(__F16C__)
+  return bits_as<Shorts>(_mm256_cvtps_ph(bits_as<__m256>(values), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+  return bits_as<Shorts>(vcvt_f16_f32(bits_as<float32x4_t>(values)));
+#else
+  const Words bits = bits_as<Words>(values), magnitude = bits & 0x7fffffff;
+  const Words normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  // Below the normal ones: the spacing of floats from 0.5 on is 2^-24, and the addition rounds to it.
+  const Words small = bits_as<Words>(bits_as<Floats>(magnitude) + 0.5f) - bits_as<Words>(all(0.5f));
+  Words half = select(magnitude < (113u << 23), small, normal);
+  half = select(magnitude >= 0x477ff000, all_words(0x7c00), half);  // 65520 and on
+  half = select(values == values, half, all_words(0x7e00));
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000), Shorts);
+#endif
+}
+
+// LANES elements from memory, or the first `count` of them, from 0 to LANES, and zeros behind them.
+
+inline Floats load(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
+}
+
+template <class T>  // float16 or bfloat16
+inline Floats load(const T* from) {
+  Shorts bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return widen(bits, T{});
+}
+
+inline Floats load(const uint8_t* from) {
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+}
+
+template <class T>
+inline Floats load(const T* from, int64_t count) {
+  if (count >= LANES) return load(from);
+  T first[LANES] = {};
+  for (int64_t i = 0; i < count; i++) first[i] = from[i];
+  return load(first);
+}
+
+// Rounds LANES values and stores them, or the first `count`.
+
+inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+
+template <class T>  // float16 or bfloat16
+inline void store(T* to, Floats values) {
+  const Shorts bits = narrow(values, T{});
+  std::memcpy(to, &bits, sizeof bits);
+}
+
+template <class T>
+inline void store(T* to, Floats values, int64_t count) {
+  if (count >= LANES) return store(to, values);
+  T first[LANES];
+  store(first, values);
+  for (int64_t i = 0; i < count; i++) to[i] = first[i];
+}
+
+// As they would be read again.
+template <class T>
+inline Floats rounded_to(Floats values) {
+  return widen(narrow(values, T{}), T{});
+}
+template <>
+inline Floats rounded_to<float>(Floats values) {
+  return values;
+}
+
+// Calls use(first, count) for every LANES columns of 0 to width, and what is left behind them.
+template <class Use>
+inline void each_vector(int64_t width, const Use& use) {
+  int64_t column = 0;
+  for (; column + LANES <= width; column += LANES) use(column, LANES);
+  if (column < width) use(column, width - column);
+}
+
+// Calls `use` with an element of a type known at run time.
+template <class Use>
+inline void with_type(Type type, const Use& use) {
+  if (type == Type::FLOAT32) return use(float{});
+  if (type == Type::BFLOAT16) return use(bfloat16{});
+  use(float16{});
+}
+
+// The first `count` of LANES elements from place `i` of a tensor, of a type known at run time: for small tensors, whose
+// types would multiply the code. The branches are the same each time, which costs a processor little.
+inline Floats load(const View& view, int64_t i, int64_t count) {
+  if (view.type == Type::FLOAT32) return load(static_cast<const float*>(view.data) + i, count);
+  if (view.type == Type::BFLOAT16) return load(static_cast<const bfloat16*>(view.data) + i, count);
+  return load(static_cast<const float16*>(view.data) + i, count);
+}
+
+template <class T>
+inline const T* elements(const View& view) {
+  return static_cast<const T*>(view.data);
+}
+template <class T>
+inline T* writable(const View& view) {
+  return static_cast<T*>(view.data);
+}
+
+}  // namespace fastvit::FASTVIT_ISA

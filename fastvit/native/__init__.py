@@ -1,0 +1,74 @@
+"""The ops in C++ for the processor: a library that an installation may have, or not.
+
+It is built from csrc/cpu/ by tools/build_native.py, at installation or by `make native`, for several instruction sets,
+of which the best that the processor has is chosen when it is first used, or the one that FASTVIT_CPU_ISA names. It
+registers `torch.ops.fastvit_native.add_position_cuda` and its companions, by the names of the binding that both
+libraries share, when it is loaded.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvit.library import CHECKOUT, Library
+
+LIBRARY = Path(__file__).resolve().with_name("_fastvit_native.so")
+_CHECKOUT = CHECKOUT
+_KIND = Library("the library for the processor", "build_native.py", "native", "FASTVIT_BUILD_NATIVE")
+
+
+@lru_cache
+def why_unavailable(device_type: str) -> str:
+    """The reason why the library can't run on a device type, "" if it can; it is then loaded.
+
+    Raises:
+        RuntimeError: FASTVIT_CPU_ISA names no instruction set of the library, or one that the processor lacks.
+    """
+    if device_type != "cpu":
+        return "it computes on the CPU only"
+    reason = why_missing()
+    if reason:
+        return f"{reason}; to get it: {how_to_get()}"
+    reason = why_not_loaded()
+    if not reason:
+        instruction_set()
+    return reason
+
+
+def why_missing() -> str:
+    """The reason why there is no library, "" if there is one."""
+    return _KIND.why_missing(LIBRARY)
+
+
+@lru_cache
+def why_not_loaded() -> str:
+    """Load the library, once in a process. The reason why it can't be, "" if it is loaded."""
+    return _KIND.why_not_loaded(LIBRARY)
+
+
+def instruction_set() -> str:
+    """The name of the one that the loaded library runs with: portable, avx2, avx512 or avx512bf16.
+
+    Raises:
+        RuntimeError: as :func:`why_unavailable`.
+    """
+    return str(torch.ops.fastvit_native.instruction_set())
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote beside the library: "instruction_sets" and "ops", or "reason"; {} if nothing was built."""
+    return _KIND.build_info(LIBRARY)
+
+
+def how_to_get() -> str:
+    """The command that builds the library for this installation."""
+    return _KIND.how_to_get(_CHECKOUT)
+
+
+def is_outdated() -> bool:
+    """Whether the library was built from other sources than those of the checkout it is in."""
+    return _KIND.is_outdated(LIBRARY, _CHECKOUT)
