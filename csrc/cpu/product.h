@@ -1,6 +1,12 @@
-// The product of two packed operands: a tile of sums that stays in registers while the sum runs.
+// Products of matrices whose operands are packed as they are read: one is the caller's to read from, row by row, so that
+// images, or values of another type, need not be written as a matrix first. Sums are made in float32.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
+#include "../simt/queue.h"
+#include "threads.h"
 #include "vector.h"
 
 namespace fastvit::FASTVIT_ISA {
@@ -34,23 +40,37 @@ struct Bfloat16 {
 };
 #endif
 
-// Whether `compute` is multiplied as it is; other types are as float32.
-inline bool multiplies_bfloat16(Type compute) {
-#if defined(__AVX512BF16__)
-  return compute == Type::BFLOAT16;
-#else
-  return compute == Type::FLOAT32 && false;
-#endif
-}
-
-// Calls `use` with Float32{} or Bfloat16{}.
+// Calls `use` with Bfloat16{} where that is `compute` and the processor multiplies it, else with Float32{}.
 template <class Use>
 inline void with_operand(Type compute, const Use& use) {
 #if defined(__AVX512BF16__)
   if (compute == Type::BFLOAT16) return use(Bfloat16{});
+#else
+  (void)compute;
 #endif
   use(Float32{});
 }
+
+inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class Operand>
+int64_t words(int64_t values) {
+  return up(values, Operand::VALUES);
+}
+
+// Memory of one thread, all zeros at first.
+template <class T>
+struct Room {
+  T* data;
+  explicit Room(int64_t count) {
+    const std::size_t bytes = up(count * sizeof(T), 64) * 64;
+    data = static_cast<T*>(std::aligned_alloc(64, bytes));
+    std::memset(static_cast<void*>(data), 0, bytes);
+  }
+  ~Room() { std::free(data); }
+  Room(const Room&) = delete;
+};
 
 using Tile = float[TILE_ROWS][TILE_COLUMNS];
 
@@ -75,6 +95,161 @@ __attribute__((noinline)) void multiply(const float* a, int64_t row, int64_t ste
 #pragma GCC unroll 4
     for (int j = 0; j < TILE_VECTORS; j++) store(&tile[i][j * LANES], sums[i][j]);
   }
+}
+
+// The second operand of a product: panels of TILE_COLUMNS columns, each of `steps` words along the sum.
+struct Panels {
+  float* data;
+  int64_t width, steps;
+
+  template <class Operand>
+  static Panels room(Operand, int64_t width, int64_t length, const simt::Queue& queue) {
+    const int64_t steps = words<Operand>(length);
+    return {queue.scratch<float>("panels", up(width, TILE_COLUMNS) * steps * TILE_COLUMNS), width, steps};
+  }
+  float* panel(int64_t number) const { return data + number * steps * TILE_COLUMNS; }
+};
+
+// Of a matrix whose rows are the columns: read(d, to) writes the `length` values of column d, and perhaps LANES - 1 more.
+template <class Operand, class Read>
+Panels pack_turned(int64_t width, int64_t length, const simt::Queue& queue, const Read& read) {
+  using Element = typename Operand::Element;
+  constexpr int64_t VALUES = Operand::VALUES, BLOCK = 64 / VALUES;  // steps of all columns: in the nearest cache
+  const Panels panels = Panels::room(Operand{}, width, length, queue);
+  const int64_t stride = panels.steps * VALUES + LANES;
+  parallel(up(width, TILE_COLUMNS), TILE_COLUMNS * length, [&](int64_t first, int64_t end) {
+    Room<Element> rows(TILE_COLUMNS * stride);
+    for (int64_t panel = first; panel < end; panel++) {
+      const int64_t columns = least(TILE_COLUMNS, width - panel * TILE_COLUMNS);
+      for (int64_t column = 0; column < columns; column++) {
+        read(panel * TILE_COLUMNS + column, rows.data + column * stride);
+        if (length % VALUES) store(rows.data + column * stride + length, Floats{}, 1);
+      }
+      Element* to = reinterpret_cast<Element*>(panels.panel(panel));
+      for (int64_t start = 0; start < panels.steps; start += BLOCK) {
+        const int64_t last = least(start + BLOCK, panels.steps) * VALUES;
+        for (int64_t column = 0; column < TILE_COLUMNS; column++) {
+          const Element* row = rows.data + column * stride;
+          for (int64_t k = start * VALUES; k < last; k++) to[(k / VALUES * TILE_COLUMNS + column) * VALUES + k % VALUES] = row[k];
+        }
+      }
+    }
+  });
+  return panels;
+}
+
+// One panel of columns `first` on, of a matrix as it lies: read(row, first, end, to) writes those of a row, and perhaps
+// LANES - 1 more; `to` has room for them.
+template <class Operand, class Read>
+void pack_panel(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* to) {
+  using Element = typename Operand::Element;
+  if constexpr (Operand::VALUES == 1) {
+    for (int64_t i = 0; i < rows; i++) read(row + i, first, end, to + i * TILE_COLUMNS);
+  } else {
+    Element pair[2][TILE_COLUMNS + LANES] = {};
+    for (int64_t i = 0; i < rows; i += 2, to += TILE_COLUMNS) {
+      read(row + i, first, end, pair[0]);
+      if (i + 1 < rows) read(row + i + 1, first, end, pair[1]);
+      else std::memset(static_cast<void*>(pair[1]), 0, sizeof pair[1]);
+      Element* word = reinterpret_cast<Element*>(to);
+      for (int64_t k = 0; k < TILE_COLUMNS; k++) word[2 * k] = pair[0][k], word[2 * k + 1] = pair[1][k];
+    }
+  }
+}
+
+constexpr int64_t GROUP = 4;  // tiles of rows that are read at once: a panel then serves them all from the cache
+
+// The products of `rows` rows: read(row, to) writes the `length` values of one, and perhaps LANES - 1 more, and
+// write(tile, row, count, column) takes the sums of `count` rows and the columns from `column` on.
+template <class Operand, class Read, class Write>
+void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Read& read, const Write& write) {
+  using Element = typename Operand::Element;
+  // In words; an odd number of cache lines, so that the rows of a tile don't meet in the same set.
+  const int64_t stride = (up(panels.steps + LANES, 16) | 1) * 16;
+  parallel(up(rows, TILE_ROWS), TILE_ROWS * length, [&](int64_t first, int64_t end) {
+    Room<float> room(GROUP * TILE_ROWS * stride);
+    Tile tile;
+    for (int64_t start = first; start < end; start += GROUP) {
+      const int64_t start_row = start * TILE_ROWS, end_row = least(least(start + GROUP, end) * TILE_ROWS, rows);
+      for (int64_t row = start_row; row < end_row; row++) {
+        Element* to = reinterpret_cast<Element*>(room.data + (row - start_row) * stride);
+        read(row, to);
+        if (length % Operand::VALUES) store(to + length, Floats{}, 1);
+      }
+      for (int64_t column = 0; column < panels.width; column += TILE_COLUMNS) {
+        const float* panel = panels.panel(column / TILE_COLUMNS);
+        for (int64_t row = start_row; row < end_row; row += TILE_ROWS) {
+          multiply<Operand>(room.data + (row - start_row) * stride, stride, 1, panel, panels.steps, tile);
+          write(tile, row, least(TILE_ROWS, end_row - row), column);
+        }
+      }
+    }
+  });
+}
+
+// Sums over rows, and in which parts they are made.
+constexpr int64_t BLOCK = 256;          // rows whose products are summed in registers; the sums are added in order
+constexpr int64_t GRADIENT_TILES = 32;  // of TILE_ROWS results, for each task
+
+// The first operand of a sum over rows, in panels of TILE_ROWS columns: read(row, to) writes the `width` values of a row.
+template <class Operand, class Read>
+const float* pack_for_sums(int64_t rows, int64_t width, const simt::Queue& queue, const Read& read) {
+  using Element = typename Operand::Element;
+  constexpr int64_t VALUES = Operand::VALUES;
+  const int64_t steps = words<Operand>(rows), panels = up(width, TILE_ROWS), padded = panels * TILE_ROWS + LANES;
+  float* packed = queue.scratch<float>("packed rows", panels * steps * TILE_ROWS);
+  parallel(steps, VALUES * width, [&](int64_t first, int64_t end) {
+    Room<Element> room(VALUES * padded);
+    for (int64_t step = first; step < end; step++) {
+      for (int64_t v = 0; v < VALUES; v++) {
+        Element* row = room.data + v * padded;
+        if (step * VALUES + v < rows) read(step * VALUES + v, row);
+        else std::memset(static_cast<void*>(row), 0, padded * sizeof(Element));
+      }
+      for (int64_t panel = 0; panel < panels; panel++) {
+        Element* to = reinterpret_cast<Element*>(packed + (panel * steps + step) * TILE_ROWS);
+        const Element* from = room.data + panel * TILE_ROWS;
+        for (int64_t i = 0; i < TILE_ROWS; i++) {
+          for (int64_t v = 0; v < VALUES; v++) to[i * VALUES + v] = from[v * padded + i];
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+// sums[i][j] = sum over rows of left[row][i] right[row][j]. `left`: of pack_for_sums, `height` wide. read(row, first, end,
+// to) writes values of a row of `right`, as in pack_panel. finish(i, j, count, sums) takes `count` of the sums of i.
+template <class Operand, class Read, class Finish>
+void sum_products(int64_t rows, int64_t height, int64_t width, const float* left, const Read& read,
+                  const Finish& finish) {
+  const int64_t steps = words<Operand>(rows), tiles = up(height, TILE_ROWS), parts = up(tiles, GRADIENT_TILES);
+  parallel(up(width, TILE_COLUMNS) * parts, TILE_COLUMNS * rows, [&](int64_t first, int64_t end) {
+    Room<float> values(BLOCK * TILE_COLUMNS + LANES), room(GRADIENT_TILES * TILE_ROWS * TILE_COLUMNS);
+    Tile tile;
+    for (int64_t task = first; task < end; task++) {
+      const int64_t column = task / parts * TILE_COLUMNS, count = least(TILE_COLUMNS, width - column);
+      const int64_t first_tile = task % parts * GRADIENT_TILES, last_tile = least(first_tile + GRADIENT_TILES, tiles);
+      for (int64_t row = 0; row < rows; row += BLOCK) {
+        const int64_t block = least(BLOCK, rows - row);
+        pack_panel<Operand>(row, block, column, column + count, read, values.data);
+        for (int64_t t = first_tile; t < last_tile; t++) {
+          const float* panel = left + (t * steps + row / Operand::VALUES) * TILE_ROWS;
+          multiply<Operand>(panel, 1, TILE_ROWS, values.data, words<Operand>(block), tile);
+          float* sums = room.data + (t - first_tile) * TILE_ROWS * TILE_COLUMNS;
+          const float* added = &tile[0][0];
+          for (int64_t i = 0; i < TILE_ROWS * TILE_COLUMNS; i += LANES) {
+            store(sums + i, row ? load(sums + i) + load(added + i) : load(added + i));
+          }
+        }
+      }
+      for (int64_t i = first_tile * TILE_ROWS; i < least(last_tile * TILE_ROWS, height); i++) {
+        float* sums = room.data + (i - first_tile * TILE_ROWS) * TILE_COLUMNS;
+        if (!rows) std::memset(sums, 0, sizeof tile[0]);
+        finish(i, column, count, sums);
+      }
+    }
+  });
 }
 
 }  // namespace fastvit::FASTVIT_ISA
