@@ -127,18 +127,17 @@ void write_weight_gradient(const Patches& patches, const View& d_weight, int64_t
 }
 
 template <class Operand>
-void differentiate_weight(const Patches& patches, const View& grad, const float* d_bias, const View& d_weight,
-                          const Queue& queue) {
+void differentiate_weight(const Patches& patches, const View& grad, const float* d_bias, const View& d_weight) {
   const int64_t width = grad.sizes[2], kept = patches.kept(), prefix_rows = grad.sizes[1] - kept;
-  const float* left = pack_for_sums<Operand>(patches.rows(), width, queue, [&](int64_t row, auto* to) {
-    const int64_t token = row / kept * grad.sizes[1] + prefix_rows + row % kept;
-    const bool is_there = patches.number(row) >= 0;
-    each_vector(width, [&](int64_t i, int64_t n) {
-      store(to + i, is_there ? load(grad, token * width + i, n) : Floats{}, n);
-    });
-  });
   sum_products<Operand>(
-      patches.rows(), width, patches.length(), left,
+      patches.rows(), width, patches.length(),
+      [&](int64_t row, int64_t first, int64_t end, auto* to) {
+        const int64_t token = row / kept * grad.sizes[1] + prefix_rows + row % kept;
+        const bool is_there = patches.number(row) >= 0;
+        each_vector(end - first, [&](int64_t i, int64_t n) {
+          store(to + i, is_there ? load(grad, token * width + first + i, n) : Floats{});
+        });
+      },
       [&](int64_t row, int64_t first, int64_t end, auto* to) { patches.read(row, first, end, to); },
       [&](int64_t d, int64_t pixel, int64_t count, const float* sums) {
         write_weight_gradient(patches, d_weight, d, pixel, count, sums, d_bias[d]);
@@ -204,7 +203,7 @@ void patch_embed_backward(const PatchEmbedInputs& inputs, int prefix_rows, const
   sum_rows(elements<float>(d_rows) + prefix_rows * width, patches.patches(), width, d_bias);
   if (!gradients.d_weight) return;
   with_operand(inputs.compute, [&](auto operand) {
-    differentiate_weight<decltype(operand)>(patches, grad, d_bias, gradients.d_weight, queue);
+    differentiate_weight<decltype(operand)>(patches, grad, d_bias, gradients.d_weight);
   });
 }
 

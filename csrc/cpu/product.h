@@ -74,10 +74,12 @@ struct Room {
 
 using Tile = float[TILE_ROWS][TILE_COLUMNS];
 
-// tile[i][j] = sum over s of a[i * ROW + s * step] b[s * TILE_COLUMNS + j], all counted in words.
+constexpr int64_t CHAIN = 256;  // products that are summed one after another; longer sums are sums of such sums
+
+// sums[i][j] = sum over s of a[i * row + s * step] b[s * TILE_COLUMNS + j], all counted in words; or is added to them.
 template <class Operand>
 __attribute__((noinline)) void multiply(const float* a, int64_t row, int64_t step, const float* b, int64_t steps,
-                                        Tile& tile) {
+                                        bool adds, float* tile) {
   Floats sums[TILE_ROWS][TILE_VECTORS] = {};
   for (int64_t s = 0; s < steps; s++) {
     Floats values[TILE_VECTORS];
@@ -93,7 +95,10 @@ __attribute__((noinline)) void multiply(const float* a, int64_t row, int64_t ste
 #pragma GCC unroll 16
   for (int i = 0; i < TILE_ROWS; i++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE_VECTORS; j++) store(&tile[i][j * LANES], sums[i][j]);
+    for (int j = 0; j < TILE_VECTORS; j++) {
+      float* to = tile + i * TILE_COLUMNS + j * LANES;
+      store(to, adds ? load(to) + sums[i][j] : sums[i][j]);
+    }
   }
 }
 
@@ -179,7 +184,11 @@ void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Rea
       for (int64_t column = 0; column < panels.width; column += TILE_COLUMNS) {
         const float* panel = panels.panel(column / TILE_COLUMNS);
         for (int64_t row = start_row; row < end_row; row += TILE_ROWS) {
-          multiply<Operand>(room.data + (row - start_row) * stride, stride, 1, panel, panels.steps, tile);
+          const float* values = room.data + (row - start_row) * stride;
+          for (int64_t s = 0; s == 0 || s < panels.steps; s += CHAIN) {
+            const int64_t steps = least(CHAIN, panels.steps - s);
+            multiply<Operand>(values + s, stride, 1, panel + s * TILE_COLUMNS, steps, s > 0, &tile[0][0]);
+          }
           write(tile, row, least(TILE_ROWS, end_row - row), column);
         }
       }
@@ -187,66 +196,79 @@ void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Rea
   });
 }
 
-// Sums over rows, and in which parts they are made.
-constexpr int64_t BLOCK = 256;          // rows whose products are summed in registers; the sums are added in order
-constexpr int64_t GRADIENT_TILES = 32;  // of TILE_ROWS results, for each task
+// Sums over rows, and in which parts they are made. A task has TASK_TILES times TASK_PANELS tiles of results.
+constexpr int64_t BLOCK = 128;      // rows whose products are summed in registers; the sums are added in order
+constexpr int64_t TASK_TILES = 16;  // of TILE_ROWS results
+constexpr int64_t TASK_PANELS = 4;  // of TILE_COLUMNS results: what is read of the first operand serves them all
 
-// The first operand of a sum over rows, in panels of TILE_ROWS columns: read(row, to) writes the `width` values of a row.
+// Rows of the first operand of a sum over rows, in tiles of TILE_ROWS columns of BLOCK rows: read(row, first, end, to)
+// writes those of a row, and perhaps LANES - 1 more.
 template <class Operand, class Read>
-const float* pack_for_sums(int64_t rows, int64_t width, const simt::Queue& queue, const Read& read) {
+void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* packed) {
   using Element = typename Operand::Element;
-  constexpr int64_t VALUES = Operand::VALUES;
-  const int64_t steps = words<Operand>(rows), panels = up(width, TILE_ROWS), padded = panels * TILE_ROWS + LANES;
-  float* packed = queue.scratch<float>("packed rows", panels * steps * TILE_ROWS);
-  parallel(steps, VALUES * width, [&](int64_t first, int64_t end) {
-    Room<Element> room(VALUES * padded);
-    for (int64_t step = first; step < end; step++) {
-      for (int64_t v = 0; v < VALUES; v++) {
-        Element* row = room.data + v * padded;
-        if (step * VALUES + v < rows) read(step * VALUES + v, row);
-        else std::memset(static_cast<void*>(row), 0, padded * sizeof(Element));
-      }
-      for (int64_t panel = 0; panel < panels; panel++) {
-        Element* to = reinterpret_cast<Element*>(packed + (panel * steps + step) * TILE_ROWS);
-        const Element* from = room.data + panel * TILE_ROWS;
-        for (int64_t i = 0; i < TILE_ROWS; i++) {
-          for (int64_t v = 0; v < VALUES; v++) to[i * VALUES + v] = from[v * padded + i];
+  constexpr int64_t VALUES = Operand::VALUES, SIZE = BLOCK / VALUES * TILE_ROWS;
+  constexpr int64_t ROWS = 8;  // at once: a value that is read the moment it was written, but by other bounds, waits
+  Element values[ROWS][(TASK_TILES + 1) * TILE_ROWS + LANES];
+  for (int64_t start = 0; start < rows; start += ROWS) {
+    for (int64_t i = 0; i < ROWS; i++) {
+      if (start + i < rows) read(row + start + i, first, end, values[i]);
+      else std::memset(static_cast<void*>(values[i]), 0, sizeof values[i]);
+    }
+    for (int64_t i = 0; i < least(ROWS, rows - start); i += VALUES) {
+      float* to = packed + (start + i) / VALUES * TILE_ROWS;
+      for (int64_t column = 0; column < end - first; column += TILE_ROWS, to += SIZE) {
+        if constexpr (VALUES == 1) {
+          std::memcpy(to, values[i] + column, TILE_ROWS * sizeof(float));
+        } else {
+          const Element *even = values[i] + column, *odd = values[i + 1] + column;
+          Element* word = reinterpret_cast<Element*>(to);
+          for (int64_t k = 0; k < TILE_ROWS; k++) word[2 * k] = even[k], word[2 * k + 1] = odd[k];
         }
       }
     }
-  });
-  return packed;
+  }
 }
 
-// sums[i][j] = sum over rows of left[row][i] right[row][j]. `left`: of pack_for_sums, `height` wide. read(row, first, end,
-// to) writes values of a row of `right`, as in pack_panel. finish(i, j, count, sums) takes `count` of the sums of i.
-template <class Operand, class Read, class Finish>
-void sum_products(int64_t rows, int64_t height, int64_t width, const float* left, const Read& read,
+// sums[i][j] = sum over rows of left[row][i] right[row][j], of matrices `height` and `width` wide. Of both,
+// read(row, first, end, to) writes values of a row, and perhaps LANES - 1 more. finish(i, j, count, sums) takes `count` of
+// the sums of i.
+template <class Operand, class Left, class Right, class Finish>
+void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left, const Right& right,
                   const Finish& finish) {
-  const int64_t steps = words<Operand>(rows), tiles = up(height, TILE_ROWS), parts = up(tiles, GRADIENT_TILES);
-  parallel(up(width, TILE_COLUMNS) * parts, TILE_COLUMNS * rows, [&](int64_t first, int64_t end) {
-    Room<float> values(BLOCK * TILE_COLUMNS + LANES), room(GRADIENT_TILES * TILE_ROWS * TILE_COLUMNS);
-    Tile tile;
+  constexpr int64_t SIZE = TILE_ROWS * TILE_COLUMNS;
+  const int64_t tiles = up(height, TILE_ROWS), all_panels = up(width, TILE_COLUMNS);
+  // As many tasks as it takes, and all of about the same size.
+  const int64_t most_tiles = up(tiles, up(tiles, TASK_TILES)), most_panels = up(all_panels, up(all_panels, TASK_PANELS));
+  const int64_t parts = up(tiles, most_tiles), columns = most_panels * TILE_COLUMNS;
+  parallel(up(width, columns) * parts, columns * rows, [&](int64_t first, int64_t end) {
+    Room<float> values(TASK_PANELS * BLOCK * TILE_COLUMNS + LANES), room(TASK_PANELS * TASK_TILES * SIZE);
+    Room<float> packed(TASK_TILES * BLOCK * TILE_ROWS);
     for (int64_t task = first; task < end; task++) {
-      const int64_t column = task / parts * TILE_COLUMNS, count = least(TILE_COLUMNS, width - column);
-      const int64_t first_tile = task % parts * GRADIENT_TILES, last_tile = least(first_tile + GRADIENT_TILES, tiles);
+      const int64_t start = task / parts * columns, panels = up(least(columns, width - start), TILE_COLUMNS);
+      const int64_t first_tile = task % parts * most_tiles, last_tile = least(first_tile + most_tiles, tiles);
+      const auto sums = [&](int64_t panel, int64_t t) { return room.data + (panel * TASK_TILES + t - first_tile) * SIZE; };
+      if (!rows) std::memset(room.data, 0, TASK_PANELS * TASK_TILES * SIZE * sizeof(float));
       for (int64_t row = 0; row < rows; row += BLOCK) {
         const int64_t block = least(BLOCK, rows - row);
-        pack_panel<Operand>(row, block, column, column + count, read, values.data);
+        for (int64_t panel = 0; panel < panels; panel++) {
+          const int64_t column = start + panel * TILE_COLUMNS, last = least(column + TILE_COLUMNS, width);
+          pack_panel<Operand>(row, block, column, last, right, values.data + panel * BLOCK * TILE_COLUMNS);
+        }
+        const int64_t end_of_tiles = least(last_tile * TILE_ROWS, height);
+        pack_tiles<Operand>(row, block, first_tile * TILE_ROWS, end_of_tiles, left, packed.data);
         for (int64_t t = first_tile; t < last_tile; t++) {
-          const float* panel = left + (t * steps + row / Operand::VALUES) * TILE_ROWS;
-          multiply<Operand>(panel, 1, TILE_ROWS, values.data, words<Operand>(block), tile);
-          float* sums = room.data + (t - first_tile) * TILE_ROWS * TILE_COLUMNS;
-          const float* added = &tile[0][0];
-          for (int64_t i = 0; i < TILE_ROWS * TILE_COLUMNS; i += LANES) {
-            store(sums + i, row ? load(sums + i) + load(added + i) : load(added + i));
+          const float* rows_of_tile = packed.data + (t - first_tile) * (BLOCK / Operand::VALUES * TILE_ROWS);
+          for (int64_t panel = 0; panel < panels; panel++) {
+            multiply<Operand>(rows_of_tile, 1, TILE_ROWS, values.data + panel * BLOCK * TILE_COLUMNS,
+                              words<Operand>(block), row > 0, sums(panel, t));
           }
         }
       }
-      for (int64_t i = first_tile * TILE_ROWS; i < least(last_tile * TILE_ROWS, height); i++) {
-        float* sums = room.data + (i - first_tile * TILE_ROWS) * TILE_COLUMNS;
-        if (!rows) std::memset(sums, 0, sizeof tile[0]);
-        finish(i, column, count, sums);
+      for (int64_t panel = 0; panel < panels; panel++) {
+        const int64_t column = start + panel * TILE_COLUMNS, count = least(TILE_COLUMNS, width - column);
+        for (int64_t i = first_tile * TILE_ROWS; i < least(last_tile * TILE_ROWS, height); i++) {
+          finish(i, column, count, sums(panel, i / TILE_ROWS) + i % TILE_ROWS * TILE_COLUMNS);
+        }
       }
     }
   });
