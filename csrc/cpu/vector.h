@@ -60,6 +60,14 @@ inline Floats select(Ints mask, Floats a, Floats b) {
   return bits_as<Floats>(select(mask, bits_as<Words>(a), bits_as<Words>(b)));
 }
 
+// The first `count` values, from 0 to LANES, and zeros behind them.
+inline Floats first_of(Floats values, int64_t count) {
+  if (count >= LANES) return values;
+  Floats kept = {};
+  for (int i = 0; i < count; i++) kept[i] = values[i];
+  return kept;
+}
+
 inline Floats minimum(Floats a, Floats b) { return select(a < b, a, b); }
 inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
 
@@ -202,6 +210,17 @@ inline Floats load(const View& view, int64_t i, int64_t count) {
   if (view.type == Type::FLOAT32) return load(static_cast<const float*>(view.data) + i, count);
   if (view.type == Type::BFLOAT16) return load(static_cast<const bfloat16*>(view.data) + i, count);
   return load(static_cast<const float16*>(view.data) + i, count);
+}
+
+// Rounds and stores the first `count`, and gives them back as they would be read again.
+inline Floats store(const View& view, int64_t i, Floats values, int64_t count) {
+  if (view.type == Type::FLOAT32) return store(static_cast<float*>(view.data) + i, values, count), values;
+  if (view.type == Type::BFLOAT16) {
+    store(static_cast<bfloat16*>(view.data) + i, values, count);
+    return rounded_to<bfloat16>(values);
+  }
+  store(static_cast<float16*>(view.data) + i, values, count);
+  return rounded_to<float16>(values);
 }
 
 template <class T>
