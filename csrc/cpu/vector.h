@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../views.h"
 
@@ -131,7 +132,7 @@ inline Shorts narrow(Floats values, float16) {
 #endif
 }
 
-// LANES elements from memory, or the first `count` of them, from 0 to LANES, and zeros behind them.
+// LANES elements from memory.
 
 inline Floats load(const float* from) {
   Floats values;
@@ -152,15 +153,20 @@ inline Floats load(const uint8_t* from) {
   return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
 }
 
+// The first `count` elements, from 0 to LANES, and zeros behind them. Calls, as they come once a row.
 template <class T>
-inline Floats load(const T* from, int64_t count) {
-  if (count >= LANES) return load(from);
+__attribute__((noinline)) Floats load_first(const T* from, int64_t count) {
   T first[LANES] = {};
   for (int64_t i = 0; i < count; i++) first[i] = from[i];
   return load(first);
 }
 
-// Rounds LANES values and stores them, or the first `count`.
+template <class T>
+inline Floats load(const T* from, int64_t count) {
+  return count >= LANES ? load(from) : load_first(from, count);
+}
+
+// Rounds LANES values and stores them, or the first `count`, from 0 to LANES.
 
 inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
 
@@ -171,11 +177,15 @@ inline void store(T* to, Floats values) {
 }
 
 template <class T>
-inline void store(T* to, Floats values, int64_t count) {
-  if (count >= LANES) return store(to, values);
+__attribute__((noinline)) void store_first(T* to, Floats values, int64_t count) {
   T first[LANES];
   store(first, values);
   for (int64_t i = 0; i < count; i++) to[i] = first[i];
+}
+
+template <class T>
+inline void store(T* to, Floats values, int64_t count) {
+  count >= LANES ? store(to, values) : store_first(to, values, count);
 }
 
 // As they would be read again.
@@ -188,11 +198,16 @@ inline Floats rounded_to<float>(Floats values) {
   return values;
 }
 
-// Calls use(first, count) for every LANES columns of 0 to width, and what is left behind them.
+// LANES as a type, so that what is done to whole vectors is compiled apart from what is done to the tail.
+struct Whole {
+  constexpr operator int64_t() const { return LANES; }
+};
+
+// Calls use(first, count) for every LANES columns of 0 to width, and for what is left behind them.
 template <class Use>
 inline void each_vector(int64_t width, const Use& use) {
   int64_t column = 0;
-  for (; column + LANES <= width; column += LANES) use(column, LANES);
+  for (; column + LANES <= width; column += LANES) use(column, Whole());
   if (column < width) use(column, width - column);
 }
 
@@ -204,23 +219,44 @@ inline void with_type(Type type, const Use& use) {
   use(float16{});
 }
 
-// The first `count` of LANES elements from place `i` of a tensor, of a type known at run time: for small tensors, whose
-// types would multiply the code. The branches are the same each time, which costs a processor little.
-inline Floats load(const View& view, int64_t i, int64_t count) {
-  if (view.type == Type::FLOAT32) return load(static_cast<const float*>(view.data) + i, count);
-  if (view.type == Type::BFLOAT16) return load(static_cast<const bfloat16*>(view.data) + i, count);
-  return load(static_cast<const float16*>(view.data) + i, count);
+// In place of a T*: elements of a type known at run time, for small tensors and rare combinations of types, of which
+// each would be code of its own. The branches are the same each time, which costs a processor little.
+struct Any {
+  char* data;
+  Type type;
+
+  Any operator+(int64_t i) const { return {data + i * bytes_of(type), type}; }
+};
+
+inline Floats load(Any from, int64_t count) {
+  if (from.type == Type::FLOAT32) return load(reinterpret_cast<const float*>(from.data), count);
+  if (from.type == Type::BFLOAT16) return load(reinterpret_cast<const bfloat16*>(from.data), count);
+  return load(reinterpret_cast<const float16*>(from.data), count);
 }
 
-// Rounds and stores the first `count`, and gives them back as they would be read again.
-inline Floats store(const View& view, int64_t i, Floats values, int64_t count) {
-  if (view.type == Type::FLOAT32) return store(static_cast<float*>(view.data) + i, values, count), values;
-  if (view.type == Type::BFLOAT16) {
-    store(static_cast<bfloat16*>(view.data) + i, values, count);
-    return rounded_to<bfloat16>(values);
+// Stores as `store` does, and gives the values as they would be read again.
+template <class T>
+inline Floats store_rounded(T* to, Floats values, int64_t count) {
+  store(to, values, count);
+  return rounded_to<T>(values);
+}
+
+inline Floats store_rounded(Any to, Floats values, int64_t count) {
+  if (to.type == Type::FLOAT32) return store_rounded(reinterpret_cast<float*>(to.data), values, count);
+  if (to.type == Type::BFLOAT16) return store_rounded(reinterpret_cast<bfloat16*>(to.data), values, count);
+  return store_rounded(reinterpret_cast<float16*>(to.data), values, count);
+}
+
+inline void store(Any to, Floats values, int64_t count) { store_rounded(to, values, count); }
+
+// The elements of a tensor, as a T* or as Any.
+template <class Pointer>
+inline Pointer pointer_to(const View& view) {
+  if constexpr (std::is_same_v<Pointer, Any>) {
+    return {static_cast<char*>(view.data), view.type};
+  } else {
+    return static_cast<Pointer>(view.data);
   }
-  store(static_cast<float16*>(view.data) + i, values, count);
-  return rounded_to<float16>(values);
 }
 
 template <class T>
