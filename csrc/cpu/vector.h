@@ -1,4 +1,5 @@
-// As many float32 values as a register of the instruction set holds, and their way to memory and back.
+// As many float32 values as a register of the instruction set holds, and their way to memory and back. Of intrinsics
+// the masked ones are taken, with all lanes: in the others' place in its headers GCC 12 sees what is not initialised.
 //
 // Arithmetic is that of the compilers' vector types: a * b + c, which they contract, comparisons that give masks. A
 // type that a register holds whole is what they compile well, so that LANES differs: 4, 8 or 16.
@@ -72,14 +73,20 @@ inline Floats first_of(Floats values, int64_t count) {
 inline Floats minimum(Floats a, Floats b) { return select(a < b, a, b); }
 inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
 
-// In pairs, so that the order is the same whatever the compiler.
+// Added in halves, by way of registers: an array would keep what is summed in memory from its first addition on.
 inline float sum(Floats values) {
-  float all[LANES];
-  std::memcpy(all, &values, sizeof all);
-  for (int half = LANES / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; i++) all[i] += all[i + half];
-  }
-  return all[0];
+#if defined(__AVX512F__)
+  const __m256 upper = _mm512_maskz_extractf32x8_ps(0xff, bits_as<__m512>(values), 1);
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(bits_as<__m512>(values)), upper);
+#elif defined(__AVX2__)
+  const __m256 eight = bits_as<__m256>(values);
+#endif
+#if defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+  const Floats four = values;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // Between the bits of 16-bit elements and float32. Rounding is to nearest, ties to even, and exact.
@@ -89,13 +96,17 @@ inline Floats widen(Shorts bits, bfloat16) {
 }
 
 inline Shorts narrow(Floats values, bfloat16) {
+#if defined(__AVX512BF16__)  // takes what is below 2^-126 for zero
+  return bits_as<Shorts>(_mm512_cvtneps_pbh(bits_as<__m512>(values)));
+#else
   const Words bits = bits_as<Words>(values);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return __builtin_convertvector(select(values == values, rounded, all_words(0x7fc0)), Shorts);
+#endif
 }
 
 inline Floats widen(Shorts bits, float16) {
-#if defined(__AVX512F__)  // maskz_: of all lanes, as GCC 12 warns of what its header does in the plain one
+#if defined(__AVX512F__)
   return bits_as<Floats>(_mm512_maskz_cvtph_ps(0xffff, bits_as<__m256i>(bits)));
 #elif defined(__F16C__)
   return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(bits)));
