@@ -23,10 +23,12 @@ struct AddPosition {
     Out* to = writable<Out>(out) + (image * length + row) * this->width + column;
     const int64_t place = (row - skipped) * this->width + column;
     if (row < skipped) {
-      each_vector(width, [&](int64_t i, int64_t n) { store(to + i, load(i, n), n); });
+      each_vector(width, [&](int64_t i, auto n) { store(to + i, load(i, n), n); });
     } else {
-      const auto position = [&](int64_t i, int64_t n) { return FASTVIT_ISA::load(positions, place + i, n); };
-      each_vector(width, [&](int64_t i, int64_t n) { store(to + i, load(i, n) + position(i, n), n); });
+      const Any position = pointer_to<Any>(positions) + place;
+      each_vector(width, [&](int64_t i, auto n) {
+        store(to + i, load(i, n) + FASTVIT_ISA::load(position + i, n), n);
+      });
     }
   }
 
@@ -45,7 +47,7 @@ struct AddPosition {
       }
       for (int64_t i = 0; i < count; i++) {
         const In* values = turned[i];
-        write(image, prefix_rows + patch + i, column, columns, [=](int64_t j, int64_t n) { return load(values + j, n); });
+        write(image, prefix_rows + patch + i, column, columns, [=](int64_t j, auto n) { return load(values + j, n); });
       }
     }
   }
@@ -56,10 +58,11 @@ struct AddPosition {
       const int64_t image = first / length, row = first - image * length;
       int64_t rows = 1;
       if (row < prefix_rows) {
-        write(image, row, 0, width, [&](int64_t i, int64_t n) { return load(prefix, row * width + i, n); });
+        const Any values = pointer_to<Any>(prefix) + row * width;
+        write(image, row, 0, width, [=](int64_t i, auto n) { return load(values + i, n); });
       } else if (tokens.strides[2] == 1 || width == 1) {
         const In* values = token(image, row - prefix_rows);
-        write(image, row, 0, width, [=](int64_t i, int64_t n) { return load(values + i, n); });
+        write(image, row, 0, width, [=](int64_t i, auto n) { return load(values + i, n); });
       } else {
         rows = length - row < end - first ? length - row : end - first;
         rows = rows < TILE ? rows : TILE;
@@ -77,7 +80,7 @@ template <class T>
 void sum_images(const T* grad, int64_t stride, int64_t images, int64_t columns, float* sums) {
   for (int64_t image = 0; image < images; image += IMAGES) {
     const int64_t end = image + IMAGES < images ? image + IMAGES : images;
-    each_vector(columns, [&](int64_t i, int64_t n) {
+    each_vector(columns, [&](int64_t i, auto n) {
       const T* from = grad + i;
       Floats total = load(from + image * stride, n);
       for (int64_t next = image + 1; next < end; next++) total += load(from + next * stride, n);

@@ -1,4 +1,5 @@
-// As many float32 values as a register of the instruction set holds, and their way to memory and back.
+// As many float32 values as a register of the instruction set holds, and their way to memory and back. Of intrinsics
+// the masked ones are taken, with all lanes: in the others' place in its headers GCC 12 sees what is not initialised.
 //
 // Arithmetic is that of the compilers' vector types: a * b + c, which they contract, comparisons that give masks. A
 // type that a register holds whole is what they compile well, so that LANES differs: 4, 8 or 16.
@@ -7,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../views.h"
 
@@ -60,17 +62,31 @@ inline Floats select(Ints mask, Floats a, Floats b) {
   return bits_as<Floats>(select(mask, bits_as<Words>(a), bits_as<Words>(b)));
 }
 
+// The first `count` values, from 0 to LANES, and zeros behind them.
+inline Floats first_of(Floats values, int64_t count) {
+  if (count >= LANES) return values;
+  Floats kept = {};
+  for (int i = 0; i < count; i++) kept[i] = values[i];
+  return kept;
+}
+
 inline Floats minimum(Floats a, Floats b) { return select(a < b, a, b); }
 inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
 
-// In pairs, so that the order is the same whatever the compiler.
+// Added in halves, by way of registers: an array would keep what is summed in memory from its first addition on.
 inline float sum(Floats values) {
-  float all[LANES];
-  std::memcpy(all, &values, sizeof all);
-  for (int half = LANES / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; i++) all[i] += all[i + half];
-  }
-  return all[0];
+#if defined(__AVX512F__)
+  const __m256 upper = _mm512_maskz_extractf32x8_ps(0xff, bits_as<__m512>(values), 1);
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(bits_as<__m512>(values)), upper);
+#elif defined(__AVX2__)
+  const __m256 eight = bits_as<__m256>(values);
+#endif
+#if defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+  const Floats four = values;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // Between the bits of 16-bit elements and float32. Rounding is to nearest, ties to even, and exact.
@@ -80,13 +96,17 @@ inline Floats widen(Shorts bits, bfloat16) {
 }
 
 inline Shorts narrow(Floats values, bfloat16) {
+#if defined(__AVX512BF16__)  // takes what is below 2^-126 for zero
+  return bits_as<Shorts>(_mm512_cvtneps_pbh(bits_as<__m512>(values)));
+#else
   const Words bits = bits_as<Words>(values);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return __builtin_convertvector(select(values == values, rounded, all_words(0x7fc0)), Shorts);
+#endif
 }
 
 inline Floats widen(Shorts bits, float16) {
-#if defined(__AVX512F__)  // maskz_: of all lanes, as GCC 12 warns of what its header does in the plain one
+#if defined(__AVX512F__)
   return bits_as<Floats>(_mm512_maskz_cvtph_ps(0xffff, bits_as<__m256i>(bits)));
 #elif defined(__F16C__)
   return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(bits)));
@@ -123,7 +143,7 @@ inline Shorts narrow(Floats values, float16) {
 #endif
 }
 
-// LANES elements from memory, or the first `count` of them, from 0 to LANES, and zeros behind them.
+// LANES elements from memory.
 
 inline Floats load(const float* from) {
   Floats values;
@@ -144,15 +164,20 @@ inline Floats load(const uint8_t* from) {
   return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
 }
 
+// The first `count` elements, from 0 to LANES, and zeros behind them. Calls, as they come once a row.
 template <class T>
-inline Floats load(const T* from, int64_t count) {
-  if (count >= LANES) return load(from);
+__attribute__((noinline)) Floats load_first(const T* from, int64_t count) {
   T first[LANES] = {};
   for (int64_t i = 0; i < count; i++) first[i] = from[i];
   return load(first);
 }
 
-// Rounds LANES values and stores them, or the first `count`.
+template <class T>
+inline Floats load(const T* from, int64_t count) {
+  return count >= LANES ? load(from) : load_first(from, count);
+}
+
+// Rounds LANES values and stores them, or the first `count`, from 0 to LANES.
 
 inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
 
@@ -163,11 +188,15 @@ inline void store(T* to, Floats values) {
 }
 
 template <class T>
-inline void store(T* to, Floats values, int64_t count) {
-  if (count >= LANES) return store(to, values);
+__attribute__((noinline)) void store_first(T* to, Floats values, int64_t count) {
   T first[LANES];
   store(first, values);
   for (int64_t i = 0; i < count; i++) to[i] = first[i];
+}
+
+template <class T>
+inline void store(T* to, Floats values, int64_t count) {
+  count >= LANES ? store(to, values) : store_first(to, values, count);
 }
 
 // As they would be read again.
@@ -180,11 +209,16 @@ inline Floats rounded_to<float>(Floats values) {
   return values;
 }
 
-// Calls use(first, count) for every LANES columns of 0 to width, and what is left behind them.
+// LANES as a type, so that what is done to whole vectors is compiled apart from what is done to the tail.
+struct Whole {
+  constexpr operator int64_t() const { return LANES; }
+};
+
+// Calls use(first, count) for every LANES columns of 0 to width, and for what is left behind them.
 template <class Use>
 inline void each_vector(int64_t width, const Use& use) {
   int64_t column = 0;
-  for (; column + LANES <= width; column += LANES) use(column, LANES);
+  for (; column + LANES <= width; column += LANES) use(column, Whole());
   if (column < width) use(column, width - column);
 }
 
@@ -196,12 +230,44 @@ inline void with_type(Type type, const Use& use) {
   use(float16{});
 }
 
-// The first `count` of LANES elements from place `i` of a tensor, of a type known at run time: for small tensors, whose
-// types would multiply the code. The branches are the same each time, which costs a processor little.
-inline Floats load(const View& view, int64_t i, int64_t count) {
-  if (view.type == Type::FLOAT32) return load(static_cast<const float*>(view.data) + i, count);
-  if (view.type == Type::BFLOAT16) return load(static_cast<const bfloat16*>(view.data) + i, count);
-  return load(static_cast<const float16*>(view.data) + i, count);
+// In place of a T*: elements of a type known at run time, for small tensors and rare combinations of types, of which
+// each would be code of its own. The branches are the same each time, which costs a processor little.
+struct Any {
+  char* data;
+  Type type;
+
+  Any operator+(int64_t i) const { return {data + i * bytes_of(type), type}; }
+};
+
+inline Floats load(Any from, int64_t count) {
+  if (from.type == Type::FLOAT32) return load(reinterpret_cast<const float*>(from.data), count);
+  if (from.type == Type::BFLOAT16) return load(reinterpret_cast<const bfloat16*>(from.data), count);
+  return load(reinterpret_cast<const float16*>(from.data), count);
+}
+
+// Stores as `store` does, and gives the values as they would be read again.
+template <class T>
+inline Floats store_rounded(T* to, Floats values, int64_t count) {
+  store(to, values, count);
+  return rounded_to<T>(values);
+}
+
+inline Floats store_rounded(Any to, Floats values, int64_t count) {
+  if (to.type == Type::FLOAT32) return store_rounded(reinterpret_cast<float*>(to.data), values, count);
+  if (to.type == Type::BFLOAT16) return store_rounded(reinterpret_cast<bfloat16*>(to.data), values, count);
+  return store_rounded(reinterpret_cast<float16*>(to.data), values, count);
+}
+
+inline void store(Any to, Floats values, int64_t count) { store_rounded(to, values, count); }
+
+// The elements of a tensor, as a T* or as Any.
+template <class Pointer>
+inline Pointer pointer_to(const View& view) {
+  if constexpr (std::is_same_v<Pointer, Any>) {
+    return {static_cast<char*>(view.data), view.type};
+  } else {
+    return static_cast<Pointer>(view.data);
+  }
 }
 
 template <class T>
