@@ -24,7 +24,7 @@ float prepare_row(const PatchEmbedInputs& inputs, const Patches& patches, int64_
   with_type(inputs.weight.type, [&](auto type) {
     const auto* weight = elements<decltype(type)>(inputs.weight) + start;
     decltype(type) gathered[LANES] = {};
-    each_vector(length, [&](int64_t k, int64_t n) {
+    each_vector(length, [&](int64_t k, auto n) {
       for (int64_t i = 0; sources && i < n; i++) gathered[i] = weight[sources[k + i]];
       const Floats values = (sources ? load(gathered, n) : load(weight + k, n)) * load(scale + k);
       store(row + k, values);
@@ -32,7 +32,7 @@ float prepare_row(const PatchEmbedInputs& inputs, const Patches& patches, int64_
       correction += rounded_to<Element>(values) * load(shift + k, n);
     });
   });
-  const float bias = inputs.bias ? load(inputs.bias, d, 1)[0] : 0;
+  const float bias = inputs.bias ? load(pointer_to<Any>(inputs.bias) + d, 1)[0] : 0;
   return patches.has_bias_shift() ? bias + sum(correction) : bias;  // infinite weights times 0 are no number
 }
 
@@ -51,8 +51,8 @@ class Tokens {
       auto* to = writable<decltype(type)>(tokens_);
       for (int64_t image = 0; image < tokens_.sizes[0]; image++) {
         for (int64_t row = 0; row < prefix_rows_; row++) {
-          each_vector(width_, [&](int64_t i, int64_t n) {
-            const Floats value = load(inputs_.prefix, row * width_ + i, n) + position(row, i, n);
+          each_vector(width_, [&](int64_t i, auto n) {
+            const Floats value = load(pointer_to<Any>(inputs_.prefix) + row * width_ + i, n) + position(row, i, n);
             store(to + (image * length_ + row) * width_ + i, value, n);
           });
         }
@@ -68,7 +68,7 @@ class Tokens {
         const int64_t image = (row + i) / patches_.kept(), patch = patches_.number(row + i);
         const int64_t token = image * length_ + prefix_rows_ + (row + i) % patches_.kept();
         auto* to = writable<decltype(type)>(tokens_) + token * width_ + column;
-        each_vector(width, [&](int64_t j, int64_t n) {
+        each_vector(width, [&](int64_t j, auto n) {
           Floats value = load(&tile[i][j]) + load(bias_ + column + j);
           if (patch < 0) value = all(__builtin_nanf(""));
           else value += position(prefix_rows_ + patch, column + j, n);
@@ -81,7 +81,7 @@ class Tokens {
  private:
   Floats position(int64_t row, int64_t column, int64_t count) const {
     if (!inputs_.positions || row < skipped_) return Floats{};
-    return load(inputs_.positions, (row - skipped_) * width_ + column, count);
+    return load(pointer_to<Any>(inputs_.positions) + (row - skipped_) * width_ + column, count);
   }
 
   const PatchEmbedInputs& inputs_;
@@ -115,7 +115,7 @@ void write_weight_gradient(const Patches& patches, const View& d_weight, int64_t
   with_type(d_weight.type, [&](auto type) {
     auto* to = writable<decltype(type)>(d_weight) + d * patches.length();
     decltype(type) values[LANES];
-    each_vector(count, [&](int64_t k, int64_t n) {
+    each_vector(count, [&](int64_t k, auto n) {
       Floats total = load(sums + k);
       if (patches.has_bias_shift()) total += load(shift + k) * d_bias;
       total *= load(scale + k);
@@ -134,8 +134,8 @@ void differentiate_weight(const Patches& patches, const View& grad, const float*
       [&](int64_t row, int64_t first, int64_t end, auto* to) {
         const int64_t token = row / kept * grad.sizes[1] + prefix_rows + row % kept;
         const bool is_there = patches.number(row) >= 0;
-        each_vector(end - first, [&](int64_t i, int64_t n) {
-          store(to + i, is_there ? load(grad, token * width + first + i, n) : Floats{});
+        each_vector(end - first, [&](int64_t i, auto n) {
+          store(to + i, is_there ? load(pointer_to<Any>(grad) + token * width + first + i, n) : Floats{});
         });
       },
       [&](int64_t row, int64_t first, int64_t end, auto* to) { patches.read(row, first, end, to); },
@@ -157,8 +157,8 @@ void sum_kept(const View& grad, const Patches& patches, float* d_rows) {
       const int64_t patch = place < 0 ? place : patches.number(token / grad.sizes[1] * patches.kept() + place);
       if (place >= 0 && patch < 0) continue;
       float* to = d_rows + (prefix_rows + patch) * width + start;
-      each_vector(columns, [&](int64_t i, int64_t n) {
-        store(to + i, load(to + i, n) + load(grad, token * width + start + i, n), n);
+      each_vector(columns, [&](int64_t i, auto n) {
+        store(to + i, load(to + i, n) + load(pointer_to<Any>(grad) + token * width + start + i, n), n);
       });
     }
   });
@@ -168,7 +168,7 @@ void sum_kept(const View& grad, const Patches& patches, float* d_rows) {
 void sum_rows(const float* d_rows, int64_t rows, int64_t width, float* d_bias) {
   parallel(up(width, COLUMNS), COLUMNS * rows, [&](int64_t first, int64_t end) {
     const int64_t start = first * COLUMNS, columns = least(end * COLUMNS, width) - start;
-    each_vector(columns, [&](int64_t i, int64_t n) {
+    each_vector(columns, [&](int64_t i, auto n) {
       Floats total{};
       for (int64_t row = 0; row < rows; row++) total += load(d_rows + row * width + start + i, n);
       store(d_bias + start + i, total, n);
