@@ -5,6 +5,8 @@
 // the caller; memory that is needed for the length of a call comes from the queue.
 #pragma once
 
+#include <optional>
+
 #include "simt/queue.h"
 #include "views.h"
 
@@ -76,5 +78,24 @@ struct AddNormGradients {
 };
 
 void add_norm_backward(const AddNormInputs& inputs, const AddNormGradients& gradients, const Queue& queue);
+
+struct BiasActInputs {
+  View x, bias;                   // [rows, F] and [F], or no bias; packed, both twice as wide
+  View up, up_bias;               // the same, or none; none where x is packed
+  int function;                   // with the next two as BiasAct (parameters.h) says
+  float linear, cubic;
+  std::optional<bool> gate_last;  // which half of a packed x goes through the function; none: it is not packed
+};
+
+// out: [rows, F].
+void bias_act(const BiasActInputs& inputs, const View& out, const Queue& queue);
+
+struct BiasActGradients {
+  View d_out;      // [rows, F]
+  View d_x, d_up;  // as x and up
+  View sums;       // float32: of the rows of d_x, and behind them of d_up; or none
+};
+
+void bias_act_backward(const BiasActInputs& inputs, const BiasActGradients& gradients, const Queue& queue);
 
 }  // namespace fastvit

@@ -51,6 +51,26 @@ struct AddNormBackward {
   bool has_norm_bias;
 };
 
+// out = act(x + bias), perhaps times (up + up_bias). With x and up the halves of one matrix rows lie two rows apart, and
+// so do those of their gradients.
+struct BiasAct {
+  Elements x, up;          // [rows, F], rows row_stride apart; no up: nothing is multiplied
+  Elements bias, up_bias;  // [F]
+  Elements out;            // [rows, F]; to the backward its gradient
+  int64_t row_stride;
+  int rows, width;
+  int function;  // 0: x · (1 + erf(x / √2)) / 2; 1: max(x, 0); 2: x · sigmoid(x · (linear + cubic · x²))
+  float linear, cubic;
+};
+
+struct BiasActBackward {
+  BiasAct of;
+  Elements d_x, d_up;       // as x and up
+  float *partials, *of_up;  // [blocks, F], rows partials_stride apart: sums of d_x and of d_up; null: not wanted
+  int64_t partials_stride;
+  int rows_per_block;
+};
+
 struct SumRows {
   const void* matrix;  // [rows, columns], rows row_stride apart
   float* sums;         // [splits, columns]: each split sums rows_per_split rows
