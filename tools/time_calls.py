@@ -76,7 +76,7 @@ def pretend_to_be_cuda() -> None:
     from fastvit import backend
 
     backend._REASONS["cuda"] = lambda device_type: ""
-    for op in ("patch_embed", "add_position", "add_norm"):
+    for op in ("patch_embed", "add_position", "add_norm", "bias_act"):
         for name in (f"{op}_cuda", f"{op}_backward_cuda"):
             setattr(torch.ops.fastvit, name, getattr(torch.ops.fastvit_host, name))
 
@@ -107,6 +107,10 @@ def calls() -> dict[str, Callable[[], Any]]:
         "add_norm_backward_cuda": lambda: ops.add_norm_backward_cuda(
             stream, branch, stream, branch, vector, None, None, vector, vector, statistics, False, torch.float32
         ),
+        "bias_act_cuda": lambda: ops.bias_act_cuda(branch, vector, None, None, 0, 0.0, 0.0, None, bf16),
+        "bias_act_backward_cuda": lambda: ops.bias_act_backward_cuda(
+            branch, branch, vector, None, None, 0, 0.0, 0.0, None
+        ),
         "patch_embed_cuda": lambda: ops.patch_embed_cuda(
             images, weight, bias, positions, prefix, None, constants, bf16, bf16, False
         ),
@@ -116,6 +120,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "fastvit.functional.add_norm": lambda: functional.add_norm(
             stream, branch, vector, weight=vector, norm_bias=vector, eps=1e-6, dtype=bf16, backend="cuda"
         ),
+        "fastvit.functional.bias_act": lambda: functional.bias_act(branch, vector, backend="cuda"),
         "fastvit.functional.patch_embed": lambda: functional.patch_embed(
             images, weight, bias, pos_embed=positions, prefix=prefix, mean=MEAN, std=STD, dtype=bf16, backend="cuda"
         ),
