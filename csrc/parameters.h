@@ -71,6 +71,22 @@ struct BiasActBackward {
   int rows_per_block;
 };
 
+// Of all heads' queries, keys or values: [B, H, T, D/H], any strides.
+struct HeadsGradient {
+  Elements elements;
+  int64_t batch, head, token, value;  // strides
+};
+
+// d_qkv[b, t, 0 to 2, h, :] = d_q, d_k, d_v[b, h, t, :]
+struct SplitHeads {
+  HeadsGradient d_q, d_k, d_v;
+  Elements d_qkv;        // [B, T, 3, D], of their type
+  float* partials;       // [blocks, 3, D]: its sums over rows; null: not wanted
+  int64_t packed_width;  // 3 * D
+  int rows, rows_per_block, width, head_width;  // rows: B * T
+  Divider over_tokens;
+};
+
 struct SumRows {
   const void* matrix;  // [rows, columns], rows row_stride apart
   float* sums;         // [splits, columns]: each split sums rows_per_split rows

@@ -153,6 +153,15 @@ void run_bias_act_backward(const Device& device, const BiasActInputs& inputs, co
   call.finish();
 }
 
+void run_split_heads_backward(const Device& device, const View& d_q, const View& d_k, const View& d_v,
+                              const View& d_qkv, const View& sums) {
+  Call call(device);
+  call.reads({{"d_q", d_q}, {"d_k", d_k}, {"d_v", d_v}});
+  call.writes({{"d_qkv", d_qkv}, {"sums", sums}});
+  split_heads_backward(d_q, d_k, d_v, d_qkv, sums, call.queue());
+  call.finish();
+}
+
 void run_one_primitive(const Device& device, int which, const View& input, const View& output) {
   Call call(device);
   call.reads({{"input", input}});
@@ -214,6 +223,7 @@ PYBIND11_MODULE(fastvit_emulated, m) {
   m.def("add_norm_backward", &run_add_norm_backward);
   m.def("bias_act", &run_bias_act);
   m.def("bias_act_backward", &run_bias_act_backward);
+  m.def("split_heads_backward", &run_split_heads_backward);
   m.def("bank_conflicts", [] { return std::exchange(simt::host::bank_conflicts(), 0); });
   m.def("primitives", [] {
     std::vector<std::tuple<std::string, int64_t, int64_t>> found;

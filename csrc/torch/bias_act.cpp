@@ -25,8 +25,7 @@ BiasActInputs read_inputs(Call& call, const Tensor& x, const MaybeTensor& bias, 
   require(function >= 0 && function <= 2, "function: ", function, "; accepted: 0 to 2");
   inputs.bias = read_vector(call, "bias", bias, width);
   inputs.up = read_rows(call, "up", up, "x", inputs.x);
-  require(!up || inputs.up.type == inputs.x.type, "up: dtype ", torch::headeronly::toString(torch_type(inputs.up.type)),
-          ", but x has ", torch::headeronly::toString(torch_type(inputs.x.type)), "; they must match");
+  if (up) check_same_type("up", inputs.up, "x", inputs.x);
   inputs.up_bias = read_vector(call, "up_bias", up_bias, width);
   inputs.function = static_cast<int>(function), inputs.gate_last = gate_last;
   inputs.linear = static_cast<float>(linear), inputs.cubic = static_cast<float>(cubic);

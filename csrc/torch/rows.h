@@ -18,6 +18,11 @@ inline void check_rows(const char* name, const View& rows, const char* as_name, 
           ", got ", rows);
 }
 
+inline void check_same_type(const char* name, const View& view, const char* as_name, const View& as) {
+  require(view.type == as.type, name, ": dtype ", torch::headeronly::toString(torch_type(view.type)), ", but ", as_name,
+          " has ", torch::headeronly::toString(torch_type(as.type)), "; they must match");
+}
+
 inline View read_rows(Call& call, const char* name, const MaybeTensor& tensor, const char* as_name, const View& as) {
   if (!tensor) return {};
   const View rows = call.read_rows(name, *tensor, FLOATS);

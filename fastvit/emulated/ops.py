@@ -208,6 +208,16 @@ def bias_act_backward(
     return d_x, d_up, sums
 
 
+def split_heads_backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """Three of [B, H, T, D/H] → [B, T, 3D], and its float32 sums over batch and tokens (of size 0 without a bias)."""
+    batch, heads, tokens, width = d_q.shape
+    d_qkv = d_q.new_empty((batch, tokens, 3 * heads * width))
+    sums = d_q.new_empty(3 * heads * width if has_bias else 0, dtype=torch.float32)
+    results = view(d_qkv), view(sums if has_bias else None)
+    library().split_heads_backward(device(), *map(view, (d_q, d_k, d_v)), *results)
+    return d_qkv, sums
+
+
 def _bias_act_inputs(held: Sequence[Tensor | None], *rest: Any) -> Any:
     x, bias, up, up_bias = held
     return library().BiasActInputs(_rows_view(x), view(bias), _rows_view(up), view(up_bias), *rest)
