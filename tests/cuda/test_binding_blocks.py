@@ -104,6 +104,34 @@ def test_bias_act_of_nothing(ops: Any, form: str) -> None:
     assert d_x.shape == (0, 5, 16) and torch.equal(sums, torch.zeros(32 if form == "two products" else 16))
 
 
+# split_heads
+
+
+def heads_in_float64(three: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The packed gradient, and its sums over batch and tokens."""
+    packed = torch.stack([part.double() for part in three]).permute(1, 3, 0, 2, 4).flatten(2)
+    return packed, packed.sum((0, 1))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, lambda part: part.transpose(1, 2).contiguous().transpose(1, 2)])
+@pytest.mark.parametrize("width", [5, 8])
+def test_split_heads_backward_takes_any_layout(ops: Any, width: int, layout: Callable, dtype: torch.dtype) -> None:
+    three = [torch.randn(2, 3, 4, width).to(dtype) for _ in range(3)]
+    d_qkv, sums = ops.split_heads_backward_cuda(layout(three[0]), three[1], layout(three[2]), True)
+    packed, truth = heads_in_float64(three)
+    assert d_qkv.dtype == dtype and d_qkv.is_contiguous() and torch.equal(d_qkv.double(), packed)
+    assert sums.dtype == F32 and relative(sums, truth) < BOUND[F32]
+    assert torch.equal(ops.split_heads_backward_cuda(*three, False)[0], d_qkv)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 8), (2, 3, 0, 8)])
+def test_split_heads_backward_of_nothing(ops: Any, shape: tuple[int, ...]) -> None:
+    d_qkv, sums = ops.split_heads_backward_cuda(*(torch.empty(shape, dtype=BF16) for _ in range(3)), True)
+    assert d_qkv.shape == (shape[0], shape[2], 72) and d_qkv.dtype == BF16 and torch.equal(sums, torch.zeros(72))
+    assert ops.split_heads_backward_cuda(*(torch.empty(shape) for _ in range(3)), False)[1].shape == (0,)
+
+
 # Messages: the argument, its value and what is accepted
 
 
@@ -115,6 +143,11 @@ def call_bias_act_backward(ops: Any, **changes: Any) -> Any:
     arguments = {"d_out": torch.randn(2, 5, 16), **act_arguments("two products")} | changes
     del arguments["dtype"]
     return ops.bias_act_backward_cuda(*arguments.values())
+
+
+def call_split_heads(ops: Any, **changes: Any) -> Any:
+    three = {name: torch.randn(2, 3, 4, 8) for name in ("d_q", "d_k", "d_v")}
+    return ops.split_heads_backward_cuda(*({**three, "has_bias": True} | changes).values())
 
 
 BAD: Sequence[tuple[Callable, dict[str, Any], str]] = (
@@ -139,6 +172,24 @@ BAD: Sequence[tuple[Callable, dict[str, Any], str]] = (
     (call_bias_act, {"function": 3}, "function: 3; accepted: 0 to 2"),
     (call_bias_act, {"dtype": torch.int32}, "dtype: dtype Int is not supported"),
     (call_bias_act_backward, {"d_out": torch.zeros(9, 16)}, "d_out: expected rows [10, 16] as the result, got [9, 16]"),
+    (call_split_heads, {"d_q": torch.zeros(2, 4, 24)}, "d_q: expected 4 dimensions [B, H, T, D/H], got 3"),
+    (call_split_heads, {"d_q": torch.zeros(2, 3, 4, 8).double()}, "d_q: dtype Double is not supported; accepted: Flo"),
+    (
+        call_split_heads,
+        {"d_k": torch.zeros(2, 3, 8, 4)},
+        "d_k: shape [2, 3, 8, 4], but d_q has [2, 3, 4, 8]; they must",
+    ),
+    (call_split_heads, {"d_v": torch.zeros(2, 3, 4, 8).half()}, "d_v: dtype Half, but d_q has Float; they must match"),
+    (
+        call_split_heads,
+        dict.fromkeys(("d_q", "d_k", "d_v"), torch.zeros(2, 3, 4, 0)),
+        "d_q: expected [B, H, T, D/H] with heads of some width, got [2, 3, 4, 0]",
+    ),
+    (
+        call_split_heads,
+        dict.fromkeys(("d_q", "d_k", "d_v"), torch.zeros(()).expand(2**30, 1, 1, 8)),
+        "d_q: 1073741824 x 1 rows; they must be < 2^30",
+    ),
 )
 
 
