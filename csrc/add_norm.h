@@ -183,7 +183,10 @@ add_norm_backward(AddNormBackward p) {
     }
   }
   float* to = p.partials + static_cast<int64_t>(simt::block_x()) * p.vectors * p.width;
-  const auto store_next = [&](Values& sums) { store_partial<WIDE>(p.lanes, p.groups, p.width - column, sums, to + column), to += p.width; };
+  const auto store_next = [&](Values& sums) {
+    store_partial<WIDE>(p.lanes, p.groups, p.width - column, sums, to + column);
+    to += p.width;
+  };
   store_next(d_weight);
   if (p.has_norm_bias) store_next(d_norm_bias);
   if (p.bias.data) store_next(d_change);

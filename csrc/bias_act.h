@@ -1,6 +1,6 @@
 // bias_act: act(x + bias), perhaps times (up + up_bias); a read and a write of each.
 //
-// The warps of a block take its rows in turn, each lane eight columns. As for add_norm, types are known at run time alone.
+// The warps of a block take its rows in turn, each lane eight columns. As for add_norm, types are known at run time.
 #pragma once
 
 #include <cmath>

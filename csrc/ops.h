@@ -1,8 +1,8 @@
 // The ops, as both bindings call them: torch/ for tensors of PyTorch, emulated/ for tests on a machine without a GPU.
 //
-// Callers have checked shapes and types, as fastvit/checks.py does, and have made every tensor contiguous but images and
-// d_images, which may have any strides that `can_read` accepts, and what is said to have any. Outputs are allocated by the
-// caller; memory that is needed for the length of a call comes from the queue.
+// Callers have checked shapes and types, as fastvit/checks.py does, and have made every tensor contiguous but images
+// and d_images, which may have any strides that `can_read` accepts, and those that are said to have any. Outputs are
+// allocated by the caller; memory that is needed for the length of a call comes from the queue.
 #pragma once
 
 #include <optional>
@@ -98,7 +98,7 @@ struct BiasActGradients {
 
 void bias_act_backward(const BiasActInputs& inputs, const BiasActGradients& gradients, const Queue& queue);
 
-// d_q, d_k and d_v: [B, H, T, D/H], any strides → d_qkv: [B, T, 3D]; sums: [3D] float32, its sums over B and T, or none.
+// d_q, d_k, d_v: [B, H, T, D/H], any strides → d_qkv: [B, T, 3D]; sums: [3D] float32, its sums over B and T, or none.
 void split_heads_backward(const View& d_q, const View& d_k, const View& d_v, const View& d_qkv, const View& sums,
                           const Queue& queue);
 

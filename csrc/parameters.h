@@ -51,8 +51,8 @@ struct AddNormBackward {
   bool has_norm_bias;
 };
 
-// out = act(x + bias), perhaps times (up + up_bias). With x and up the halves of one matrix rows lie two rows apart, and
-// so do those of their gradients.
+// out = act(x + bias), perhaps times (up + up_bias). Where x and up are the halves of one matrix, a row is twice as far
+// from the next, and so it is in their gradients.
 struct BiasAct {
   Elements x, up;          // [rows, F], rows row_stride apart; no up: nothing is multiplied
   Elements bias, up_bias;  // [F]

@@ -68,7 +68,8 @@ inline Elements elements_of(const View& view) { return {view.data, view.type}; }
 
 // Whether rows of this width, and vectors as long, can be moved 16 bytes at a time.
 inline bool is_wide(int width, std::initializer_list<Elements> all) {
-  return width % EIGHT == 0 && std::all_of(all.begin(), all.end(), [](const Elements& e) { return is_aligned(e.data); });
+  const auto fits = [](const Elements& elements) { return is_aligned(elements.data); };
+  return width % EIGHT == 0 && std::all_of(all.begin(), all.end(), fits);
 }
 
 }  // namespace fastvit

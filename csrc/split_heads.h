@@ -1,9 +1,9 @@
-// split_heads, backward: the gradients of all heads' queries, keys and values to one packed gradient; a read and a write
-// of each.
+// split_heads, backward: the gradients of all heads' queries, keys and values to one packed gradient; a read and a
+// write of each.
 //
-// A block takes one of the three, of its columns as many as a warp holds, and some rows, a warp's one behind the other.
-// Values are moved as they are; their type is known at run time alone, as for add_norm. WIDE: a lane has eight columns of
-// a head, which are moved 16 bytes at a time; else it has one, which may lie anywhere.
+// A block takes one of the three, of its columns as many as a warp holds, and some rows, which its warps take in turn.
+// Values are moved as they are; as for add_norm, types are known at run time. WIDE: a lane has eight columns of a head,
+// which are moved 16 bytes at a time; else it has one, which may lie anywhere.
 #pragma once
 
 #include "parts.h"

@@ -32,8 +32,8 @@ BiasActInputs read_inputs(Call& call, const Tensor& x, const MaybeTensor& bias, 
   return inputs;
 }
 
-// x and up [..., F], bias and up_bias [F], or x [..., 2F] and bias [2F] with gate_last → [..., F] in dtype; the function
-// as fastvit/cpu/bias_act.py describes it
+// x and up [..., F], bias and up_bias [F], or x [..., 2F] and bias [2F] with gate_last → [..., F] in dtype; function,
+// linear and cubic as fastvit/cpu/bias_act.py describes them
 Tensor bias_act_cuda(const Tensor& x, const MaybeTensor& bias, const MaybeTensor& up, const MaybeTensor& up_bias,
                      int64_t function, double linear, double cubic, std::optional<bool> gate_last, ScalarType dtype) {
   Call call("x", x);
