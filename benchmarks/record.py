@@ -164,7 +164,8 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     results = folder / "results"
     counted = results / COUNTED / f"{TRAFFIC}.jsonl"
     if TRAFFIC in options.suites:
-        write_json_lines(traffic.run(traffic.cases(), _progress), counted)
+        others = traffic.cases(["timm"], ["Ti", "B", "L"], ["plain"], ["float32"])
+        write_json_lines(traffic.run([*traffic.cases(), *others], _progress), counted)
     missing = 0
     try:
         measured = _recorded(options)

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from fastvit import backend as backends
 from fastvit import checks, ops, reference
 from fastvit.ops import Op
+from fastvit.ops.add_norm import norm_alone
 from fastvit.ops.split_heads import SplitHeads
 from fastvit.tuning import FORWARD, TRAINING
 
@@ -168,7 +169,7 @@ def add_norm(
             of this device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     Returns:
-        (sum, normed), both [..., D]; without a branch the sum is `residual` itself. Differentiable, any number of
+        (sum, normed), both [..., D]; without a branch the sum is `residual`, not a copy. Differentiable, any number of
         times, in all tensors but `keep`.
 
     Raises:
@@ -192,8 +193,9 @@ def add_norm(
     dim = residual.shape[-1]
     problem = (residual.dtype, residual.dtype if branch is None else branch.dtype, dtype, (dim,), scale is not None)
     arguments = (residual, branch, bias, scale, keep, weight, norm_bias, eps, rms, sum_dtype, dtype)
-    total, normed, _ = _run(_ADD_NORM, arguments, backend, problem, residual.numel() // dim)
-    return residual if branch is None else total, normed
+    op = norm_alone if branch is None else _ADD_NORM
+    total, normed, _ = _run(op, arguments, backend, problem, residual.numel() // dim)
+    return total if total.shape == residual.shape else residual, normed
 
 
 def bias_act(

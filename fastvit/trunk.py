@@ -95,6 +95,7 @@ class Setup(NamedTuple):
 
     backend: str | None = None
     keeps_dtype: bool = False  # the stream keeps its dtype, whatever is added to it
+    ends: bool = False  # the stream is a tensor behind this half: no norm comes that would add the product's bias
 
     @classmethod
     def of(cls, x: Any, backend: str | None, keeps_dtype: bool) -> Setup | None:
@@ -136,7 +137,8 @@ class Stream(NamedTuple):
         branch = _with(self.branch, self.bias)
         branch = branch if self.scale is None else branch * self.scale
         branch = branch if self.keep is None else branch * self.keep.to(branch.dtype)[:, None, None]
-        return self.residual + (branch.to(self.residual.dtype) if setup.keeps_dtype else branch)
+        narrows = setup.keeps_dtype and torch.promote_types(self.residual.dtype, branch.dtype) != self.residual.dtype
+        return self.residual + (branch.to(self.residual.dtype) if narrows else branch)
 
     def normed(self, norm: Any, dtype: torch.dtype | None, setup: Setup) -> tuple[Stream, Tensor]:
         """The stream with nothing to be added, and its norm, in dtype."""
@@ -262,10 +264,10 @@ def run_blocks(blocks: Iterable[Any], x: Tensor, setup: Setup) -> Tensor:
 # Branches. Each gives its result, and the bias of its last linear layer where that is not in it.
 
 
-def product(linear: Any, x: Tensor, dropout: Any = None) -> tuple[Tensor, Tensor | None]:
+def product(linear: Any, x: Tensor, setup: Setup, dropout: Any = None) -> tuple[Tensor, Tensor | None]:
     """A linear layer and the dropout behind it; its bias apart where the op that comes next can add it."""
     drops = is_dropping(dropout)
-    if drops or attribute(linear, "bias") is None or why_not_linear(linear):
+    if setup.ends or drops or attribute(linear, "bias") is None or why_not_linear(linear):
         x = linear(x)
         return (dropout(x) if drops else x), None
     return F.linear(x, attribute(linear, "weight")), attribute(linear, "bias")
@@ -295,7 +297,7 @@ def attention(module: Any, x: Tensor, setup: Setup, **options: Any) -> tuple[Ten
     dropout = attribute(module, "attn_drop").p if module.training else 0.0
     x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
     x = attribute(module, "norm")(x.transpose(1, 2).flatten(2))
-    return product(attribute(module, "proj"), x, attribute(module, "proj_drop"))
+    return product(attribute(module, "proj"), x, setup, attribute(module, "proj_drop"))
 
 
 def _run_whole(module: Any, x: Tensor, setup: Setup, **options: Any) -> tuple[Tensor, None]:
@@ -312,7 +314,7 @@ def mlp(first: str, act: str, *between: str, last: str, dropout: str = "", up: s
         x = activated(layer, activation, x, setup, other, getattr(module, "gate_last", None))
         for name in between:
             x = attribute(module, name)(x)
-        return product(attribute(module, last), x, attribute(module, dropout) if dropout else None)
+        return product(attribute(module, last), x, setup, attribute(module, dropout) if dropout else None)
 
     return Branch(run, lambda _: "")
 

@@ -101,8 +101,8 @@ class EncoderBlock(TrunkBlock):
             return module(x, x, x, need_weights=False)[0]
         return module(x)
 
-    def _halves(self, setup: trunk.Setup, options: dict[str, Any]) -> tuple[trunk.Half, trunk.Half]:
-        first, second = super()._halves(setup, options)
+    def _halves(self, setup: trunk.Setup, options: dict[str, Any], ends: bool = False) -> tuple[trunk.Half, trunk.Half]:
+        first, second = super()._halves(setup, options, ends)
         attention, dropout = attribute(self, "self_attention"), attribute(self, "dropout")
         if not first.why_whole and trunk.is_dropping(dropout):
             # The host's result has tokens before samples in memory, and random numbers are drawn in that order.
@@ -135,7 +135,7 @@ def _mlp(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | N
     x = trunk.activated(first, act, x, setup)
     for part in between:
         x = part(x)
-    return trunk.product(last, x, dropout)
+    return trunk.product(last, x, setup, dropout)
 
 
 def _why_no_mlp(module: Any) -> str:

@@ -48,7 +48,8 @@ class TrunkBlock(Mixin):
         setup = self.setup(x)
         if setup is None:
             return super().forward(x, *args, **kwargs)
-        return self._run(Stream(x), setup, self.options(*args, **kwargs)).tensor(setup)
+        stream = self._run(Stream(x), setup, self.options(*args, **kwargs), ends=True)
+        return stream.tensor(setup)
 
     def stream(self, stream: Stream, setup: Setup) -> Stream | None:
         """The same between blocks that nobody watches; None where a call is the host's own."""
@@ -62,14 +63,15 @@ class TrunkBlock(Mixin):
         keeps_dtype = settings.residual_dtype is not None and getattr(x, "dtype", None) is settings.residual_dtype
         return Setup.of(x, settings.backend, keeps_dtype)
 
-    def _run(self, stream: Stream, setup: Setup, options: dict[str, Any]) -> Stream:
-        for half in self._halves(setup, options):
+    def _run(self, stream: Stream, setup: Setup, options: dict[str, Any], ends: bool = False) -> Stream:
+        for half in self._halves(setup, options, ends):
             stream = run_half(stream, half, setup)
         return stream
 
-    def _halves(self, setup: Setup, options: dict[str, Any]) -> tuple[Half, Half]:
+    def _halves(self, setup: Setup, options: dict[str, Any], ends: bool = False) -> tuple[Half, Half]:
         attention, mlp = self.form
-        return half_of(self, attention, setup, self.call, **options), half_of(self, mlp, setup, self.call)
+        last = setup._replace(ends=ends)
+        return half_of(self, attention, setup, self.call, **options), half_of(self, mlp, last, self.call)
 
     @classmethod
     def parts(cls, module: Any) -> list[str]:

@@ -377,17 +377,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         setup = trunk.Setup.of(x, None, self.residual_dtype is not None)
         if setup is not None:
-            return self.stream(trunk.Stream(x), setup, attn_mask=attn_mask, is_causal=is_causal).tensor(setup)
+            stream = self.stream(trunk.Stream(x), setup, True, attn_mask=attn_mask, is_causal=is_causal)
+            return stream.tensor(setup)
         branch = self.attn(self.norm1(self._branch_input(x)), attn_mask=attn_mask, is_causal=is_causal)
         x = self._add(x, self.drop_path1(self.ls1(branch)))
         branch = self.mlp(self.norm2(self._branch_input(x)))
         return self._add(x, self.drop_path2(self.ls2(branch)))
 
-    def stream(self, stream: trunk.Stream, setup: trunk.Setup, **options: Any) -> trunk.Stream:
-        """The same on the residual stream; options of attention by name."""
+    def stream(self, stream: trunk.Stream, setup: trunk.Setup, ends: bool = False, **options: Any) -> trunk.Stream:
+        """The same on the residual stream, which `ends` here or goes on; options of attention by name."""
         first, second = trunk.TIMM
         stream = trunk.run_half(stream, trunk.half_of(self, first, setup, **options), setup)
-        return trunk.run_half(stream, trunk.half_of(self, second, setup), setup)
+        return trunk.run_half(stream, trunk.half_of(self, second, setup._replace(ends=ends)), setup)
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         # A float32 LayerScale or norm would promote the stream, so the branch comes down to it, never the reverse.

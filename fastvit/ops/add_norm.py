@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -114,9 +115,9 @@ def _save(ctx: Any, call: Arguments, results: tuple[Tensor, ...]) -> None:
 
 def _gradients(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     total, branch, bias, scale, keep, weight, norm_bias, statistics = ctx.saved_tensors
-    if ctx.branch_dtype is None:
-        d_total = None  # it is nobody's: the sum is the residual itself
-    elif branch is None:
+    if d_total is not None and d_total.shape != total.shape:
+        d_total = None  # of the sum of size 0
+    if branch is None and ctx.branch_dtype is not None:
         branch = total.new_empty(0, dtype=ctx.branch_dtype)
     if d_normed is None:
         d_normed = torch.zeros_like(total)
@@ -136,6 +137,32 @@ def _gradients(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, _: Non
 
 
 registry.differentiate(add_norm, Arguments, _save, _gradients)
+
+
+class _NormAlone(torch.autograd.Function):
+    """Without a branch, with the residual handed on: what comes back for it is added where the norm's gradient is made,
+    in place of a pass of its own over both. An op of the library can't return what it was given."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        call = Arguments(*arguments)
+        results = add_norm.call(*call)
+        _save(ctx, call, results)
+        return call.residual, results[1]
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> Any:
+        found = _gradients(ctx, d_total, d_normed, None)
+        return (*found, *(None,) * (len(Arguments._fields) - len(found)))
+
+
+def _norm_alone(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and arguments[0].requires_grad):
+        return add_norm.call(*arguments)
+    return (*_NormAlone.apply(*arguments), None)
+
+
+norm_alone = dataclasses.replace(add_norm, call=_norm_alone)
 
 
 def _save_backward(ctx: Any, call: BackwardArguments, _: Any) -> None:

@@ -19,6 +19,7 @@ from fastvit.validation import AddNormCase
 from fastvit.validation.cases import DTYPES
 from tests.ops.test_properties import hold
 from tests.ops.test_registration import CHECKS, compile_counting
+from tests.seen import Names
 
 OPS = torch.ops.fastvit
 B, T, D = 2, 5, 16
@@ -124,9 +125,26 @@ def test_one_of_the_results_alone_is_used(backend: str, device: str) -> None:
 
 def test_without_a_branch_the_sum_is_the_residual(backend: str, device: str) -> None:
     t = make(device)
-    total, normed = functional.add_norm(t["residual"], weight=t["weight"], eps=1e-6, backend=backend)
-    assert total is t["residual"]
-    torch.testing.assert_close(normed, F.layer_norm(total, (D,), t["weight"], eps=1e-6))
+    residual, weight = t["residual"], t["weight"]
+    total, normed = functional.add_norm(residual, weight=weight, eps=1e-6, backend=backend)
+    assert total.data_ptr() == residual.data_ptr() and torch.equal(total, residual)
+    torch.testing.assert_close(normed, F.layer_norm(residual, (D,), weight, eps=1e-6))
+    with torch.no_grad():
+        assert functional.add_norm(residual, weight=weight, eps=1e-6, backend=backend)[0] is residual
+    frozen = residual.detach()
+    assert functional.add_norm(frozen, weight=weight, eps=1e-6, backend=backend)[0] is frozen
+
+
+def test_what_comes_back_for_a_residual_is_added_where_the_norms_gradient_is_made(backend: str, device: str) -> None:
+    t = make(device)
+    residual, weight = t["residual"], t["weight"]
+    total, normed = functional.add_norm(residual, weight=weight, eps=1e-6, backend=backend)
+    loss = total.square().sum() + normed.pow(3).sum()
+    with Names() as names:
+        (found,) = torch.autograd.grad(loss, [residual])
+    assert "fastvit.add_norm_backward.default" in names.seen and "aten.add.Tensor" not in names.seen
+    again = F.layer_norm(residual, (D,), weight, eps=1e-6)
+    torch.testing.assert_close(found, *torch.autograd.grad(residual.square().sum() + again.pow(3).sum(), [residual]))
 
 
 def test_default_dtypes_are_those_of_torchs_own_addition_and_of_autocast(backend: str, device: str) -> None:
