@@ -2,20 +2,11 @@
 #include "add_norm.h"
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "ops.h"
 
 namespace fastvit {
 namespace {
-
-constexpr int MULTIPROCESSORS = 132;  // of an H200; a constant, so that the same sums have the same bits on every GPU
-
-Elements elements_of(const View& view) { return {view.data, view.type}; }
-
-bool is_wide(int width, std::initializer_list<Elements> all) {
-  return width % EIGHT == 0 && std::all_of(all.begin(), all.end(), [](const Elements& e) { return is_aligned(e.data); });
-}
 
 // Threads that hold `width` values, in whole warps.
 int lanes_for(int width) { return 32 * simt::blocks_for(width, 32 * EIGHT); }
@@ -40,8 +31,8 @@ void launch_backward(AddNormBackward p, int blocks, bool is_scaled, const Queue&
     kernel = !is_whole ? add_norm_backward<true, false, true>
                        : is_scaled ? add_norm_backward<true, true, true> : add_norm_backward<false, true, true>;
   }
-  const int parts = simt::blocks_for(p.width, p.lanes * EIGHT), shared_bytes = 4 * EIGHT * NORM_THREADS;
-  simt::launch(queue, kernel, blocks, parts, p.lanes * p.groups, shared_bytes, p);
+  const int parts = simt::blocks_for(p.width, p.lanes * EIGHT);
+  simt::launch(queue, kernel, blocks, parts, p.lanes * p.groups, PARTIAL_BYTES, p);
 }
 
 }  // namespace
@@ -53,7 +44,7 @@ void add_norm(const AddNormInputs& inputs, float eps, const View& sum, const Vie
   p.residual = elements_of(inputs.residual), p.norm_bias = elements_of(inputs.norm_bias);
   p.sum = elements_of(sum), p.normed = elements_of(normed), p.statistics = static_cast<float*>(statistics.data);
   p.eps = eps;
-  p.lanes = lanes_for(p.width), p.groups = std::max(1, NORM_THREADS / p.lanes);
+  p.lanes = lanes_for(p.width), p.groups = std::max(1, PART_THREADS / p.lanes);
   const bool wide = is_wide(p.width, {p.residual, p.branch, p.bias, p.scale, p.weight, p.norm_bias, p.sum, p.normed});
   const auto kernel = wide ? add_norm_forward<true> : add_norm_forward<false>;
   simt::launch(queue, kernel, simt::blocks_for(p.rows, p.groups), 1, p.lanes * p.groups, 4 * 2 * ROW_SLOT, p);
@@ -62,7 +53,8 @@ void add_norm(const AddNormInputs& inputs, float eps, const View& sum, const Vie
 void add_norm_backward(const AddNormInputs& inputs, const AddNormGradients& gradients, const Queue& queue) {
   const int rows = inputs.residual.size(0), vectors = gradients.d_vectors.size(0);
   const int64_t columns = gradients.d_vectors.sizes[0] * gradients.d_vectors.sizes[1];
-  SumRows sums{nullptr, static_cast<float*>(gradients.d_vectors.data), columns, columns, 0, 0};
+  int blocks = 0;
+  float* partials = nullptr;
   if (rows > 0) {
     auto p = parameters_of<AddNormBackward>(inputs);
     p.sum = elements_of(inputs.residual), p.branch = inputs.scale ? p.branch : Elements{};
@@ -70,15 +62,14 @@ void add_norm_backward(const AddNormInputs& inputs, const AddNormGradients& grad
     p.statistics = static_cast<const float*>(gradients.statistics.data);
     p.d_residual = elements_of(gradients.d_residual), p.d_branch = elements_of(gradients.d_branch);
     p.has_norm_bias = bool(inputs.norm_bias), p.vectors = vectors;
-    p.lanes = std::min(lanes_for(p.width), NORM_THREADS), p.groups = NORM_THREADS / p.lanes;
+    p.lanes = std::min(lanes_for(p.width), PART_THREADS), p.groups = PART_THREADS / p.lanes;
     const bool is_scaled = inputs.scale || inputs.keep;
-    const int steps = simt::blocks_for(rows, p.groups * MULTIPROCESSORS * blocks_of_backward(is_scaled));
-    p.rows_per_block = steps * p.groups;
-    sums.rows = simt::blocks_for(rows, p.rows_per_block);
-    sums.matrix = p.partials = queue.scratch<float>("partial sums", sums.rows * columns);
-    launch_backward(p, sums.rows, is_scaled, queue);
+    const Splits splits(rows, MULTIPROCESSORS * blocks_of_backward(is_scaled), p.groups);
+    p.rows_per_block = splits.rows, blocks = splits.count;
+    p.partials = partials = queue.scratch<float>("partial sums", blocks * columns);
+    launch_backward(p, blocks, is_scaled, queue);
   }
-  simt::launch(queue, sum_partials, simt::blocks_for(columns, 32), 1, SUM_THREADS, 4 * SUM_THREADS, sums);
+  sum_partials(partials, blocks, columns, static_cast<float*>(gradients.d_vectors.data), queue);
 }
 
 }  // namespace fastvit

@@ -6,40 +6,15 @@
 
 #include <cmath>
 
-#include "row_sums.h"
+#include "parts.h"
 
 namespace fastvit {
 
-constexpr int NORM_THREADS = 256;          // the most of a block that works on several rows, or on a part of one
 constexpr int LONGEST_ROW_THREADS = 1024;  // of a block of the forward, which has a row whole
 constexpr int ROW_SLOT = LONGEST_ROW_THREADS / 32;  // words of shared memory for a sum over a row, one a warp
 
 // Blocks of the backward that a multiprocessor has registers for.
 constexpr int blocks_of_backward(bool is_scaled) { return is_scaled ? 2 : 3; }
-
-// A thread's eight columns of a row. `count`: how many of them there are, none of a row that is not there.
-struct Part {
-  int row, column, count;
-  int64_t place;
-
-  SIMT_DEVICE Part(int row, int rows, int column, int width)
-      : row(row), column(column), count(row < rows ? width - column : 0),
-        place(static_cast<int64_t>(row) * width + column) {}
-};
-
-template <bool WIDE>
-SIMT_DEVICE void load_part(const Elements& rows, const Part& part, Words& words) {
-  load_words<WIDE>(rows, part.place, rows.data ? part.count : 0, words);
-}
-
-template <bool WIDE>
-SIMT_DEVICE void load_vector(const Elements& vector, int column, int width, float missing, Values& values) {
-  Words words;
-  load_words<WIDE>(vector, column, vector.data ? width - column : 0, words);
-  from_words(vector.type, words, values);
-  if (vector.data) return;
-  SIMT_UNROLL for (float& value : values) value = missing;
-}
 
 // Sums over the threads that share a row. Slots are taken in turn: one is written again behind the other's barrier.
 template <int N>
@@ -133,34 +108,10 @@ SIMT_DEVICE void add_other_part(const AddNormBackward& p, const Part& part, cons
   }
 }
 
-// Adds up what the groups of a block have, in order, and stores it from `to` on.
-template <bool WIDE>
-SIMT_DEVICE void store_partial(const AddNormBackward& p, int column, Values& sums, float* to) {
-  const int thread = simt::thread_index();
-  // Threads side by side, so that no two of those that read together share a bank.
-  const auto place = [](int thread, int i) { return simt::shared_base() + 16 * (i / 4 * NORM_THREADS + thread); };
-  Words words;
-  to_words(Type::FLOAT32, sums, words);
-  simt::sync_threads();  // what lay there has been read
-  SIMT_UNROLL for (int i = 0; i < EIGHT; i += 4) {
-    simt::store_shared<4>(place(thread, i), {{words[i], words[i + 1], words[i + 2], words[i + 3]}});
-  }
-  simt::sync_threads();
-  if (thread >= p.lanes) return;
-  for (int other = thread + p.lanes; other < p.lanes * p.groups; other += p.lanes) {
-    SIMT_UNROLL for (int i = 0; i < EIGHT; i += 4) {
-      const auto four = simt::load_shared<4>(place(other, i));
-      SIMT_UNROLL for (int j = 0; j < 4; j++) sums[i + j] += simt::from_bits(four.word[j]);
-    }
-  }
-  to_words(Type::FLOAT32, sums, words);
-  store_words<WIDE>({to, Type::FLOAT32}, column, p.width - column, words);
-}
-
 // A block takes some rows: WHOLE ones, or as many of their columns as its threads hold, and reads the others for the
 // sums over the row alone. SCALED: there may be a scale, or a factor a sample.
 template <bool SCALED, bool WHOLE, bool WIDE>
-SIMT_KERNEL(NORM_THREADS, blocks_of_backward(SCALED))
+SIMT_KERNEL(PART_THREADS, blocks_of_backward(SCALED))
 add_norm_backward(AddNormBackward p) {
   const int group = simt::thread_index() / p.lanes, first_column = (simt::thread_index() - group * p.lanes) * EIGHT;
   const int columns = p.lanes * EIGHT, column = simt::block_y() * columns + first_column;
@@ -232,35 +183,16 @@ add_norm_backward(AddNormBackward p) {
     }
   }
   float* to = p.partials + static_cast<int64_t>(simt::block_x()) * p.vectors * p.width;
-  const auto store_next = [&](Values& sums) { store_partial<WIDE>(p, column, sums, to), to += p.width; };
+  const auto store_next = [&](Values& sums) {
+    store_partial<WIDE>(p.lanes, p.groups, p.width - column, sums, to + column);
+    to += p.width;
+  };
   store_next(d_weight);
   if (p.has_norm_bias) store_next(d_norm_bias);
   if (p.bias.data) store_next(d_change);
   if constexpr (SCALED) {
     if (p.scale.data) store_next(d_scale);
   }
-}
-
-// What all blocks of the backward have summed: a lane adds up a column, its warp every eighth row, and the warps' sums
-// are added in order.
-SIMT_KERNEL(SUM_THREADS, 2)
-sum_partials(SumRows p) {
-  constexpr int WARPS = SUM_THREADS / 32;
-  const int warp = simt::thread_index() / 32, lane = simt::thread_index() % 32;
-  const int64_t column = simt::block_x() * int64_t{32} + lane;
-  float total[1] = {};
-  if (column < p.columns) {
-    const float* first = static_cast<const float*>(p.matrix) + warp * p.row_stride + column;
-    add_rows(first, WARPS * p.row_stride, (p.rows - warp + WARPS - 1) / WARPS, total);
-  }
-  const auto place = [&](int warp) { return simt::shared_base() + 4 * (warp * 32 + lane); };
-  simt::store_shared<1>(place(warp), {{simt::bits(total[0])}});
-  simt::sync_threads();
-  if (warp > 0 || column >= p.columns) return;
-  SIMT_UNROLL for (int other = 1; other < WARPS; other++) {
-    total[0] += simt::from_bits(simt::load_shared<1>(place(other)).word[0]);
-  }
-  simt::store_element(p.sums + column, total[0]);
 }
 
 }  // namespace fastvit

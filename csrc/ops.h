@@ -1,10 +1,12 @@
 // The ops, as both bindings call them: torch/ for tensors of PyTorch, emulated/ for tests on a machine without a GPU. They
 // are there for a GPU, in the files beside this one, and for a processor, in cpu/.
 //
-// Callers have checked shapes and types, as fastvit/checks.py does, and have made every tensor contiguous but images,
-// d_images and the tokens of add_position, which may have any strides that `can_read` accepts. Outputs are allocated by
-// the caller; memory that is needed for the length of a call comes from the queue.
+// Callers have checked shapes and types, as fastvit/checks.py does, and have made every tensor contiguous but images
+// and d_images, which may have any strides that `can_read` accepts, and those that are said to have any. Outputs are
+// allocated by the caller; memory that is needed for the length of a call comes from the queue.
 #pragma once
+
+#include <optional>
 
 #include "simt/queue.h"
 #include "views.h"
@@ -77,5 +79,28 @@ struct AddNormGradients {
 };
 
 void add_norm_backward(const AddNormInputs& inputs, const AddNormGradients& gradients, const Queue& queue);
+
+struct BiasActInputs {
+  View x, bias;                   // [rows, F] and [F], or no bias; packed, both twice as wide
+  View up, up_bias;               // the same, or none; none where x is packed
+  int function;                   // with the next two as BiasAct (parameters.h) says
+  float linear, cubic;
+  std::optional<bool> gate_last;  // which half of a packed x goes through the function; none: it is not packed
+};
+
+// out: [rows, F].
+void bias_act(const BiasActInputs& inputs, const View& out, const Queue& queue);
+
+struct BiasActGradients {
+  View d_out;      // [rows, F]
+  View d_x, d_up;  // as x and up
+  View sums;       // float32: of the rows of d_x, and behind them of d_up; or none
+};
+
+void bias_act_backward(const BiasActInputs& inputs, const BiasActGradients& gradients, const Queue& queue);
+
+// d_q, d_k, d_v: [B, H, T, D/H], any strides → d_qkv: [B, T, 3D]; sums: [3D] float32, its sums over B and T, or none.
+void split_heads_backward(const View& d_q, const View& d_k, const View& d_v, const View& d_qkv, const View& sums,
+                          const Queue& queue);
 
 }  // namespace fastvit

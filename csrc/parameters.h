@@ -51,6 +51,42 @@ struct AddNormBackward {
   bool has_norm_bias;
 };
 
+// out = act(x + bias), perhaps times (up + up_bias). Where x and up are the halves of one matrix, a row is twice as far
+// from the next, and so it is in their gradients.
+struct BiasAct {
+  Elements x, up;          // [rows, F], rows row_stride apart; no up: nothing is multiplied
+  Elements bias, up_bias;  // [F]
+  Elements out;            // [rows, F]; to the backward its gradient
+  int64_t row_stride;
+  int rows, width;
+  int function;  // 0: x · (1 + erf(x / √2)) / 2; 1: max(x, 0); 2: x · sigmoid(x · (linear + cubic · x²))
+  float linear, cubic;
+};
+
+struct BiasActBackward {
+  BiasAct of;
+  Elements d_x, d_up;       // as x and up
+  float *partials, *of_up;  // [blocks, F], rows partials_stride apart: sums of d_x and of d_up; null: not wanted
+  int64_t partials_stride;
+  int rows_per_block;
+};
+
+// Of all heads' queries, keys or values: [B, H, T, D/H], any strides.
+struct HeadsGradient {
+  Elements elements;
+  int64_t batch, head, token, value;  // strides
+};
+
+// d_qkv[b, t, 0 to 2, h, :] = d_q, d_k, d_v[b, h, t, :]
+struct SplitHeads {
+  HeadsGradient d_q, d_k, d_v;
+  Elements d_qkv;        // [B, T, 3, D], of their type
+  float* partials;       // [blocks, 3, D]: its sums over rows; null: not wanted
+  int64_t packed_width;  // 3 * D
+  int rows, rows_per_block, width, head_width;  // rows: B * T
+  Divider over_tokens;
+};
+
 struct SumRows {
   const void* matrix;  // [rows, columns], rows row_stride apart
   float* sums;         // [splits, columns]: each split sums rows_per_split rows

@@ -16,15 +16,6 @@ constexpr int KEYS_A_SPLIT = 1024;  // more where there would be too many splits
 constexpr int MOST_SPLITS = 16;     // by keys: every one of them writes a sum for each key
 constexpr int GRID_Y = 65535;       // what CUDA allows
 
-// Splits of equal size but for the last; one that is empty where there are no rows.
-struct Splits {
-  int rows, count;
-
-  Splits(int total, int wanted)
-      : rows(std::max(1, simt::blocks_for(total, std::max(1, wanted)))),
-        count(std::max(1, simt::blocks_for(total, rows))) {}
-};
-
 Splits splits_of_rows(int rows, int64_t columns) {
   const int column_blocks = simt::blocks_for(columns, SUM_THREADS * EIGHT);
   const int wanted = std::max(BLOCKS / column_blocks, simt::blocks_for(rows, MOST_ROWS));
@@ -49,7 +40,34 @@ void launch_sum_by_key(const SumByKey& p, int splits, const simt::Queue& queue) 
   simt::launch(queue, kernel, simt::blocks_for(warps, SUM_THREADS / 32), splits, SUM_THREADS, 0, p);
 }
 
+// What the blocks of a launch have summed: a lane adds up a column, its warp every eighth row, and the warps' sums are
+// added in order.
+SIMT_KERNEL(SUM_THREADS, 2)
+sum_partials(SumRows p) {
+  constexpr int WARPS = SUM_THREADS / 32;
+  const int warp = simt::thread_index() / 32, lane = simt::thread_index() % 32;
+  const int64_t column = simt::block_x() * int64_t{32} + lane;
+  float total[1] = {};
+  if (column < p.columns) {
+    const float* first = static_cast<const float*>(p.matrix) + warp * p.row_stride + column;
+    add_rows(first, WARPS * p.row_stride, (p.rows - warp + WARPS - 1) / WARPS, total);
+  }
+  const auto place = [&](int warp) { return simt::shared_base() + 4 * (warp * 32 + lane); };
+  simt::store_shared<1>(place(warp), {{simt::bits(total[0])}});
+  simt::sync_threads();
+  if (warp > 0 || column >= p.columns) return;
+  SIMT_UNROLL for (int other = 1; other < WARPS; other++) {
+    total[0] += simt::from_bits(simt::load_shared<1>(place(other)).word[0]);
+  }
+  simt::store_element(p.sums + column, total[0]);
+}
+
 }  // namespace
+
+void sum_partials(const float* partials, int rows, int64_t columns, float* sums, const simt::Queue& queue) {
+  const SumRows p{partials, sums, columns, columns, rows, rows};
+  simt::launch(queue, sum_partials, simt::blocks_for(columns, 32), 1, SUM_THREADS, 4 * SUM_THREADS, p);
+}
 
 void sum_rows(Type type, const void* matrix, int64_t row_stride, int rows, int64_t columns, float* sums,
               const simt::Queue& queue) {

@@ -2,6 +2,8 @@
 // are added in the order they stand in, and splits of them in a further pass; the same input gives the same bits.
 #pragma once
 
+#include <algorithm>
+
 #include "numeric.h"
 #include "parameters.h"
 #include "simt/launch.h"
@@ -14,6 +16,19 @@ void sum_rows(Type type, const void* matrix, int64_t row_stride, int rows, int64
 
 // p.sums [segments, patches, D], of type `out`, which is float32 or `in`. rows_per_split is chosen here.
 void sum_by_key(Type in, Type out, SumByKey p, const simt::Queue& queue);
+
+// The same as sum_rows for what some hundred blocks have summed, in one launch whatever their number.
+void sum_partials(const float* partials, int rows, int64_t columns, float* sums, const simt::Queue& queue);
+
+// Splits of equal size but for the last; one that is empty where there are no rows.
+struct Splits {
+  int rows, count;
+
+  // About as many as are wanted, of a multiple of some rows.
+  Splits(int total, int wanted, int step = 1)
+      : rows(step * std::max(1, simt::blocks_for(total, step * std::max(1, wanted)))),
+        count(std::max(1, simt::blocks_for(total, rows))) {}
+};
 
 constexpr int SUM_THREADS = 256;
 constexpr int AHEAD = 8;  // loads of a thread that are under way together

@@ -54,8 +54,8 @@ def patch_embed(
         keep: [B, N_keep] int64; only these patches are projected (masked autoencoders, patch dropout), and each
             keeps its own position. A patch may be repeated.
         dtype: of the tokens; default: autocast's where it is on, else the weight's.
-        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the fastest in the tuning table of this
-            device (:mod:`fastvit.tuning`), without one the best that can run here.
+        backend: "reference", "cpu", "native", "triton", "cuda" or "emulated"; default: the fastest in the tuning table
+            of this device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     uint8 pixels are always divided by 255, before mean and std; floats are not. The projection is computed at the
     weight's precision, or autocast's. Differentiable, any number of times, in images (floats), weight, bias, pos_embed
@@ -104,8 +104,8 @@ def add_position(
         pos_embed: [N, D] (tokens only) or [R+N, D] (prefix rows too); a leading 1 is allowed.
         prefix: [R, D] or [1, R, D]; they become rows 0..R-1 of every sample.
         dtype: of the result; default: autocast's where it is on, else the tokens'.
-        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the fastest in the tuning table of this
-            device (:mod:`fastvit.tuning`), without one the best that can run here.
+        backend: "reference", "cpu", "native", "triton", "cuda" or "emulated"; default: the fastest in the tuning table
+            of this device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     Returns:
         [B, R+N, D]. Differentiable, any number of times, in tokens, pos_embed and prefix.
@@ -165,8 +165,8 @@ def add_norm(
         rms: whether the norm is RMS norm.
         residual_dtype: of the sum; default: what torch's addition would give.
         dtype: of the normed sum; default: autocast's where it is on, else the sum's.
-        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the fastest in the tuning table of this
-            device (:mod:`fastvit.tuning`), without one the best that can run here.
+        backend: "reference", "cpu", "native", "triton", "cuda" or "emulated"; default: the fastest in the tuning table
+            of this device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     Returns:
         (sum, normed), both [..., D]; without a branch the sum is `residual`, not a copy. Differentiable, any number of
@@ -229,8 +229,8 @@ def bias_act(
         gate_last: which half of x goes through `act`, named as in timm's GluMlp: the first if False (DINOv2,
             SwiGLUPacked), the second if True. None: x is not packed.
         dtype: of the result; default: x's.
-        backend: "reference", "cpu", "triton", "cuda" or "emulated"; default: the fastest in the tuning table of this
-            device (:mod:`fastvit.tuning`), without one the best that can run here.
+        backend: "reference", "cpu", "native", "triton", "cuda" or "emulated"; default: the fastest in the tuning table
+            of this device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     Returns:
         [..., F]. Differentiable, any number of times, in all tensors.
@@ -271,8 +271,8 @@ def split_heads(
             H heads of D/H, as timm and DINOv2 pack them.
         bias: [3D], part of qkv already; None where the layer has none, or its gradient is not wanted here.
         num_heads: H, a divisor of D.
-        backend: "reference", "cpu", "triton", "cuda" or "emulated", for the backward; default: the fastest in the
-            tuning table of this device (:mod:`fastvit.tuning`), without one the best that can run here.
+        backend: "reference", "cpu", "native", "triton", "cuda" or "emulated", for the backward; default: the fastest
+            in the tuning table of this device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     Returns:
         q, k, v, [B, H, T, D/H]. Differentiable, any number of times, in qkv and bias.

@@ -23,15 +23,6 @@ ALIGN = 8  # values that divide F and every address
 # Programs of a backward, without and with up: six or four for each of the 132 multiprocessors of an H200, as many as
 # have registers there. Constants, so that results never vary.
 PROGRAMS = {False: 792, True: 528}
-# What is not by erf or relu is x · sigmoid(x · (linear + cubic · x²)).
-ERF, RELU, SIGMOID = 0, 1, 2
-FUNCTIONS = {
-    "gelu": (ERF, 0.0, 0.0),
-    "gelu_tanh": (SIGMOID, 2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715),
-    "quick_gelu": (SIGMOID, 1.702, 0.0),
-    "relu": (RELU, 0.0, 0.0),
-    "silu": (SIGMOID, 1.0, 0.0),
-}
 
 # Parameters may lie anywhere: optimizers and sharding cut them out of one flat buffer.
 _jit = functools.partial(jit, any_address=["bias_ptr", "up_bias_ptr"])
@@ -300,7 +291,7 @@ def _described(
     for name, vector in (("bias", bias), ("up_bias", up_bias)):
         given = torch.empty(0, dtype=dtype, device=x.device) if vector is None else vector.to(dtype).contiguous()
         arguments |= {f"{name}_ptr": given, f"has_{name}": int(vector is not None)}
-    function, linear, cubic = FUNCTIONS[act]
+    function, linear, cubic = plain.FUNCTIONS[act]
     units = dict(width_units=width // ALIGN, stride_units=x.shape[-1] // ALIGN)
     return arguments | units | dict(function=function, linear=linear, cubic=cubic)
 

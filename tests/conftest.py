@@ -101,9 +101,9 @@ def runnable_backends() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with an argument `backend` runs once for every backend that can run here, and in a file that names its
-    op as OP has a part in it."""
+    """A test with an argument `backend` runs once for every backend that can run here and has a part in the op that the
+    file names as OP, by default patch_embed."""
     if "backend" in metafunc.fixturenames:
-        op = getattr(metafunc.module, "OP", None)
-        names = [name for name in runnable_backends() if op is None or not why_missing(name, op)]
+        op = getattr(metafunc.module, "OP", "patch_embed")
+        names = [name for name in runnable_backends() if not why_missing(name, op)]
         metafunc.parametrize("backend", names)

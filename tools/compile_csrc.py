@@ -90,7 +90,8 @@ def problems(row: Row) -> Iterator[str]:
     """The rules a kernel breaks."""
     if row.stack or row.spills:
         yield f"{row.stack} bytes of stack, {row.spills} bytes spilled"
-    if re.fullmatch(r"add_norm_\w+<(?:\w+, )*true>", row.kernel):  # WIDE: single words are factors and statistics
+    # WIDE: single words are add_norm's factors and statistics.
+    if re.fullmatch(r"(add_norm|bias_act|split_heads)_\w+<(?:\w+, )*true>", row.kernel):
         for what, widths in (("loads", row.loads), ("stores", row.stores)):
             if widths not in ("16", "4, 16"):
                 yield f"{what} of {widths} bytes, 16 are expected"

@@ -76,9 +76,10 @@ def pretend_to_be_cuda() -> None:
     from fastvit import backend
 
     backend._REASONS["cuda"] = lambda device_type: ""
-    for op in ("patch_embed", "add_position", "add_norm"):
-        for name in (f"{op}_cuda", f"{op}_backward_cuda"):
-            setattr(torch.ops.fastvit, name, getattr(torch.ops.fastvit_host, name))
+    both_ways = ("patch_embed", "add_position", "add_norm", "bias_act")
+    names = [f"{op}{way}_cuda" for op in both_ways for way in ("", "_backward")]
+    for name in (*names, "split_heads_backward_cuda"):
+        setattr(torch.ops.fastvit, name, getattr(torch.ops.fastvit_host, name))
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -95,6 +96,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         torch.randn(8),
         torch.ones(2, 4),
     )
+    heads = torch.randn(1, 2, 4, 8).to(bf16)
     return {
         "torch.add": lambda: torch.add(tokens, positions),
         "torch.add, bfloat16 result": lambda: torch.add(tokens, positions).to(bf16),
@@ -107,6 +109,11 @@ def calls() -> dict[str, Callable[[], Any]]:
         "add_norm_backward_cuda": lambda: ops.add_norm_backward_cuda(
             stream, branch, stream, branch, vector, None, None, vector, vector, statistics, False, torch.float32
         ),
+        "bias_act_cuda": lambda: ops.bias_act_cuda(branch, vector, None, None, 0, 0.0, 0.0, None, bf16),
+        "bias_act_backward_cuda": lambda: ops.bias_act_backward_cuda(
+            branch, branch, vector, None, None, 0, 0.0, 0.0, None
+        ),
+        "split_heads_backward_cuda": lambda: ops.split_heads_backward_cuda(heads, heads, heads, True),
         "patch_embed_cuda": lambda: ops.patch_embed_cuda(
             images, weight, bias, positions, prefix, None, constants, bf16, bf16, False
         ),
@@ -116,6 +123,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "fastvit.functional.add_norm": lambda: functional.add_norm(
             stream, branch, vector, weight=vector, norm_bias=vector, eps=1e-6, dtype=bf16, backend="cuda"
         ),
+        "fastvit.functional.bias_act": lambda: functional.bias_act(branch, vector, backend="cuda"),
         "fastvit.functional.patch_embed": lambda: functional.patch_embed(
             images, weight, bias, pos_embed=positions, prefix=prefix, mean=MEAN, std=STD, dtype=bf16, backend="cuda"
         ),

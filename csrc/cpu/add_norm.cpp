@@ -33,7 +33,7 @@ struct Parameters {
 
   Parameters(const AddNormInputs& inputs, const Queue& queue)
       : rows(inputs.residual.sizes[0]), width(inputs.residual.sizes[1]),
-        tokens(inputs.keep ? rows / inputs.keep.sizes[0] : 1), bias(vector_of(inputs.bias, width, 0, queue)),
+        tokens(inputs.keep && rows ? rows / inputs.keep.sizes[0] : 1), bias(vector_of(inputs.bias, width, 0, queue)),
         scale(vector_of(inputs.scale, width, 1, queue)), keep(elements<float>(inputs.keep)),
         weight(vector_of(inputs.weight, width, 0, queue)), norm_bias(vector_of(inputs.norm_bias, width, 0, queue)),
         centre(inputs.rms ? 0.0f : 1.0f) {}

@@ -77,12 +77,12 @@ inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
 inline float sum(Floats values) {
 #if defined(__AVX512F__)
   const __m256 upper = _mm512_maskz_extractf32x8_ps(0xff, bits_as<__m512>(values), 1);
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(bits_as<__m512>(values)), upper);
+  const __m256 eight = _mm512_maskz_extractf32x8_ps(0xff, bits_as<__m512>(values), 0) + upper;
 #elif defined(__AVX2__)
   const __m256 eight = bits_as<__m256>(values);
 #endif
 #if defined(__AVX2__)
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
 #else
   const Floats four = values;
 #endif

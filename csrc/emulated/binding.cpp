@@ -136,6 +136,32 @@ void run_add_norm_backward(const Device& device, const AddNormInputs& inputs, co
   call.finish();
 }
 
+void run_bias_act(const Device& device, const BiasActInputs& inputs, const View& out) {
+  Call call(device);
+  call.reads({{"x", inputs.x}, {"bias", inputs.bias}, {"up", inputs.up}, {"up_bias", inputs.up_bias}});
+  call.writes({{"out", out}});
+  bias_act(inputs, out, call.queue());
+  call.finish();
+}
+
+void run_bias_act_backward(const Device& device, const BiasActInputs& inputs, const BiasActGradients& gradients) {
+  Call call(device);
+  call.reads({{"x", inputs.x}, {"bias", inputs.bias}, {"up", inputs.up}, {"up_bias", inputs.up_bias},
+              {"d_out", gradients.d_out}});
+  call.writes({{"d_x", gradients.d_x}, {"d_up", gradients.d_up}, {"sums", gradients.sums}});
+  bias_act_backward(inputs, gradients, call.queue());
+  call.finish();
+}
+
+void run_split_heads_backward(const Device& device, const View& d_q, const View& d_k, const View& d_v,
+                              const View& d_qkv, const View& sums) {
+  Call call(device);
+  call.reads({{"d_q", d_q}, {"d_k", d_k}, {"d_v", d_v}});
+  call.writes({{"d_qkv", d_qkv}, {"sums", sums}});
+  split_heads_backward(d_q, d_k, d_v, d_qkv, sums, call.queue());
+  call.finish();
+}
+
 void run_one_primitive(const Device& device, int which, const View& input, const View& output) {
   Call call(device);
   call.reads({{"input", input}});
@@ -179,6 +205,15 @@ PYBIND11_MODULE(fastvit_emulated, m) {
       .def(py::init([](View d_normed, View d_sum, View statistics, View d_residual, View d_branch, View d_vectors) {
         return AddNormGradients{d_normed, d_sum, statistics, d_residual, d_branch, d_vectors};
       }));
+  py::class_<BiasActInputs>(m, "BiasActInputs", py::module_local())
+      .def(py::init([](View x, View bias, View up, View up_bias, int function, float linear, float cubic,
+                       std::optional<bool> gate_last) {
+        return BiasActInputs{x, bias, up, up_bias, function, linear, cubic, gate_last};
+      }));
+  py::class_<BiasActGradients>(m, "BiasActGradients", py::module_local())
+      .def(py::init([](View d_out, View d_x, View d_up, View sums) {
+        return BiasActGradients{d_out, d_x, d_up, sums};
+      }));
   m.def("can_read", &can_read);
   m.def("patch_embed", &run_patch_embed);
   m.def("patch_embed_backward", &run_patch_embed_backward);
@@ -186,6 +221,9 @@ PYBIND11_MODULE(fastvit_emulated, m) {
   m.def("add_position_backward", &run_add_position_backward);
   m.def("add_norm", &run_add_norm);
   m.def("add_norm_backward", &run_add_norm_backward);
+  m.def("bias_act", &run_bias_act);
+  m.def("bias_act_backward", &run_bias_act_backward);
+  m.def("split_heads_backward", &run_split_heads_backward);
   m.def("bank_conflicts", [] { return std::exchange(simt::host::bank_conflicts(), 0); });
   m.def("primitives", [] {
     std::vector<std::tuple<std::string, int64_t, int64_t>> found;

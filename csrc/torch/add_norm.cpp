@@ -4,33 +4,12 @@
 #include <tuple>
 
 #include "../ops.h"
-#include "call.h"
+#include "rows.h"
 
 namespace fastvit {
 namespace {
 
-constexpr int64_t MOST_VALUES = 8192;              // of a row
-constexpr int64_t ROWS_LIMIT = int64_t{1} << 30;  // blocks count past the last in 32 bits
-
-void check_rows(const char* name, const View& rows, const char* as_name, const View& as) {
-  require(rows.sizes[0] == as.sizes[0] && rows.sizes[1] == as.sizes[1], name, ": expected rows ", as, " as ", as_name,
-          ", got ", rows);
-}
-
-View read_rows(Call& call, const char* name, const MaybeTensor& tensor, const char* as_name, const View& as) {
-  if (!tensor) return {};
-  const View rows = call.read_rows(name, *tensor, FLOATS);
-  check_rows(name, rows, as_name, as);
-  return rows;
-}
-
-View read_vector(Call& call, const char* name, const MaybeTensor& vector, int64_t width) {
-  const View view = call.read_contiguous(name, vector, 1, "[D]", FLOATS);
-  require(!view || view.sizes[0] == width, name, ": expected [", width, "], got ", view);
-  // A parameter in a flat buffer may lie anywhere. It is small: copied, it leaves the rows their 16-byte loads.
-  const bool is_aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  return is_aligned ? view : call.copy(name, *vector, view.type);
-}
+constexpr int64_t MOST_VALUES = 8192;  // of a row
 
 // Everything but the branch.
 AddNormInputs read_inputs(Call& call, const char* name, const Tensor& residual, const MaybeTensor& bias,
@@ -38,10 +17,8 @@ AddNormInputs read_inputs(Call& call, const char* name, const Tensor& residual, 
                           const MaybeTensor& norm_bias, bool rms) {
   AddNormInputs inputs{};
   inputs.residual = call.read_rows(name, residual, FLOATS);
-  const int64_t rows = inputs.residual.sizes[0], width = inputs.residual.sizes[1];
-  require(width > 0 && width <= MOST_VALUES, name, ": expected [..., D] with D from 1 to ", MOST_VALUES, ", got rows ",
-          inputs.residual);
-  require(rows < ROWS_LIMIT, name, ": ", rows, " rows; they must be < 2^30");
+  const int64_t width = inputs.residual.sizes[1];
+  check_size(name, inputs.residual, MOST_VALUES);
   inputs.bias = read_vector(call, "bias", bias, width), inputs.scale = read_vector(call, "scale", scale, width);
   inputs.keep = call.read_contiguous("keep", keep, 1, "[B]", {Type::FLOAT32});
   const bool fits = residual.dim() > 1 && inputs.keep.sizes[0] == residual.size(0);

@@ -30,6 +30,15 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return _swish_backward(grad, x, 1.0) if is_followed else _ATEN.silu_backward(grad, x)
 
 
+# How kernels know them, (which, linear, cubic): what is not by erf or relu is x · sigmoid(x · (linear + cubic · x²)).
+ERF, RELU, SIGMOID = 0, 1, 2
+FUNCTIONS = {
+    "gelu": (ERF, 0.0, 0.0),
+    "gelu_tanh": (SIGMOID, 2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715),
+    "quick_gelu": (SIGMOID, _QUICK, 0.0),
+    "relu": (RELU, 0.0, 0.0),
+    "silu": (SIGMOID, 1.0, 0.0),
+}
 # The functions of float32, and their gradients: (of the result, at x) → of x.
 ACTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "gelu": (F.gelu, _ATEN.gelu_backward),

@@ -164,6 +164,65 @@ def add_norm_backward(
     return d_residual, d_branch, d_vectors
 
 
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    function: int,
+    linear: float,
+    cubic: float,
+    gate_last: bool | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[..., F], or of x [..., 2F] with gate_last."""
+    width = x.shape[-1] if gate_last is None else x.shape[-1] // 2
+    out = x.new_empty((*x.shape[:-1], width), dtype=dtype)
+    held = [_contiguous(tensor) for tensor in (x, bias, up, up_bias)]
+    inputs = _bias_act_inputs(held, function, linear, cubic, gate_last)
+    library().bias_act(device(), inputs, _rows_view(out))
+    return out
+
+
+def bias_act_backward(
+    d_out: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    function: int,
+    linear: float,
+    cubic: float,
+    gate_last: bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and up (of size 0 without), and float32 sums of the rows of both (of size 0 without a bias)."""
+    d_x, d_up = x.new_empty(x.shape), x.new_empty(0 if up is None else up.shape)
+    has_bias = bias is not None or up_bias is not None
+    sums = x.new_empty(x.shape[-1] * (1 if up is None else 2) if has_bias else 0, dtype=torch.float32)
+    held = [_contiguous(tensor) for tensor in (x, bias, up, up_bias)]
+    d_out = d_out.contiguous()
+    gradients = library().BiasActGradients(
+        _rows_view(d_out), _rows_view(d_x), _rows_view(None if up is None else d_up), view(sums if has_bias else None)
+    )
+    library().bias_act_backward(device(), _bias_act_inputs(held, function, linear, cubic, gate_last), gradients)
+    return d_x, d_up, sums
+
+
+def split_heads_backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """Three of [B, H, T, D/H] → [B, T, 3D], and its float32 sums over batch and tokens (of size 0 without a bias)."""
+    batch, heads, tokens, width = d_q.shape
+    d_qkv = d_q.new_empty((batch, tokens, 3 * heads * width))
+    sums = d_q.new_empty(3 * heads * width if has_bias else 0, dtype=torch.float32)
+    results = view(d_qkv), view(sums if has_bias else None)
+    library().split_heads_backward(device(), *map(view, (d_q, d_k, d_v)), *results)
+    return d_qkv, sums
+
+
+def _bias_act_inputs(held: Sequence[Tensor | None], *rest: Any) -> Any:
+    x, bias, up, up_bias = held
+    return library().BiasActInputs(_rows_view(x), view(bias), _rows_view(up), view(up_bias), *rest)
+
+
 def _add_norm_inputs(held: Sequence[Tensor | None], rms: bool) -> Any:
     return library().AddNormInputs(*map(_rows_view, held[:2]), *map(view, held[2:]), rms)
 

@@ -156,7 +156,7 @@ def test_train_writes_and_resumes(run: Cli, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("validate --backend tpu", "--backend tpu: accepted is one of reference, cpu, triton, cuda, emulated"),
+        ("validate --backend tpu", "--backend tpu: accepted is one of reference, cpu, native, triton, cuda, emulated"),
         (
             "validate --op conv",
             "--op conv: accepted is one of add_norm, add_position, bias_act, patch_embed, split_heads",

@@ -1,5 +1,5 @@
 """The library over emulated kernels, whose ops take tensors on the CPU. Nothing here needs fastvit to be installed:
-`make test-abi` runs test_binding.py in environments that have torch alone."""
+`make test-abi` runs test_binding*.py in environments that have torch alone."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastvit import backend, functional
 
-OPS = tuple(f"{op}{way}_cuda" for op in ("patch_embed", "add_position", "add_norm") for way in ("", "_backward"))
+BOTH_WAYS = ("patch_embed", "add_position", "add_norm", "bias_act")
+OPS = (*(f"{op}{way}_cuda" for op in BOTH_WAYS for way in ("", "_backward")), "split_heads_backward_cuda")
 NO_MEMORY = (
     "fastvit: can't allocate 4096 bytes: out of memory?",  # of a torch that does not say why
     "fastvit: can't allocate 4096 bytes: CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity of",
@@ -56,6 +57,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
         "add_norm_backward_cuda": lambda total, *_: (
             torch.zeros_like(total), total.new_zeros(0), total.new_zeros(1, total.shape[-1])
         ),
+        "bias_act_cuda": lambda x, *_: torch.zeros_like(x),
+        "bias_act_backward_cuda": lambda d_out, x, *_: (torch.zeros_like(x), x.new_zeros(0), x.new_zeros(x.shape[-1])),
+        "split_heads_backward_cuda": lambda d_q, *_: (d_q.new_zeros(1, 4, 3 * 5), d_q.new_zeros(3 * 5)),
     }  # fmt: skip
     for name, result in results.items():
         monkeypatch.setattr(torch.ops.fastvit, name, stub.op(name, result), raising=False)
@@ -74,6 +78,15 @@ def run(name: str, transform: Callable[[Callable], Callable] = lambda function: 
 
         def function(residual: Tensor, weight: Tensor, backend: str) -> Tensor:
             return functional.add_norm(residual, branch, weight=weight, eps=1e-6, backend=backend)[1]
+
+    elif name.startswith("bias_act"):
+        inputs = torch.randn(1, 4, 5), torch.randn(5)
+        function = functional.bias_act
+    elif name.startswith("split_heads"):
+        inputs = torch.randn(1, 4, 3 * 5), torch.randn(3 * 5)
+
+        def function(qkv: Tensor, bias: Tensor, backend: str) -> Tensor:
+            return torch.cat(functional.split_heads(qkv, bias, 1, backend=backend))
 
     else:
         inputs = torch.randn(1, 4, 5), torch.randn(4, 5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,21 +46,62 @@ def expect_caught(fault: Fault, cases: Cases, tmp_path: Path) -> None:
     text = path.read_text()
     assert text.count(fault.old) == 1, f"stands {text.count(fault.old)} times in {fault.file}"
     path.write_text(text.replace(fault.old, fault.new))
-    # First the unit with the fault: of inline functions that several units have, the linker takes the first.
-    others = [unit for unit in build.units_of(build.SOURCES) if unit.stem != fault.unit]
-    library = build.build([sources / f"{fault.unit}.cu", *others], folder, few_types=True)
-    for object_file in folder.glob(f"{fault.unit}_*"):
-        if object_file.name not in _unchanged(folder):
-            object_file.unlink(missing_ok=True)
-    with emulation(library=library):
+    with emulation(library=_with_unit(sources / f"{fault.unit}.cu", folder)):
         found = _outcome(cases)
     assert found and fault.caught_by in found, found or "not caught"
+
+
+class Switched:
+    """All faults of one unit in one build, each an expression in place of one, or statements in place of statements: to
+    compile one is what takes the time. `switch` says which of them is there, none as long as it is 0."""
+
+    SWITCH = 'extern "C" __attribute__((visibility("default"))) int fastvit_planted = 0;\n'
+
+    def __init__(self, faults: Sequence[Fault], tmp_path: Path) -> None:
+        sources, folder = tmp_path / "csrc", _folder()
+        shutil.copytree(build.SOURCES, sources)
+        for number, fault in enumerate(faults, 1):
+            path = sources / fault.file
+            text = path.read_text()
+            assert text.count(fault.old) == 1, f"{fault.name}: stands {text.count(fault.old)} times in {fault.file}"
+            is_here = f"fastvit_planted == {number}"
+            switched = f"({is_here} ? ({fault.new}) : ({fault.old}))"
+            if fault.old.endswith(";"):
+                switched = f"if ({is_here}) {{ {fault.new} }} else {{ {fault.old} }}"
+            path.write_text(text.replace(fault.old, switched))
+        (unit,) = {fault.unit for fault in faults}
+        path = sources / f"{unit}.cu"
+        path.write_text(self.SWITCH + path.read_text())
+        self.faults, self.library = faults, _with_unit(path, folder)
+        self.switch = ctypes.c_int.in_dll(ctypes.CDLL(self.library.__file__), "fastvit_planted")
+
+    def outcome(self, cases: Cases, fault: Fault | None = None) -> str:
+        """What is wrong with the kernels, with one fault or with none; "" for nothing."""
+        self.switch.value = 0 if fault is None else 1 + self.faults.index(fault)
+        with emulation(library=self.library):
+            return _outcome(cases)
+
+    def expect_caught(self, fault: Fault, cases: Cases) -> None:
+        """Run the cases until one shows the fault."""
+        found = self.outcome(cases, fault)
+        assert found and fault.caught_by in found, found or "not caught"
 
 
 def expect_nothing(cases: Cases) -> None:
     """The same without a fault."""
     with emulation(library=build.build(build.units_of(build.SOURCES), _folder(), few_types=True)):
         assert _outcome(cases) == ""
+
+
+def _with_unit(changed: Path, folder: Path) -> Any:
+    """The kernels with one unit as it stands in a changed copy."""
+    # That one first: of inline functions that several units have, the linker takes the first.
+    others = [unit for unit in build.units_of(build.SOURCES) if unit.name != changed.name]
+    library = build.build([changed, *others], folder, few_types=True)
+    for object_file in folder.glob(f"{changed.stem}_*"):
+        if object_file.name not in _unchanged(folder):
+            object_file.unlink(missing_ok=True)
+    return library
 
 
 def _folder() -> Path:

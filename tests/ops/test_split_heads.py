@@ -21,6 +21,8 @@ OP = "split_heads"
 OPS = torch.ops.fastvit
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 B, T, H, D = 2, 5, 3, 24
+# Of sums that are added in another order: those for the keys' bias cancel out, but for their roundings.
+SUMMED = {"rtol": 1e-5, "atol": 1e-4}
 
 
 def make(device: str, *, batch: int = B, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -151,7 +153,7 @@ def test_norms_and_rotations_go_between(backend: str, device: str) -> None:
         )
         grads.append(torch.autograd.grad(v.square().sum(), leaves))  # no gradient of q and k
     for ours, theirs in zip(grads[:2], grads[2:], strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, **SUMMED)
 
 
 def test_the_gradients_asked_for(backend: str, device: str) -> None:
@@ -244,9 +246,8 @@ def test_under_torch_func_the_reference_runs(device: str, backend: str) -> None:
 def test_checkpoints(backend: str, device: str) -> None:
     leaves = make(device)
     out = torch.utils.checkpoint.checkpoint(block, *leaves, use_reentrant=False, backend=backend)
-    torch.testing.assert_close(
-        torch.autograd.grad(out.square().sum(), leaves), torch.autograd.grad(plainly(*leaves).square().sum(), leaves)
-    )
+    ours, theirs = (torch.autograd.grad(result.square().sum(), leaves) for result in (out, plainly(*leaves)))
+    torch.testing.assert_close(ours, theirs, **SUMMED)
 
 
 QKV, BIAS = torch.randn(2, 5, 18), torch.randn(18)
