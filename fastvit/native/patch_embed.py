@@ -21,10 +21,10 @@ def forward(*arguments: Any) -> Tensor:
     Arguments as in `fastvit.functional.patch_embed`, already checked, in the order of the op. An index in `keep` that
     is out of range gives a row of NaN.
     """
-    *tensors, mean, std, compute_dtype, dtype = arguments
-    return run_forward(
-        torch.ops.fastvit_native.patch_embed_cuda, _no_tf32, *tensors, mean, std, _multiplied(compute_dtype), dtype
-    )
+    *others, compute_dtype, dtype = arguments
+    multiplied = _multiplied(compute_dtype)
+    found: Tensor = run_forward(torch.ops.fastvit_native.patch_embed_cuda, _no_tf32, *others, multiplied, dtype)
+    return found
 
 
 def backward(
