@@ -193,7 +193,7 @@ def under_transforms() -> bool:
 def _automatic(device_type: str, op: str, prefers_triton: bool) -> str:
     """Without a measurement: on a CPU C++ where it is; of the two that run on a GPU, the extension, whose launch costs
     less and whose kernels have no shape to be compiled for, but for what Triton is preferred for, or alone can do."""
-    if device_type == "cpu" and _can_run("native", device_type, op):
+    if device_type == "cpu" and _can_run("native", device_type, op) and _is_native_fast():
         return "native"
     if device_type in ("cpu", "meta"):
         return "cpu"
@@ -265,6 +265,13 @@ def _cpu_reason(device_type: str) -> str:
     return "" if device_type in ("cpu", "meta") else "it computes on the CPU only"
 
 
+@_constant_when_traced
+def _is_native_fast() -> bool:
+    from fastvit.native import is_fast
+
+    return is_fast()
+
+
 def _native_reason(device_type: str) -> str:
     from fastvit.native import why_unavailable
 
@@ -330,7 +337,16 @@ _PACKAGES = {
 def why_missing(backend: str, op: str) -> str:
     """The reason why a backend has no part in an op, "" if it has: a file of the op's name."""
     is_there = backend == "reference" or _is_module(f"{_PACKAGES[backend]}.{op}")
+    if is_there and backend == "native":  # whose library may be older than the file
+        is_there = op in _native_ops()
     return "" if is_there else f"it has no kernel for {op}"
+
+
+@lru_cache
+def _native_ops() -> tuple[str, ...]:
+    from fastvit.native import ops
+
+    return ops()
 
 
 @lru_cache

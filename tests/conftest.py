@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from fastvit import cli, tuning
 from fastvit.backend import available_backends, reset_launch_counts, why_missing
+from fastvit.validation.ops import OPS
 
 # A tuning table of this machine must not choose what the tests run; processes that they start inherit this.
 os.environ["FASTVIT_TUNING"] = "off"
@@ -101,9 +102,10 @@ def runnable_backends() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with an argument `backend` runs once for every backend that can run here and has a part in the op that the
-    file names as OP, by default patch_embed."""
+    """A test with an argument `backend` runs once for every backend that can run here and has a part in its op: the one
+    in the test's name, or the file's OP, or patch_embed."""
     if "backend" in metafunc.fixturenames:
-        op = getattr(metafunc.module, "OP", "patch_embed")
+        named = [op for op in OPS if op in metafunc.function.__name__]
+        op = named[0] if named else getattr(metafunc.module, "OP", "patch_embed")
         names = [name for name in runnable_backends() if not why_missing(name, op)]
         metafunc.parametrize("backend", names)

@@ -2,29 +2,14 @@
 // is made of it stays in the first cache until it is written.
 #include <cmath>
 
-#include "../ops.h"
 #include "isa.h"
-#include "threads.h"
-#include "vector.h"
+#include "rows.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
 constexpr int64_t LONGEST_ROW = 8192;
-constexpr int64_t LEAST_ROWS = 32, MOST_CHUNKS = 64;  // of sums over rows
-constexpr int TOGETHER = 4;                           // rows whose sums are read and written once
-
-int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
-
-// A vector [D] in float32, with zeros behind it to whole registers; one that is not there is `missing` everywhere.
-const float* vector_of(const View& view, int64_t width, float missing, const Queue& queue) {
-  float* values = queue.scratch<float>("vector", padded(width));
-  const Any from = pointer_to<Any>(view);
-  each_vector(width, [&](int64_t i, auto n) {
-    store(values + i, first_of(view ? load(from + i, n) : all(missing), n));
-  });
-  return values;
-}
+constexpr int TOGETHER = 4;  // rows whose sums are read and written once
 
 struct Parameters {
   int64_t rows, width, tokens;  // tokens: rows that share a factor
@@ -40,34 +25,6 @@ struct Parameters {
 
   float factor(int64_t row) const { return keep ? keep[row / tokens] : 1.0f; }
 };
-
-// The type that all of the tensors have that are there; INT64 if they differ.
-template <class... Views>
-Type common(const Views&... views) {
-  Type type = Type::INT64;
-  bool is_first = true, is_common = true;
-  const auto look = [&](const View& view) {
-    if (!view) return;
-    is_common = is_common && (is_first || view.type == type);
-    type = view.type, is_first = false;
-  };
-  (look(views), ...);
-  return is_common ? type : Type::INT64;
-}
-
-// Calls `use` with pointers of the types of the stream (the residual and the sum) and of all else: code of their own have
-// one type for all, and a float32 stream through a model in half precision.
-template <class Use>
-void with_types(Type stream, Type other, const Use& use) {
-  if (stream == Type::FLOAT32) {
-    if (other == Type::FLOAT32) return use((float*){}, (float*){});
-    if (other == Type::BFLOAT16) return use((float*){}, (bfloat16*){});
-    if (other == Type::FLOAT16) return use((float*){}, (float16*){});
-  }
-  if (stream == Type::BFLOAT16 && other == stream) return use((bfloat16*){}, (bfloat16*){});
-  if (stream == Type::FLOAT16 && other == stream) return use((float16*){}, (float16*){});
-  use(Any{}, Any{});
-}
 
 template <class Stream, class Other>
 struct Forward {
@@ -202,10 +159,6 @@ struct Backward {
 
   template <bool SCALED>
   void chunk(int64_t row, int64_t end, const Sums& sums) const {
-    for (int64_t i = 0; i < p.width; i += LANES) {
-      store(sums.weight + i, Floats{}), store(sums.norm_bias + i, Floats{});
-      store(sums.change + i, Floats{}), store(sums.scale + i, Floats{});
-    }
     if constexpr (!std::is_same_v<Stream, Any>) {
       for (; row + TOGETHER <= end; row += TOGETHER) rows<TOGETHER, SCALED>(row, sums);
     }
@@ -239,8 +192,7 @@ void add_norm_backward(const AddNormInputs& inputs, const AddNormGradients& grad
   constexpr int SUMS = 4;
   const Parameters p(inputs, queue);
   const int64_t stride = padded(p.width);
-  const Chunks chunks(p.rows, LEAST_ROWS, MOST_CHUNKS);
-  float* partials = queue.scratch<float>("partial sums", chunks.count * SUMS * stride);
+  const RowSums row_sums(p.rows, SUMS * stride, queue);
   const bool is_scaled = inputs.scale || inputs.keep;
   const Type stream = common(inputs.residual, gradients.d_sum, gradients.d_residual);
   with_types(stream, common(gradients.d_normed, inputs.branch, gradients.d_branch), [&](auto stream, auto other) {
@@ -251,13 +203,9 @@ void add_norm_backward(const AddNormInputs& inputs, const AddNormGradients& grad
         pointer_to<Stream>(gradients.d_residual), pointer_to<Other>(gradients.d_normed),
         pointer_to<Other>(inputs.branch), pointer_to<Other>(gradients.d_branch), bool(gradients.d_sum),
         bool(inputs.scale), bool(inputs.bias), bool(gradients.d_branch), elements<float>(gradients.statistics)};
-    parallel(chunks.count, chunks.size * p.width, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; chunk++) {
-        float* first = partials + chunk * SUMS * stride;
-        const Sums sums{first, first + stride, first + 2 * stride, first + 3 * stride};
-        is_scaled ? op.template chunk<true>(chunks.first(chunk), chunks.end(chunk), sums)
-                  : op.template chunk<false>(chunks.first(chunk), chunks.end(chunk), sums);
-      }
+    row_sums.run(p.width, [&](int64_t first, int64_t end, float* of_chunk) {
+      const Sums sums{of_chunk, of_chunk + stride, of_chunk + 2 * stride, of_chunk + 3 * stride};
+      is_scaled ? op.template chunk<true>(first, end, sums) : op.template chunk<false>(first, end, sums);
     });
   });
 
@@ -265,13 +213,7 @@ void add_norm_backward(const AddNormInputs& inputs, const AddNormGradients& grad
   const bool is_there[SUMS] = {true, bool(inputs.norm_bias), bool(inputs.bias), bool(inputs.scale)};
   for (int which = 0; which < SUMS; which++) {
     if (!is_there[which]) continue;
-    each_vector(p.width, [&](int64_t i, auto n) {
-      Floats total = {};
-      for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-        total += load(partials + (chunk * SUMS + which) * stride + i);
-      }
-      store(to + i, total, n);
-    });
+    row_sums.add_up(which * stride, p.width, to);
     to += p.width;
   }
 }

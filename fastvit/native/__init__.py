@@ -16,6 +16,7 @@ import torch
 
 from fastvit.library import CHECKOUT, Library
 
+FAST = ("avx2", "avx512", "avx512bf16")
 LIBRARY = Path(__file__).resolve().with_name("_fastvit_native.so")
 _CHECKOUT = CHECKOUT
 _KIND = Library("the library for the processor", "build_native.py", "native", "FASTVIT_BUILD_NATIVE")
@@ -57,6 +58,17 @@ def instruction_set() -> str:
         RuntimeError: as :func:`why_unavailable`.
     """
     return str(torch.ops.fastvit_native.instruction_set())
+
+
+def is_fast() -> bool:
+    """Whether the ops are known to be as fast as PyTorch's own: from AVX2 on, as measured. With what every processor has
+    they are slower than PyTorch's, which take more where there is more."""
+    return instruction_set() in FAST
+
+
+def ops() -> tuple[str, ...]:
+    """The ops that the library has."""
+    return tuple(build_info().get("ops", ()))
 
 
 def build_info() -> dict[str, Any]:

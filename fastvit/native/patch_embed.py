@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +14,22 @@ from fastvit.native import instruction_set
 Channels = Sequence[float] | None  # a value a channel
 
 
-def forward(*arguments: Any) -> Tensor:
-    """[B, C, H, W] images, [D, C, P_h, P_w] weight → [B, R+N, D] tokens in dtype; [B, R+N_keep, D] with keep.
-
-    Arguments as in `fastvit.functional.patch_embed`, already checked, in the order of the op. An index in `keep` that
-    is out of range gives a row of NaN.
-    """
-    *others, compute_dtype, dtype = arguments
-    multiplied = _multiplied(compute_dtype)
-    found: Tensor = run_forward(torch.ops.fastvit_native.patch_embed_cuda, _no_tf32, *others, multiplied, dtype)
-    return found
+def forward(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    keep: Tensor | None,
+    mean: Channels,
+    std: Channels,
+    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, C, H, W] → [B, R+N, D]; arguments as in `fastvit.functional.patch_embed`, already checked. An index in `keep`
+    that is out of range gives a row of NaN."""
+    op, compute = torch.ops.fastvit_native.patch_embed_cuda, _multiplied(compute_dtype)
+    return run_forward(op, _no_tf32, images, weight, bias, pos_embed, prefix, keep, mean, std, compute, dtype)
 
 
 def backward(

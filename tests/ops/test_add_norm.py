@@ -21,6 +21,7 @@ from tests.ops.test_properties import hold
 from tests.ops.test_registration import CHECKS, compile_counting
 from tests.seen import Names
 
+OP = "add_norm"
 OPS = torch.ops.fastvit
 B, T, D = 2, 5, 16
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -85,7 +85,7 @@ def test_derivatives_up_to_the_third(backend: str, device: str, keep: Any, uint8
     assert counts["patch_embed_backward", backend] > 1 < counts["patch_embed", backend]
 
 
-def test_derivatives_of_added_positions(backend: str, device: str) -> None:
+def test_derivatives_of_add_position(backend: str, device: str) -> None:
     inputs = [torch.randn(2, 6, 16), torch.randn(7, 16), torch.randn(1, 16)]
     expect_plain_pytorchs(add, add_plainly, [x.to(device) for x in inputs], 3, backend)
 

@@ -1,0 +1,137 @@
+// bias_act: act(x + bias), perhaps times (up + up_bias); a read and a write of each.
+#include "isa.h"
+#include "rows.h"
+
+namespace fastvit::FASTVIT_ISA {
+namespace {
+
+// exp(x) for x ≤ 0, within 2 ulp: 2^n · e^r with |r| ≤ ln(2)/2. Below -86, where n would leave the normal numbers, 0.
+inline Floats exp_of_negative(Floats x) {
+  const Floats shifted = x * 1.44269504f + 0x1.8p23f;  // whose lowest bits are n
+  const Floats n = shifted - 0x1.8p23f;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats value = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Moshier's expf, of Cephes
+  value = value * r + 8.3334519073e-3f;
+  value = value * r + 4.1665795894e-2f;
+  value = value * r + 1.6666665459e-1f;
+  value = value * r + 5.0000001201e-1f;
+  value = value * (r * r) + r + 1.0f;
+  const Floats scaled = bits_as<Floats>(bits_as<Words>(value) + (bits_as<Words>(shifted) << 23));
+  return select(x < -86.0f, Floats{}, scaled);
+}
+
+inline Floats absolute(Floats x) { return bits_as<Floats>(bits_as<Words>(x) & 0x7fffffff); }
+
+struct Activated {
+  Floats value, slope;
+};
+
+// The function, by the numbers of BiasAct (../parameters.h), and its slope. It is the same each time.
+inline Activated activate(int function, float linear, float cubic, Floats x) {
+  if (function == 0) {
+    // The normal distribution up to -|x|: its density times a polynomial in t, fitted to 2e-8 of it.
+    const Floats power = exp_of_negative(x * x * -0.5f), t = 1.0f / (1.0f + 0.26f * absolute(x));
+    Floats q = t * 0.0309525616f - 0.1550171375f;
+    for (const float c : {0.2560449839f, -0.1562065333f, 0.1646236330f, 0.0494374856f, 0.1034451798f, 0.1029571369f,
+                          0.1037626639f}) {
+      q = q * t + c;
+    }
+    const Floats tail = power * (q * t), cdf = select(x < 0.0f, tail, 1.0f - tail);
+    return {x * cdf, cdf + x * (0.3989422804f * power)};
+  }
+  if (function == 1) return {maximum(x, Floats{}), select(x > 0.0f, all(1.0f), Floats{})};
+  const Floats bend = cubic * x * x, inner = x * (linear + bend);
+  // Neither sigmoid nor its slope is a difference of numbers that are nearly equal.
+  const Floats small = exp_of_negative(-absolute(inner)), large = 1.0f / (1.0f + small);
+  const Floats gate = select(inner < 0.0f, small * large, large);
+  return {x * gate, gate + x * (small * large * large) * (linear + 3.0f * bend)};
+}
+
+// Where rows of what goes through the function begin, and of what it is multiplied by: x and up, or the halves of x.
+template <class In, class Out>
+struct BiasAct {
+  int function;
+  float linear, cubic;
+  bool is_gated;
+  int64_t rows, width, row_stride;
+  In x, up, d_x, d_up;
+  Out out;  // or its gradient
+  const float *bias, *up_bias;
+  int64_t sums, up_sums;  // places of their sums
+
+  BiasAct(const BiasActInputs& inputs, const View& out, const View& d_x, const View& d_up, const Queue& queue)
+      : function(inputs.function), linear(inputs.linear), cubic(inputs.cubic),
+        is_gated(inputs.up || inputs.gate_last), rows(out.sizes[0]), width(out.sizes[1]),
+        row_stride(inputs.x.sizes[1]), x(pointer_to<In>(inputs.x)), up(pointer_to<In>(inputs.up)),
+        d_x(pointer_to<In>(d_x)), d_up(pointer_to<In>(d_up)), out(pointer_to<Out>(out)),
+        bias(vector_of(inputs.bias, row_stride, 0, queue)), up_bias(vector_of(inputs.up_bias, width, 0, queue)),
+        sums(0), up_sums(width) {
+    if (!inputs.gate_last) return;
+    const int64_t gate = *inputs.gate_last ? width : 0, other = width - gate;
+    up = x + other, this->d_up = this->d_x + other, up_bias = bias + other, up_sums = other;
+    x = x + gate, this->d_x = this->d_x + gate, bias = bias + gate, sums = gate;
+  }
+
+  void forward(int64_t row) const {
+    const In x = this->x + row * row_stride, up = this->up + row * row_stride;
+    const Out out = this->out + row * width;
+    each_vector(width, [=, *this](int64_t i, auto n) {
+      Floats value = activate(function, linear, cubic, load(x + i, n) + load(bias + i, n)).value;
+      if (is_gated) value *= load(up + i, n) + load(up_bias + i, n);
+      store(out + i, value, n);
+    });
+  }
+
+  // Adds to the sums, where there are some.
+  void backward(int64_t row, float* sums, float* up_sums) const {
+    const In x = this->x + row * row_stride, up = this->up + row * row_stride;
+    const In d_x = this->d_x + row * row_stride, d_up = this->d_up + row * row_stride;
+    const Out d_out = this->out + row * width;
+    each_vector(width, [=, *this](int64_t i, auto n) {
+      Floats grad = load(d_out + i, n);  // zero behind the row
+      const Activated at = activate(function, linear, cubic, load(x + i, n) + load(bias + i, n));
+      if (is_gated) {
+        const Floats change = grad * at.value;
+        store(d_up + i, change, n);
+        if (sums) store(up_sums + i, load(up_sums + i, n) + change, n);
+        grad *= load(up + i, n) + load(up_bias + i, n);
+      }
+      grad *= at.slope;
+      store(d_x + i, grad, n);
+      if (sums) store(sums + i, load(sums + i, n) + grad, n);
+    });
+  }
+};
+
+}  // namespace
+
+void bias_act(const BiasActInputs& inputs, const View& out, const Queue& queue) {
+  with_types(common(inputs.x, inputs.up), out.type, [&](auto in, auto result) {
+    const BiasAct<decltype(in), decltype(result)> op(inputs, out, View(), View(), queue);
+    parallel(op.rows, op.row_stride, [&](int64_t first, int64_t end) {
+      for (int64_t row = first; row < end; row++) op.forward(row);
+    });
+  });
+}
+
+void bias_act_backward(const BiasActInputs& inputs, const BiasActGradients& gradients, const Queue& queue) {
+  const View &d_out = gradients.d_out, &sums = gradients.sums;
+  const RowSums row_sums(d_out.sizes[0], sums ? sums.sizes[0] : 0, queue);
+  with_types(inputs.x.type, d_out.type, [&](auto in, auto result) {
+    const BiasAct<decltype(in), decltype(result)> op(inputs, d_out, gradients.d_x, gradients.d_up, queue);
+    row_sums.run(op.row_stride, [&](int64_t first, int64_t end, float* of_chunk) {
+      float* const there = sums ? of_chunk : nullptr;
+      for (int64_t row = first; row < end; row++) {
+        op.backward(row, there ? there + op.sums : there, there ? there + op.up_sums : there);
+      }
+    });
+  });
+  if (sums) row_sums.add_up(0, sums.sizes[0], writable<float>(sums));
+}
+
+}  // namespace fastvit::FASTVIT_ISA
+
+FASTVIT_CHOOSE(bias_act, (const BiasActInputs& inputs, const View& out, const Queue& queue), (inputs, out, queue))
+FASTVIT_CHOOSE(bias_act_backward,
+               (const BiasActInputs& inputs, const BiasActGradients& gradients, const Queue& queue),
+               (inputs, gradients, queue))
