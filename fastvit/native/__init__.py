@@ -61,8 +61,8 @@ def instruction_set() -> str:
 
 
 def is_fast() -> bool:
-    """Whether the ops are known to be as fast as PyTorch's own: from AVX2 on, as measured. With what every processor has
-    they are slower than PyTorch's, which take more where there is more."""
+    """Whether the ops are as fast as PyTorch's own, as measured: from AVX2 on. With what every processor has they are
+    slower than PyTorch's, which take more where there is more."""
     return instruction_set() in FAST
 
 
