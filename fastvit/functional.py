@@ -343,8 +343,7 @@ def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tup
         if ops.is_plain(*tensors):
             op.check(*arguments, name)
         return op.plain(*arguments, name)
-    run = op.run if mode == FORWARD and ops.is_plain(*tensors) else op.call
-    return run(*arguments, name)
+    return op(*arguments, name)
 
 
 def _choose(

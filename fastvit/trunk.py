@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import backend as backends
 from fastvit import functional
+from fastvit.cpu.linear import linear as apply_linear
 from fastvit.guards import attribute, full_name, is_transformed, why_not_plain, why_not_plain_parameters, why_observed
 
 __all__ = [
@@ -47,7 +48,9 @@ __all__ = [
     "why_not_linear",
 ]
 
-LEAST_VALUES = 2**22  # of B·T·D in an eager call: ViT-S at a batch of 64. A rule, not a measurement
+# Of B·T·D in an eager call.
+LEAST_VALUES = 2**22  # on a GPU: ViT-S at a batch of 64. A rule, not a measurement
+LEAST_ON_A_CPU = 2**18  # ViT-Ti at a batch of 7. Measured on two cores: at 8 faster by 3%, at 4 slower by 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Forward = Callable[..., Any]
@@ -102,19 +105,27 @@ class Setup(NamedTuple):
         """For a call on tokens [B, T, D]; None where blocks are to run their own code.
 
         That is where something watches that can't see into the ops, where a graph is traced that needs no gradients
-        (the compiler fuses as well by itself there) or is to be exported, and where the ops need not pay: on a CPU,
-        and for few tokens, which wait for the calls rather than for memory. A `backend` that the blocks were given
-        themselves says that they are wanted; one that is forced for every op says so on a GPU alone.
+        (the compiler fuses as well by itself there) or is to be exported, and where the ops need not pay: for few
+        tokens, which wait for the calls rather than for memory, and on a CPU without the backend "native". A
+        `backend` that the blocks were given themselves says that they are wanted; one that is forced for every op
+        says so on a GPU alone.
         """
         if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in DTYPES or _has_any_global_hook():
             return None
         if is_transformed() or (torch.compiler.is_compiling() and not _is_trained()):
             return None
-        if backend is None:
-            is_large = torch.compiler.is_compiling() or x.numel() >= LEAST_VALUES
-            if x.device.type != "cuda" or not (is_large or backends.is_forced(None)):
-                return None
+        if backend is None and not _pay(x):
+            return None
         return cls(backend, keeps_dtype)
+
+
+def _pay(x: Tensor) -> bool:
+    """Whether the ops are known to pay for a call on these tokens."""
+    if x.device.type == "cuda":
+        return torch.compiler.is_compiling() or x.numel() >= LEAST_VALUES or backends.is_forced(None)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < LEAST_ON_A_CPU:
+        return False
+    return backends.resolve(None, "cpu", False, "add_norm") == "native"
 
 
 def _is_trained() -> bool:
@@ -267,10 +278,11 @@ def run_blocks(blocks: Iterable[Any], x: Tensor, setup: Setup) -> Tensor:
 def product(linear: Any, x: Tensor, setup: Setup, dropout: Any = None) -> tuple[Tensor, Tensor | None]:
     """A linear layer and the dropout behind it; its bias apart where the op that comes next can add it."""
     drops = is_dropping(dropout)
-    if setup.ends or drops or attribute(linear, "bias") is None or why_not_linear(linear):
-        x = linear(x)
+    bias = attribute(linear, "bias")
+    if setup.ends or drops or bias is None or why_not_linear(linear):
+        x = linear(x) if why_not_linear(linear) else apply_linear(x, attribute(linear, "weight"), bias)
         return (dropout(x) if drops else x), None
-    return F.linear(x, attribute(linear, "weight")), attribute(linear, "bias")
+    return apply_linear(x, attribute(linear, "weight")), bias
 
 
 def is_dropping(dropout: Any) -> bool:
@@ -286,7 +298,7 @@ def split_heads(linear: Any, x: Tensor, heads: int, setup: Setup) -> tuple[Tenso
     bias = attribute(linear, "bias")
     if bias is None or why_not_linear(linear):
         return functional.split_heads(linear(x), None, heads, backend=setup.backend)
-    qkv = F.linear(x, attribute(linear, "weight"), bias.detach())
+    qkv = apply_linear(x, attribute(linear, "weight"), bias.detach())
     return functional.split_heads(qkv, bias, heads, backend=setup.backend)
 
 
@@ -328,8 +340,8 @@ def activated(layer: Any, act: Any, x: Tensor, setup: Setup, up: Any = None, gat
             one, other = layer(x).chunk(2, dim=-1)
             return one * act(other) if gate_last else act(one) * other
         return act(layer(x)) if up is None else act(layer(x)) * up(x)
-    hidden = F.linear(x, attribute(layer, "weight"))
-    other = None if up is None else F.linear(x, attribute(up, "weight"))
+    hidden = apply_linear(x, attribute(layer, "weight"))
+    other = None if up is None else apply_linear(x, attribute(up, "weight"))
     bias, up_bias = attribute(layer, "bias"), attribute(up, "bias")
     return functional.bias_act(
         hidden, bias, name, up=other, up_bias=up_bias, gate_last=gate_last, backend=setup.backend

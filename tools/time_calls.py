@@ -1,5 +1,5 @@
-"""How long a call keeps the host: of the C++/CUDA extension, everything but the kernels, which are not launched; and of
-an accelerated model, the look before each call at whether it still is what it was.
+"""How long a call keeps the host: of the C++/CUDA extension, everything but the kernels, which are not launched; of an
+accelerated model, the look before each call at whether it still is what it was; and of a transformer block, all of it.
 
     python tools/time_calls.py
 
@@ -9,6 +9,8 @@ the launches themselves, some microseconds each, come on top. `torch.add` of as 
 
 from __future__ import annotations
 
+import copy
+import functools
 import statistics
 import sys
 import timeit
@@ -20,8 +22,9 @@ from build_extension import WORK, build, find_toolchain, host_library
 
 from fastvit import functional
 from fastvit.guards import why_no_projection
-from fastvit.interop import accelerate
+from fastvit.interop import accelerate, restore
 from fastvit.interop.host import fused
+from fastvit.interop.trunk import TrunkBlock
 from fastvit.peers import import_peer, peer_missing
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -38,7 +41,7 @@ def main() -> int:
     torch.ops.load_library(str(library))
     torch.set_num_threads(1)
     pretend_to_be_cuda()
-    for name, call in {**calls(), **guards()}.items():
+    for name, call in {**calls(), **guards(), **blocks()}.items():
         median, least = microseconds(call)
         print(f"{name:38} {median:7.2f} us median, {least:7.2f} us least")
     return 0
@@ -59,16 +62,51 @@ def guards() -> dict[str, Callable[[], Any]]:
     return found
 
 
-def accelerated_models() -> dict[str, torch.nn.Module]:
-    """Small ones."""
+def accelerated_models(**options: Any) -> dict[str, torch.nn.Module]:
+    """A small one of each library that is here."""
+    return {name: accelerate(build(), **options) for name, build in MODELS.items() if not peer_missing(name)}
+
+
+def _timm() -> torch.nn.Module:
     size = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    return import_peer("timm").create_model("vit_tiny_patch16_224", **size)  # type: ignore[no-any-return]
+
+
+def _torchvision() -> torch.nn.Module:
+    return import_peer("torchvision").models.VisionTransformer(32, 16, 1, 1, 8, 32)  # type: ignore[no-any-return]
+
+
+def _transformers() -> torch.nn.Module:
     config = {"image_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    builds: dict[str, Callable[[Any], torch.nn.Module]] = {
-        "timm": lambda timm: timm.create_model("vit_tiny_patch16_224", **size),
-        "torchvision": lambda vision: vision.models.VisionTransformer(32, 16, 1, 1, 8, 8),
-        "transformers": lambda hf: hf.ViTModel(hf.ViTConfig(**config)),
-    }
-    return {name: accelerate(build(import_peer(name))) for name, build in builds.items() if not peer_missing(name)}
+    library = import_peer("transformers")
+    return library.ViTModel(library.ViTConfig(**config, intermediate_size=32))  # type: ignore[no-any-return]
+
+
+MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+}
+
+
+def blocks() -> dict[str, Callable[[], Any]]:
+    """A block of a model of each library, forward and backward, on hardly any data: as the library has it, and by the
+    trunk's ops, which do nothing here. Kernels of PyTorch that are as small as that take about as long as a launch."""
+    found: dict[str, Callable[[], Any]] = {}
+    for library, model in accelerated_models(backend="cuda").items():
+        ours = next(module for module in model.modules() if isinstance(module, TrunkBlock)).train()
+        theirs = next(module for module in restore(copy.deepcopy(model)).modules() if type(module) is ours._own_class)
+        for name, block in ((f"block, {library}", theirs), (f"block, {library}, accelerated", ours)):
+            found[name] = functools.partial(step_of, block, torch.randn(1, 5, 8, requires_grad=True))
+    return found
+
+
+def step_of(block: torch.nn.Module, x: torch.Tensor) -> None:
+    """Under autocast, as models are trained."""
+    with torch.autocast("cpu", torch.bfloat16):
+        result = block(x)
+    result = result[0] if isinstance(result, tuple) else result
+    torch.autograd.grad(result, [x, *block.parameters()], torch.ones_like(result))
 
 
 def pretend_to_be_cuda() -> None:

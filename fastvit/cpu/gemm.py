@@ -22,7 +22,7 @@ def has_bfloat16_units() -> bool:
 
 def add_product(start: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """start + left @ rightᵀ: [M, N] (or None) + [M, K] @ [N, K]ᵀ, all of one dtype; summed in float32, rounded once."""
-    by_onednn = left.dtype != torch.float32 or _prefers_onednn()
+    by_onednn = left.dtype != torch.float32 or prefers_onednn()
     if by_onednn:
         left = left.contiguous()  # MKL takes a transposed matrix as it lies
     if by_onednn and left.dtype == torch.float32:
@@ -46,7 +46,7 @@ def write_product(target: Tensor, start: Tensor, left: Tensor, right: Tensor) ->
         target.copy_(product.add_(start))
 
 
-def _prefers_onednn() -> bool:
+def prefers_onednn() -> bool:
     return bool(torch.backends.mkldnn.enabled) and _is_onednn_faster()
 
 

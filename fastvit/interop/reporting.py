@@ -63,7 +63,7 @@ class Trunk:
     def __str__(self) -> str:
         count = f"{len(self.paths)} block{'s' if len(self.paths) > 1 else ''}"
         lines = [f"{count}, {self.paths[0]} to {self.paths[-1]} ({self.module}): {self.parts} by the trunk's ops, "]
-        lines[0] += "on a GPU or where a backend is forced"
+        lines[0] += "where they pay or a backend is forced"
         reasons: dict[str, list[str]] = {}
         for path, reason in self.whole.items():
             reasons.setdefault(reason, []).append(path)

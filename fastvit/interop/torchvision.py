@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import functional, trunk
+from fastvit.cpu.linear import linear as apply_linear
 from fastvit.guards import attribute, why_not_plain, why_not_plain_parameters, why_not_plain_tensor
 from fastvit.interop.host import Fused, Part, why_not_table
 from fastvit.interop.trunk import TrunkBlock
@@ -114,12 +115,12 @@ class EncoderBlock(TrunkBlock):
 def _attention(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
     """nn.MultiheadAttention of tokens with themselves, without its copies of packed queries, keys and values."""
     bias = attribute(module, "in_proj_bias")
-    qkv = F.linear(x, attribute(module, "in_proj_weight"), None if bias is None else bias.detach())
+    qkv = apply_linear(x, attribute(module, "in_proj_weight"), None if bias is None else bias.detach())
     q, k, v = functional.split_heads(qkv, bias, module.num_heads, backend=setup.backend)
     dropout = module.dropout if module.training else 0.0
     x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
     weight, bias = (attribute(attribute(module, "out_proj"), name) for name in ("weight", "bias"))
-    return F.linear(x, weight), bias
+    return apply_linear(x, weight), bias
 
 
 def _why_no_attention(module: Any) -> str:

@@ -121,7 +121,7 @@ def _gradients(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, _: Non
         branch = total.new_empty(0, dtype=ctx.branch_dtype)
     if d_normed is None:
         d_normed = torch.zeros_like(total)
-    d_residual, d_branch, sums = add_norm_backward.call(
+    d_residual, d_branch, sums = add_norm_backward(
         total, d_normed, d_total, branch, bias, scale, keep, weight, norm_bias, statistics, *ctx.rest
     )
     vectors = (weight, norm_bias, bias, scale)
@@ -146,7 +146,7 @@ class _NormAlone(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         call = Arguments(*arguments)
-        results = add_norm.call(*call)
+        results = add_norm(*call)
         _save(ctx, call, results)
         return call.residual, results[1]
 
@@ -158,11 +158,11 @@ class _NormAlone(torch.autograd.Function):
 
 def _norm_alone(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and arguments[0].requires_grad):
-        return add_norm.call(*arguments)
+        return add_norm(*arguments)
     return (*_NormAlone.apply(*arguments), None)
 
 
-norm_alone = dataclasses.replace(add_norm, call=_norm_alone)
+norm_alone = dataclasses.replace(add_norm, call=_norm_alone, trained=_norm_alone)
 
 
 def _save_backward(ctx: Any, call: BackwardArguments, _: Any) -> None:

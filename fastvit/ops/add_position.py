@@ -62,7 +62,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_tokens:
         d_tokens = grad[:, ctx.prefix_rows :].to(tokens_dtype)  # a view where the dtype stays
     if need_pos or need_prefix:
-        d_rows = add_position_backward.call(grad, ctx.backend)  # [R+N, D] float32
+        d_rows = add_position_backward(grad, ctx.backend)  # [R+N, D] float32
         skip = ctx.prefix_rows if ctx.pos_rows != d_rows.shape[0] else 0
         d_pos = d_rows[skip:].to(pos_dtype) if need_pos else None
         d_prefix = d_rows[: ctx.prefix_rows].to(prefix_dtype) if need_prefix else None

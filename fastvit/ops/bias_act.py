@@ -81,7 +81,7 @@ def _save(ctx: Any, call: Arguments, _: Tensor) -> None:
 
 def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     x, bias, up, up_bias = ctx.saved_tensors
-    d_x, d_up, sums = bias_act_backward.call(d_out, x, bias, up, up_bias, *ctx.rest)
+    d_x, d_up, sums = bias_act_backward(d_out, x, bias, up, up_bias, *ctx.rest)
     d_bias = None if bias is None else sums[: x.shape[-1]].to(bias.dtype)
     d_up_bias = None if up_bias is None else sums[x.shape[-1] :].to(up_bias.dtype)
     return d_x, d_bias, None if up is None else d_up, d_up_bias

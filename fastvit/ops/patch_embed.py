@@ -129,7 +129,7 @@ def _save(ctx: Any, call: Arguments, _: Any) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_images, need_weight, need_bias, need_pos, need_prefix = ctx.needs_input_grad[:5]
     needs = (need_images, need_weight, need_bias, need_pos or need_prefix)
-    d_images, d_weight, d_bias, d_rows = patch_embed_backward.call(
+    d_images, d_weight, d_bias, d_rows = patch_embed_backward(
         grad, *ctx.saved_tensors, *ctx.settings, needs, ctx.backend
     )
     bias_dtype, pos_dtype, prefix_dtype = ctx.dtypes

@@ -64,5 +64,5 @@ class SplitHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         has_bias = ctx.needs_input_grad[1]
-        d_qkv, sums = split_heads_backward.call(*grads, has_bias, ctx.backend)
+        d_qkv, sums = split_heads_backward(*grads, has_bias, ctx.backend)
         return d_qkv, sums.to(ctx.bias_dtype) if has_bias else None, None, None

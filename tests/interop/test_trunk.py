@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvit
-from fastvit.backend import use_backend
+from fastvit import trunk
+from fastvit.backend import available_backends, use_backend
 from fastvit.interop.trunk import Blocks, TrunkBlock
 from fastvit.peers import import_peer
 from tests.interop.subjects import OUTPUTS, build, error, expect_close, expect_same_gradients, gradients, launched
@@ -57,7 +58,7 @@ def pair(make: Callable[[], Any], **arguments: Any) -> tuple[Any, Any]:
     except ImportError as reason:
         pytest.skip(str(reason))
     randomise(untouched)
-    return fastvit.accelerate(copy.deepcopy(untouched), backend="cpu", **arguments), untouched
+    return fastvit.accelerate(copy.deepcopy(untouched), **{"backend": "cpu", **arguments}), untouched
 
 
 def expect_the_same(accelerated: Any, untouched: Any, images: Tensor | None = None) -> None:
@@ -260,6 +261,22 @@ def test_without_a_backend_of_its_own_a_cpu_runs_the_librarys_blocks() -> None:
     fastvit.accelerate(model, backend="cpu", trunk=False)
     model(images)
     assert launched("add_norm") == 0 and not blocks_of(model)
+
+
+def test_a_cpu_with_ops_of_its_own_runs_the_blocks_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = available_backends("cpu")["native"]
+    if reason:
+        pytest.skip(reason)
+    accelerated, untouched = pair(MODELS["timm, no dropout"], backend=None)
+    launched("add_norm")
+    expect_the_same(accelerated, untouched)
+    assert launched("add_norm") == 0, "too few tokens"
+    monkeypatch.setattr(trunk, "LEAST_ON_A_CPU", 1)
+    expect_the_same(accelerated, untouched)
+    assert launched("add_norm") > 0
+    with use_backend("cpu"):
+        accelerated(torch.randn(2, 3, SIZE, SIZE))
+    assert launched("add_norm") == 0
 
 
 @pytest.mark.parametrize("name", ["timm, no dropout", "torchvision", "transformers"])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit import functional
 from fastvit.backend import triton_is_interpreted
 from fastvit.cpu import gemm, patch_embed
+from fastvit.cpu.linear import linear
 from fastvit.validation.cases import cases_for
 from fastvit.validation.runner import backend_candidate, check_case
 from fastvit.validation.tolerance import relative_error
@@ -28,11 +34,44 @@ def test_both_libraries_make_the_same_product(
     torch.set_num_threads(threads)
     try:
         for onednn in (True, False):
-            monkeypatch.setattr(gemm, "_prefers_onednn", lambda it=onednn: it and torch.backends.mkldnn.is_available())
+            monkeypatch.setattr(gemm, "prefers_onednn", lambda it=onednn: it and torch.backends.mkldnn.is_available())
             found = gemm.add_product(first, left, right)
             assert found.dtype == dtype and relative_error(found, expected) < torch.finfo(dtype).eps
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_linear_layer_is_torchs(monkeypatch: pytest.MonkeyPatch, onednn: bool, bias: bool) -> None:
+    """With its gradients and theirs, by either library."""
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: onednn and torch.backends.mkldnn.is_available())
+    x, weight, vector = torch.randn(2, 5, 33), torch.randn(21, 33), torch.randn(21)
+    leaves = [tensor.requires_grad_() for tensor in ((x, weight, vector) if bias else (x, weight))]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+    def derivatives(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        out = function(*inputs)
+        first = torch.autograd.grad(out.pow(3).sum(), inputs, create_graph=True)
+        return [out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)]
+
+    for found, expected in zip(derivatives(linear, leaves), derivatives(F.linear, exact), strict=True):
+        assert relative_error(found, expected) < 1e-5
+    with torch.no_grad():
+        assert relative_error(linear(*leaves), F.linear(*exact)) < 1e-6
+    assert linear(*leaves[:2]).grad_fn is not None and linear(*(leaf.detach() for leaf in leaves)).grad_fn is None
+
+
+def test_a_linear_layer_that_is_watched_or_not_float32_is_torchs_own() -> None:
+    x, weight = torch.randn(2, 5, 8), torch.randn(4, 8)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight)
+    assert counter.get_total_flops() == 2 * 10 * 8 * 4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert linear(x.double(), weight.double()).dtype == torch.float64
+    assert linear(x[:0], weight).shape == (0, 5, 4)
+    assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.parametrize("units", [True, False])

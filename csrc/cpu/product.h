@@ -1,0 +1,277 @@
+// Products of matrices whose operands are packed as they are read: one is the caller's to read from, row by row, so that
+// images, or values of another type, need not be written as a matrix first. Sums are made in float32.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../simt/queue.h"
+#include "threads.h"
+#include "vector.h"
+
+namespace fastvit::FASTVIT_ISA {
+
+// Registers hold the sums, a row of one operand, and what multiplies it.
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 14, TILE_VECTORS = 2;
+#elif defined(__aarch64__)
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
+#else
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;
+#endif
+constexpr int TILE_COLUMNS = TILE_VECTORS * LANES;
+
+// What is multiplied. Operands lie in words of 32 bits: in a word are the VALUES that follow each other along the sum.
+
+struct Float32 {
+  using Element = float;
+  static constexpr int VALUES = 1;
+  static Floats multiply_add(Floats sums, float a, Floats b) { return sums + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct Bfloat16 {
+  using Element = bfloat16;
+  static constexpr int VALUES = 2;
+  static Floats multiply_add(Floats sums, float a, Floats b) {
+    const auto pair = bits_as<__m512bh>(all_words(bits_as<uint32_t>(a)));
+    return bits_as<Floats>(_mm512_dpbf16_ps(bits_as<__m512>(sums), pair, bits_as<__m512bh>(b)));
+  }
+};
+#endif
+
+// Calls `use` with Bfloat16{} where that is `compute` and the processor multiplies it, else with Float32{}.
+template <class Use>
+inline void with_operand(Type compute, const Use& use) {
+#if defined(__AVX512BF16__)
+  if (compute == Type::BFLOAT16) return use(Bfloat16{});
+#else
+  (void)compute;
+#endif
+  use(Float32{});
+}
+
+inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class Operand>
+int64_t words(int64_t values) {
+  return up(values, Operand::VALUES);
+}
+
+// Memory of one thread, all zeros at first.
+template <class T>
+struct Room {
+  T* data;
+  explicit Room(int64_t count) {
+    const std::size_t bytes = up(count * sizeof(T), 64) * 64;
+    data = static_cast<T*>(std::aligned_alloc(64, bytes));
+    std::memset(static_cast<void*>(data), 0, bytes);
+  }
+  ~Room() { std::free(data); }
+  Room(const Room&) = delete;
+};
+
+using Tile = float[TILE_ROWS][TILE_COLUMNS];
+
+constexpr int64_t CHAIN = 256;  // products that are summed one after another; longer sums are sums of such sums
+
+// sums[i][j] = sum over s of a[i * row + s * step] b[s * TILE_COLUMNS + j], all counted in words; or is added to them.
+template <class Operand>
+__attribute__((noinline)) void multiply(const float* a, int64_t row, int64_t step, const float* b, int64_t steps,
+                                        bool adds, float* tile) {
+  Floats sums[TILE_ROWS][TILE_VECTORS] = {};
+  for (int64_t s = 0; s < steps; s++) {
+    Floats values[TILE_VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < TILE_VECTORS; j++) values[j] = load(b + s * TILE_COLUMNS + j * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++) {
+      const float factor = a[i * row + s * step];
+#pragma GCC unroll 4
+      for (int j = 0; j < TILE_VECTORS; j++) sums[i][j] = Operand::multiply_add(sums[i][j], factor, values[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE_ROWS; i++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < TILE_VECTORS; j++) {
+      float* to = tile + i * TILE_COLUMNS + j * LANES;
+      store(to, adds ? load(to) + sums[i][j] : sums[i][j]);
+    }
+  }
+}
+
+// The second operand of a product: panels of TILE_COLUMNS columns, each of `steps` words along the sum.
+struct Panels {
+  float* data;
+  int64_t width, steps;
+
+  template <class Operand>
+  static Panels room(Operand, int64_t width, int64_t length, const simt::Queue& queue) {
+    const int64_t steps = words<Operand>(length);
+    return {queue.scratch<float>("panels", up(width, TILE_COLUMNS) * steps * TILE_COLUMNS), width, steps};
+  }
+  float* panel(int64_t number) const { return data + number * steps * TILE_COLUMNS; }
+};
+
+// Of a matrix whose rows are the columns: read(d, to) writes the `length` values of column d, and perhaps LANES - 1 more.
+template <class Operand, class Read>
+Panels pack_turned(int64_t width, int64_t length, const simt::Queue& queue, const Read& read) {
+  using Element = typename Operand::Element;
+  constexpr int64_t VALUES = Operand::VALUES, BLOCK = 64 / VALUES;  // steps of all columns: in the nearest cache
+  const Panels panels = Panels::room(Operand{}, width, length, queue);
+  const int64_t stride = panels.steps * VALUES + LANES;
+  parallel(up(width, TILE_COLUMNS), TILE_COLUMNS * length, [&](int64_t first, int64_t end) {
+    Room<Element> rows(TILE_COLUMNS * stride);
+    for (int64_t panel = first; panel < end; panel++) {
+      const int64_t columns = least(TILE_COLUMNS, width - panel * TILE_COLUMNS);
+      for (int64_t column = 0; column < columns; column++) {
+        read(panel * TILE_COLUMNS + column, rows.data + column * stride);
+        if (length % VALUES) store(rows.data + column * stride + length, Floats{}, 1);
+      }
+      Element* to = reinterpret_cast<Element*>(panels.panel(panel));
+      for (int64_t start = 0; start < panels.steps; start += BLOCK) {
+        const int64_t last = least(start + BLOCK, panels.steps) * VALUES;
+        for (int64_t column = 0; column < TILE_COLUMNS; column++) {
+          const Element* row = rows.data + column * stride;
+          for (int64_t k = start * VALUES; k < last; k++) to[(k / VALUES * TILE_COLUMNS + column) * VALUES + k % VALUES] = row[k];
+        }
+      }
+    }
+  });
+  return panels;
+}
+
+// One panel of columns `first` on, of a matrix as it lies: read(row, first, end, to) writes those of a row, and perhaps
+// LANES - 1 more; `to` has room for them.
+template <class Operand, class Read>
+void pack_panel(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* to) {
+  using Element = typename Operand::Element;
+  if constexpr (Operand::VALUES == 1) {
+    for (int64_t i = 0; i < rows; i++) read(row + i, first, end, to + i * TILE_COLUMNS);
+  } else {
+    Element pair[2][TILE_COLUMNS + LANES] = {};
+    for (int64_t i = 0; i < rows; i += 2, to += TILE_COLUMNS) {
+      read(row + i, first, end, pair[0]);
+      if (i + 1 < rows) read(row + i + 1, first, end, pair[1]);
+      else std::memset(static_cast<void*>(pair[1]), 0, sizeof pair[1]);
+      Element* word = reinterpret_cast<Element*>(to);
+      for (int64_t k = 0; k < TILE_COLUMNS; k++) word[2 * k] = pair[0][k], word[2 * k + 1] = pair[1][k];
+    }
+  }
+}
+
+constexpr int64_t GROUP = 4;  // tiles of rows that are read at once: a panel then serves them all from the cache
+
+// The products of `rows` rows: read(row, to) writes the `length` values of one, and perhaps LANES - 1 more, and
+// write(tile, row, count, column) takes the sums of `count` rows and the columns from `column` on.
+template <class Operand, class Read, class Write>
+void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Read& read, const Write& write) {
+  using Element = typename Operand::Element;
+  // In words; an odd number of cache lines, so that the rows of a tile don't meet in the same set.
+  const int64_t stride = (up(panels.steps + LANES, 16) | 1) * 16;
+  parallel(up(rows, TILE_ROWS), TILE_ROWS * length, [&](int64_t first, int64_t end) {
+    Room<float> room(GROUP * TILE_ROWS * stride);
+    Tile tile;
+    for (int64_t start = first; start < end; start += GROUP) {
+      const int64_t start_row = start * TILE_ROWS, end_row = least(least(start + GROUP, end) * TILE_ROWS, rows);
+      for (int64_t row = start_row; row < end_row; row++) {
+        Element* to = reinterpret_cast<Element*>(room.data + (row - start_row) * stride);
+        read(row, to);
+        if (length % Operand::VALUES) store(to + length, Floats{}, 1);
+      }
+      for (int64_t column = 0; column < panels.width; column += TILE_COLUMNS) {
+        const float* panel = panels.panel(column / TILE_COLUMNS);
+        for (int64_t row = start_row; row < end_row; row += TILE_ROWS) {
+          const float* values = room.data + (row - start_row) * stride;
+          for (int64_t s = 0; s == 0 || s < panels.steps; s += CHAIN) {
+            const int64_t steps = least(CHAIN, panels.steps - s);
+            multiply<Operand>(values + s, stride, 1, panel + s * TILE_COLUMNS, steps, s > 0, &tile[0][0]);
+          }
+          write(tile, row, least(TILE_ROWS, end_row - row), column);
+        }
+      }
+    }
+  });
+}
+
+// Sums over rows, and in which parts they are made. A task has TASK_TILES times TASK_PANELS tiles of results.
+constexpr int64_t BLOCK = 128;      // rows whose products are summed in registers; the sums are added in order
+constexpr int64_t TASK_TILES = 16;  // of TILE_ROWS results
+constexpr int64_t TASK_PANELS = 4;  // of TILE_COLUMNS results: what is read of the first operand serves them all
+
+// Rows of the first operand of a sum over rows, in tiles of TILE_ROWS columns of BLOCK rows: read(row, first, end, to)
+// writes those of a row, and perhaps LANES - 1 more.
+template <class Operand, class Read>
+void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* packed) {
+  using Element = typename Operand::Element;
+  constexpr int64_t VALUES = Operand::VALUES, SIZE = BLOCK / VALUES * TILE_ROWS;
+  constexpr int64_t ROWS = 8;  // at once: a value that is read the moment it was written, but by other bounds, waits
+  Element values[ROWS][(TASK_TILES + 1) * TILE_ROWS + LANES];
+  for (int64_t start = 0; start < rows; start += ROWS) {
+    for (int64_t i = 0; i < ROWS; i++) {
+      if (start + i < rows) read(row + start + i, first, end, values[i]);
+      else std::memset(static_cast<void*>(values[i]), 0, sizeof values[i]);
+    }
+    for (int64_t i = 0; i < least(ROWS, rows - start); i += VALUES) {
+      float* to = packed + (start + i) / VALUES * TILE_ROWS;
+      for (int64_t column = 0; column < end - first; column += TILE_ROWS, to += SIZE) {
+        if constexpr (VALUES == 1) {
+          std::memcpy(to, values[i] + column, TILE_ROWS * sizeof(float));
+        } else {
+          const Element *even = values[i] + column, *odd = values[i + 1] + column;
+          Element* word = reinterpret_cast<Element*>(to);
+          for (int64_t k = 0; k < TILE_ROWS; k++) word[2 * k] = even[k], word[2 * k + 1] = odd[k];
+        }
+      }
+    }
+  }
+}
+
+// sums[i][j] = sum over rows of left[row][i] right[row][j], of matrices `height` and `width` wide. Of both,
+// read(row, first, end, to) writes values of a row, and perhaps LANES - 1 more. finish(i, j, count, sums) takes `count` of
+// the sums of i.
+template <class Operand, class Left, class Right, class Finish>
+void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left, const Right& right,
+                  const Finish& finish) {
+  constexpr int64_t SIZE = TILE_ROWS * TILE_COLUMNS;
+  const int64_t tiles = up(height, TILE_ROWS), all_panels = up(width, TILE_COLUMNS);
+  // As many tasks as it takes, and all of about the same size.
+  const int64_t most_tiles = up(tiles, up(tiles, TASK_TILES)), most_panels = up(all_panels, up(all_panels, TASK_PANELS));
+  const int64_t parts = up(tiles, most_tiles), columns = most_panels * TILE_COLUMNS;
+  parallel(up(width, columns) * parts, columns * rows, [&](int64_t first, int64_t end) {
+    Room<float> values(TASK_PANELS * BLOCK * TILE_COLUMNS + LANES), room(TASK_PANELS * TASK_TILES * SIZE);
+    Room<float> packed(TASK_TILES * BLOCK * TILE_ROWS);
+    for (int64_t task = first; task < end; task++) {
+      const int64_t start = task / parts * columns, panels = up(least(columns, width - start), TILE_COLUMNS);
+      const int64_t first_tile = task % parts * most_tiles, last_tile = least(first_tile + most_tiles, tiles);
+      const auto sums = [&](int64_t panel, int64_t t) { return room.data + (panel * TASK_TILES + t - first_tile) * SIZE; };
+      if (!rows) std::memset(room.data, 0, TASK_PANELS * TASK_TILES * SIZE * sizeof(float));
+      for (int64_t row = 0; row < rows; row += BLOCK) {
+        const int64_t block = least(BLOCK, rows - row);
+        for (int64_t panel = 0; panel < panels; panel++) {
+          const int64_t column = start + panel * TILE_COLUMNS, last = least(column + TILE_COLUMNS, width);
+          pack_panel<Operand>(row, block, column, last, right, values.data + panel * BLOCK * TILE_COLUMNS);
+        }
+        const int64_t end_of_tiles = least(last_tile * TILE_ROWS, height);
+        pack_tiles<Operand>(row, block, first_tile * TILE_ROWS, end_of_tiles, left, packed.data);
+        for (int64_t t = first_tile; t < last_tile; t++) {
+          const float* rows_of_tile = packed.data + (t - first_tile) * (BLOCK / Operand::VALUES * TILE_ROWS);
+          for (int64_t panel = 0; panel < panels; panel++) {
+            multiply<Operand>(rows_of_tile, 1, TILE_ROWS, values.data + panel * BLOCK * TILE_COLUMNS,
+                              words<Operand>(block), row > 0, sums(panel, t));
+          }
+        }
+      }
+      for (int64_t panel = 0; panel < panels; panel++) {
+        const int64_t column = start + panel * TILE_COLUMNS, count = least(TILE_COLUMNS, width - column);
+        for (int64_t i = first_tile * TILE_ROWS; i < least(last_tile * TILE_ROWS, height); i++) {
+          finish(i, column, count, sums(panel, i / TILE_ROWS) + i % TILE_ROWS * TILE_COLUMNS);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace fastvit::FASTVIT_ISA
