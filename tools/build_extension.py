@@ -216,8 +216,7 @@ def build(library: Library, target: Path, work: Path = WORK) -> bool:
     info = target.with_suffix(".json")
     if target.exists() and read_info(info).get("key") == key:
         return False
-    # Objects of other flags or tools are kept in a folder of their own, so that going back to them costs nothing.
-    folder = work / f"{library.name}-{_digest(json.dumps([library.rules, library.toolchain.versions]))}"
+    folder = work_folder(library, work)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / "lock"):
         (folder / "build.ninja").write_text(ninja_file(library), encoding="utf-8")
@@ -229,6 +228,12 @@ def build(library: Library, target: Path, work: Path = WORK) -> bool:
         about = {"key": key, "sources": digest_of(library.sources, library.texts), **library.info}
         write_info(info, {"built": True, **about, "versions": library.toolchain.versions})
     return True
+
+
+def work_folder(library: Library, work: Path = WORK) -> Path:
+    """Where its objects are: those of other flags or tools have a folder of their own, so that going back to them costs
+    nothing."""
+    return work / f"{library.name}-{_digest(json.dumps([library.rules, library.toolchain.versions]))}"
 
 
 def build_extension(folder: Path, environment: Mapping[str, str] = os.environ) -> str:

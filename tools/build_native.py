@@ -1,8 +1,7 @@
 """Build the ops for the processor: fastvit/native/_fastvit_native.so, from csrc/cpu/ and csrc/torch/ by a C++ compiler.
 
     python tools/build_native.py                        in place, as `make native` does
-    python tools/build_native.py --output FILE [--sanitize]    somewhere else; with the address and undefined behaviour
-                                                               sanitizers: for tests
+    python tools/build_native.py --output FILE          somewhere else
 
 Each op of csrc/cpu/ is compiled once for each instruction set, of which one is chosen when the library is used. An op
 that is not there is left out. setup.py uses this too, so nothing but the standard library is imported.
@@ -51,7 +50,6 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
 KERNEL_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast", "-fno-math-errno")
 # Of what csrc/ has beside the folders cpu/ and torch/.
 SHARED = ("ops.h", "views.h", "simt/queue.h")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 
 
 def plan(environment: Mapping[str, str] = os.environ) -> tuple[Toolchain | None, str]:
@@ -66,12 +64,14 @@ def plan(environment: Mapping[str, str] = os.environ) -> tuple[Toolchain | None,
     return toolchain, reason
 
 
-def native_library(toolchain: Toolchain, sources: Path = SOURCES, flags: Sequence[str] = ()) -> Library:
-    """The library, with more flags for compiler and linker."""
+def native_library(toolchain: Toolchain, sources: Path = SOURCES, flags: Sequence[str] = (), only: str = "") -> Library:
+    """The library, with more flags for compiler and linker, and perhaps of one instruction set alone."""
     library = Library("native", toolchain, sources, texts(sources), "the library for the processor")
     sets = INSTRUCTION_SETS.get(platform.machine(), {"portable": ()})
+    if only:
+        sets, flags = {only: sets[only]}, [f"-DFASTVIT_EACH_ISA(use,op)=use({only},op)", *flags]
     for name, own in sets.items():
-        is_first = ["-DFASTVIT_ISA_IS_FIRST"] if name == "portable" else []
+        is_first = ["-DFASTVIT_ISA_IS_FIRST"] if name == next(iter(sets)) else []
         library.rules[name] = [toolchain.cxx, *KERNEL_FLAGS, *own, f"-DFASTVIT_ISA={name}", *is_first, *flags]
     library.rules["cxx"] = [toolchain.cxx, *CXX_FLAGS, "-DFASTVIT_NATIVE", f"-isystem{headers(toolchain)}", *flags]
     ops = sorted((sources / "cpu").glob("*.cpp"))
@@ -120,15 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code: 1 if nothing was built."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="the library, somewhere else than in the package")
-    parser.add_argument("--sanitize", action="store_true", help="with --output: with sanitizers")
     options = parser.parse_args(arguments)
     try:
         if options.output:
             toolchain, reason = plan({VARIABLE: "1"})
             if toolchain is None:
                 raise BuildError(reason)
-            library = native_library(toolchain, flags=SANITIZE if options.sanitize else ())
-            build(library, options.output.resolve())
+            build(native_library(toolchain), options.output.resolve())
             return 0
         reason = build_native(ROOT / PACKAGE)
     except BuildError as error:

@@ -7,9 +7,6 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// Rows of tokens whose values lie apart, as in a feature map, where those of neighbouring tokens lie side by side.
-constexpr int TILE = 32;
-
 template <class In, class Out>
 struct AddPosition {
   const View &tokens, &positions, &prefix, &out;
@@ -36,17 +33,44 @@ struct AddPosition {
     return elements<In>(tokens) + image * tokens.strides[0] + patch * tokens.strides[1];
   }
 
-// `count` tokens of an image, at most TILE, turned a tile at a time.
+  // The same of values that lie apart, all float32: one by one, which is quicker than to turn them.
+  bool write_apart(int64_t image, int64_t row) const {
+    if constexpr (std::is_same_v<In, float> && std::is_same_v<Out, float>) {
+      if (positions.type != Type::FLOAT32 || row < skipped) return false;
+      const float* values = token(image, row - prefix_rows);
+      const float* position = elements<float>(positions) + (row - skipped) * width;
+      const int64_t apart = tokens.strides[2], width = this->width;
+      float* to = writable<float>(out) + (image * length + row) * width;
+      for (int64_t i = 0; i < width; i++) to[i] = values[i * apart] + position[i];
+      return true;
+    }
+    return false;
+  }
+
+  // `count` tokens of an image, at most LANES, whose values lie apart, as in a feature map: there those of neighbouring
+  // tokens lie side by side. BLOCK columns at a time are turned, and then written as those of other tokens are.
   void add_turned(int64_t image, int64_t patch, int64_t count) const {
-    In turned[TILE][TILE];
-    for (int64_t column = 0; column < width; column += TILE) {
-      const int64_t columns = width - column < TILE ? width - column : TILE;
+    constexpr int64_t BLOCK = 512;
+    float turned[LANES][BLOCK + LANES];  // rows in other sets of the cache
+    for (int64_t column = 0; column < width; column += BLOCK) {
+      const int64_t columns = width - column < BLOCK ? width - column : BLOCK;
       const In* from = token(image, patch) + column * tokens.strides[2];
-      for (int64_t j = 0; j < columns; j++) {
-        for (int64_t i = 0; i < count; i++) turned[i][j] = from[i * tokens.strides[1] + j * tokens.strides[2]];
+      int64_t done = 0;
+      if (tokens.strides[1] == 1 && count == LANES) {
+        for (; done + LANES <= columns; done += LANES) {
+          Floats tile[LANES];
+#pragma GCC unroll 16
+          for (int j = 0; j < LANES; j++) tile[j] = load(from + (done + j) * tokens.strides[2]);
+          transpose(tile);
+#pragma GCC unroll 16
+          for (int i = 0; i < LANES; i++) store(turned[i] + done, tile[i]);
+        }
       }
       for (int64_t i = 0; i < count; i++) {
-        const In* values = turned[i];
+        for (int64_t j = done; j < columns; j++) {
+          turned[i][j] = load_one(from + i * tokens.strides[1] + j * tokens.strides[2]);
+        }
+        const float* values = turned[i];
         write(image, prefix_rows + patch + i, column, columns, [=](int64_t j, auto n) { return load(values + j, n); });
       }
     }
@@ -63,9 +87,9 @@ struct AddPosition {
       } else if (tokens.strides[2] == 1 || width == 1) {
         const In* values = token(image, row - prefix_rows);
         write(image, row, 0, width, [=](int64_t i, auto n) { return load(values + i, n); });
-      } else {
+      } else if (!write_apart(image, row)) {
         rows = length - row < end - first ? length - row : end - first;
-        rows = rows < TILE ? rows : TILE;
+        rows = rows < LANES ? rows : LANES;
         add_turned(image, row - prefix_rows, rows);
       }
       first += rows;

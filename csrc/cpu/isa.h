@@ -7,7 +7,8 @@
 // processor lacks. Files of runtime/ are compiled once, for every processor.
 #pragma once
 
-#if defined(__x86_64__)
+#if defined(FASTVIT_EACH_ISA)  // by the build: of one set alone, for tests
+#elif defined(__x86_64__)
 #define FASTVIT_EACH_ISA(use, op) use(portable, op) use(avx2, op) use(avx512, op) use(avx512bf16, op)
 #else  // aarch64, whose baseline has NEON, and others
 #define FASTVIT_EACH_ISA(use, op) use(portable, op)

@@ -5,7 +5,8 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int64_t TOGETHER = 32;  // rows of a head, which are read one behind another
+constexpr int64_t TOGETHER = 8;  // rows of a head, which are read one behind another
+constexpr int VECTORS = 4, AT_ONCE = VECTORS * LANES;
 
 template <class T>
 struct SplitHeads {
@@ -15,15 +16,34 @@ struct SplitHeads {
   // `count` rows of a head, tokens of one image; adds to its sums, where there are some.
   void move(const View& from, int64_t image, int64_t token, int64_t head, int64_t count, T* to, float* sums) const {
     const T* values = elements<T>(from) + image * from.strides[0] + head * from.strides[1] + token * from.strides[2];
-    for (int64_t row = 0; row < count; row++, values += from.strides[2], to += 3 * width) {
-      if (from.strides[3] == 1) {
-        std::memcpy(to, values, head_width * sizeof(T));
-      } else {
-        for (int64_t i = 0; i < head_width; i++) to[i] = values[i * from.strides[3]];
+    const int64_t row_stride = from.strides[2], value_stride = from.strides[3];
+    int64_t column = 0;
+    if (sums && value_stride == 1) {
+      for (; column + AT_ONCE <= head_width; column += AT_ONCE) {
+        move_columns(values + column, row_stride, count, to + column, sums + column);
       }
-      if (!sums) continue;
-      each_vector(head_width, [=](int64_t i, auto n) { store(sums + i, load(sums + i, n) + load(to + i, n), n); });
     }
+    for (int64_t row = 0; row < count; row++, values += row_stride, to += 3 * width) {
+      if (value_stride == 1) std::memcpy(to + column, values + column, (head_width - column) * sizeof(T));
+      for (int64_t i = column; i < head_width; i++) {
+        if (value_stride != 1) to[i] = values[i * value_stride];
+        if (sums) sums[i] += load_one(to + i);
+      }
+    }
+  }
+
+  // AT_ONCE columns, whose sums stay in registers.
+  void move_columns(const T* from, int64_t row_stride, int64_t count, T* to, float* sums) const {
+    Floats totals[VECTORS];
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; i++) totals[i] = load(sums + i * LANES);
+    for (int64_t row = 0; row < count; row++, from += row_stride, to += 3 * width) {
+#pragma GCC unroll 4
+      for (int i = 0; i < VECTORS; i++) totals[i] += load(from + i * LANES);
+      std::memcpy(to, from, AT_ONCE * sizeof(T));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; i++) store(sums + i * LANES, totals[i]);
   }
 
   // Rows of all images, one behind another.

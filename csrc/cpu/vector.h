@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "../views.h"
 
@@ -89,6 +90,30 @@ inline float sum(Floats values) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+// The first half of both, or the second, in turn: a0 b0 a1 b1 ...
+template <bool SECOND, size_t... PLACES>
+inline Floats interleaved(Floats a, Floats b, std::index_sequence<PLACES...>) {
+  constexpr int first = SECOND ? LANES / 2 : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (first + PLACES / 2 + PLACES % 2 * LANES)...);
+#else
+  return __builtin_shuffle(a, b, Ints{static_cast<int32_t>(first + PLACES / 2 + PLACES % 2 * LANES)...});
+#endif
+}
+
+// Rows become columns: rows a half apart are interleaved as often as it takes a place to go once around.
+inline void transpose(Floats (&rows)[LANES]) {
+  constexpr std::make_index_sequence<LANES> PLACES{};
+  for (int done = 1; done < LANES; done *= 2) {
+    Floats next[LANES];
+    for (int i = 0; i < LANES / 2; i++) {
+      next[2 * i] = interleaved<false>(rows[i], rows[i + LANES / 2], PLACES);
+      next[2 * i + 1] = interleaved<true>(rows[i], rows[i + LANES / 2], PLACES);
+    }
+    for (int i = 0; i < LANES; i++) rows[i] = next[i];
+  }
+}
+
 // Between the bits of 16-bit elements and float32. Rounding is to nearest, ties to even, and exact.
 
 inline Floats widen(Shorts bits, bfloat16) {
@@ -162,6 +187,13 @@ inline Floats load(const uint8_t* from) {
   Bytes bytes;
   std::memcpy(&bytes, from, sizeof bytes);
   return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+}
+
+// A single element.
+inline float load_one(const float* from) { return *from; }
+template <class T>
+inline float load_one(const T* from) {
+  return widen(Shorts{from->bits}, T{})[0];
 }
 
 // The first `count` elements, from 0 to LANES, and zeros behind them. Calls, as they come once a row.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fastvit import cuda
+from fastvit import cuda, native
 from fastvit._version import __version__
 from fastvit.backend import available_backends
 from fastvit.benchmarks.rows import processor
@@ -38,6 +38,7 @@ def collect() -> dict[str, Any]:
         "backends": {kind: available_backends(kind) for kind in kinds},
         "compiled_targets": compiled_targets(),
         "extension": extension(),
+        "native": native_library(),
         "warnings": version_warnings(versions()) + extension_warnings(),
     }
 
@@ -98,11 +99,25 @@ def extension() -> dict[str, str]:
     return {"library": "" if missing else str(cuda.LIBRARY), "why_missing": missing, "how_to_get": how_to_get}
 
 
+def native_library() -> dict[str, Any]:
+    """The library for the processor and the instruction set that it runs with, or why there is none, as `extension`."""
+    reason = native.why_missing() or native.why_not_loaded()
+    return {
+        "library": "" if reason else str(native.LIBRARY),
+        "instruction_set": "" if reason else native.instruction_set(),
+        "ops": [] if reason else list(native.ops()),
+        "why_missing": reason,
+        "how_to_get": native.how_to_get() if reason else "",
+    }
+
+
 def extension_warnings() -> list[str]:
-    """A line where the library is older than the sources beside it."""
-    if not cuda.is_outdated():
-        return []
-    return [f"the C++/CUDA extension was built from other sources than those in csrc/. Run: {cuda.how_to_get()}"]
+    """A line for each library that is older than the sources beside it."""
+    return [
+        f"{name} was built from other sources than those in csrc/. Run: {package.how_to_get()}"
+        for name, package in (("the C++/CUDA extension", cuda), ("the library for the processor", native))
+        if package.is_outdated()
+    ]
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
@@ -119,9 +134,10 @@ def tables(found: dict[str, Any]) -> list[Table]:
         about.add_row("GPU", "none found by torch")
     for name, targets in found["compiled_targets"].items():
         about.add_row(f"{name} targets", targets)
-    library = found["extension"]
-    missing = f"{library['why_missing']}; to get it: {library['how_to_get']}"
-    about.add_row("cuda extension", library["library"] or missing)
+    for name, library in (("cuda extension", found["extension"]), ("native library", found["native"])):
+        missing = f"{library['why_missing']}; to get it: {library['how_to_get']}"
+        with_set = f", {library['instruction_set']}" if library.get("instruction_set") else ""
+        about.add_row(name, f"{library['library']}{with_set}" if library["library"] else missing)
     backends = Table("backend", "device", "runs here", "why not", title="Backends", title_justify="left")
     for kind, reasons in found["backends"].items():
         for name, reason in reasons.items():

@@ -3,8 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -15,6 +17,7 @@ namespace {
 
 #define FASTVIT_NAME(isa, _) #isa,
 constexpr const char* NAMES[] = {FASTVIT_EACH_ISA(FASTVIT_NAME, )};
+constexpr int LAST = static_cast<int>(std::size(NAMES)) - 1;
 
 // The last one that the processor has: each has all that those before it have.
 int best() {
@@ -27,7 +30,7 @@ int best() {
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"));
   next_if(found == 2 && __builtin_cpu_supports("avx512bf16"));
 #endif
-  return found;
+  return std::min(found, LAST);
 }
 
 int choose() {
