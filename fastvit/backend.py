@@ -191,8 +191,8 @@ def under_transforms() -> bool:
 
 @_constant_when_traced
 def _automatic(device_type: str, op: str, prefers_triton: bool) -> str:
-    """Without a measurement: on a CPU plain PyTorch; of the two that run on a GPU, the extension, whose launch costs less
-    and whose kernels have no shape to be compiled for, but for what Triton is preferred for, or alone can do."""
+    """Without a measurement: on a CPU plain PyTorch; of the two that run on a GPU, the extension, whose launch costs
+    less and whose kernels have no shape to be compiled for, but for what Triton is preferred for, or alone can do."""
     if device_type in ("cpu", "meta"):
         return "cpu"
     if device_type != "cuda":
