@@ -37,7 +37,7 @@ $(STAMP):
 	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
 	|| { echo "$(PYTHON) can't make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
-	|| echo "No C++ compiler found: torch.compile on the CPU, and the tests of it, need one."
+	|| echo "No C++ compiler found: torch.compile on the CPU, the ops in C++ for it, and their tests need one."
 	@rm -f $(VENV)/installed-*
 	@echo "Installing $(TORCH) into $(VENV), the build that fits this machine (it can be large)"
 	@$(PIP) install --no-compile -c constraints.txt $(TORCH)

@@ -71,7 +71,8 @@ class RowSums {
   void add_up(int64_t first, int64_t width, float* to) const {
     each_vector(width, [&](int64_t i, auto n) {
       Floats total = {};
-      for (int64_t chunk = 0; chunk < chunks_.count; chunk++) total += load(partials_ + chunk * columns_ + first + i, n);
+      const float* partial = partials_ + first + i;
+      for (int64_t chunk = 0; chunk < chunks_.count; chunk++, partial += columns_) total += load(partial, n);
       store(to + i, total, n);
     });
   }

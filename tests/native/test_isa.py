@@ -36,7 +36,7 @@ def test_an_unknown_one_is_an_error_that_lists_the_known(library: Path) -> None:
 
 def own(name: str) -> str:
     """What a symbol may be in: the set's namespace, and of the first one the ops themselves, which choose."""
-    return rf"fastvit::{name}::" + (r"|fastvit::\w+\(" if name == "portable" else "")
+    return rf"fastvit::{name}::|DW\.ref\." + (r"|fastvit::\w+\(" if name == "portable" else "")
 
 
 def test_code_of_one_is_never_that_of_another(toolchain: Toolchain, tmp_path: Path) -> None:
