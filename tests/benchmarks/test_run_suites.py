@@ -84,7 +84,9 @@ def test_a_backend_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FASTVIT_WITHOUT", names)
         assert [b for b in problem.our_backends(torch.device("cuda")) if b != "emulated"] == expected
     monkeypatch.setenv("FASTVIT_WITHOUT", "trition")
-    with pytest.raises(ValueError, match="FASTVIT_WITHOUT: unknown backend 'trition'; known: reference, cpu, native, triton"):
+    with pytest.raises(
+        ValueError, match="FASTVIT_WITHOUT: unknown backend 'trition'; known: reference, cpu, native, triton"
+    ):
         problem.our_backends(torch.device("cuda"))
 
 
