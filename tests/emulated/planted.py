@@ -34,6 +34,11 @@ class Fault:
     new: str
     caught_by: str
 
+    def is_caught_by(self, found: str) -> bool:
+        """What lies outside of a row or of a tensor is another's, or nobody's: which of them is seen first is chance."""
+        said = ("outside", "second write") if self.caught_by == "outside" else (self.caught_by,)
+        return any(part in found for part in said)
+
 
 Cases = tuple[tuple[Case, torch.dtype, dict[str, Any]], ...]  # with the GPU that each is for
 
@@ -48,7 +53,7 @@ def expect_caught(fault: Fault, cases: Cases, tmp_path: Path) -> None:
     path.write_text(text.replace(fault.old, fault.new))
     with emulation(library=_with_unit(sources / f"{fault.unit}.cu", folder)):
         found = _outcome(cases)
-    assert found and fault.caught_by in found, found or "not caught"
+    assert fault.is_caught_by(found), found or "not caught"
 
 
 class Switched:
@@ -84,7 +89,7 @@ class Switched:
     def expect_caught(self, fault: Fault, cases: Cases) -> None:
         """Run the cases until one shows the fault."""
         found = self.outcome(cases, fault)
-        assert found and fault.caught_by in found, found or "not caught"
+        assert fault.is_caught_by(found), found or "not caught"
 
 
 def expect_nothing(cases: Cases) -> None:
