@@ -108,7 +108,7 @@ def test_launchers_find_what_is_substituted_and_nothing_of_it_stays(planted: dic
 def test_what_the_time_is_over_for_is_named() -> None:
     rows = sweeper.sweep(_device(), limit=0.0, **SIZES)
     assert {row.reason for row in rows} == {sweeper.NOT_REACHED} and forward.KERNEL in {row.mode for row in rows}
-    with pytest.raises(ValueError, match="op: 'conv' has nothing to sweep; known: add_position, patch_embed"):
+    with pytest.raises(ValueError, match="op: 'conv' has nothing to sweep; known: .*patch_embed"):
         sweeper.sweep(_device(), op="conv")
 
 
