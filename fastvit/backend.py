@@ -191,10 +191,8 @@ def under_transforms() -> bool:
 
 @_constant_when_traced
 def _automatic(device_type: str, op: str, prefers_triton: bool) -> str:
-    """Without a measurement: on a CPU C++ where it is; of the two that run on a GPU, the extension, whose launch costs
+    """Without a measurement: on a CPU plain PyTorch; of the two that run on a GPU, the extension, whose launch costs
     less and whose kernels have no shape to be compiled for, but for what Triton is preferred for, or alone can do."""
-    if device_type == "cpu" and _can_run("native", device_type, op) and _is_native_fast():
-        return "native"
     if device_type in ("cpu", "meta"):
         return "cpu"
     if device_type != "cuda":
@@ -263,13 +261,6 @@ def _reference_reason(device_type: str) -> str:
 
 def _cpu_reason(device_type: str) -> str:
     return "" if device_type in ("cpu", "meta") else "it computes on the CPU only"
-
-
-@_constant_when_traced
-def _is_native_fast() -> bool:
-    from fastvit.native import is_fast
-
-    return is_fast()
 
 
 def _native_reason(device_type: str) -> str:

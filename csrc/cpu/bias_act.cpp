@@ -39,7 +39,7 @@ inline Activated activate(int function, float linear, float cubic, Floats x) {
     const Floats tail = power * (q * t), cdf = select(x < 0.0f, tail, 1.0f - tail);
     return {x * cdf, cdf + x * (0.3989422804f * power)};
   }
-  if (function == 1) return {select(x < 0.0f, Floats{}, x), select(x <= 0.0f, Floats{}, all(1.0f))};
+  if (function == 1) return {select(x < 0.0f, Floats{}, x), select(x <= 0.0f, Floats{}, all(1.0f))};  // NaN stays
   const Floats bend = cubic * x * x, inner = x * (linear + bend);
   // Neither sigmoid nor its slope is a difference of numbers that are nearly equal.
   const Floats small = exp_of_negative(-absolute(inner)), large = 1.0f / (1.0f + small);

@@ -211,7 +211,7 @@ void patch_embed_backward(const PatchEmbedInputs& inputs, int prefix_rows, const
 
 #if defined(FASTVIT_ISA_IS_FIRST)
 namespace fastvit {
-bool can_read(const View& images) { return portable::Patches::is_nchw(images) || portable::Patches::is_nhwc(images); }
+bool can_read(const View& images) { return FASTVIT_ISA::Patches::is_nchw(images) || FASTVIT_ISA::Patches::is_nhwc(images); }
 }  // namespace fastvit
 #endif
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastvit.library import CHECKOUT, Library
 
-FAST = ("avx2", "avx512", "avx512bf16")
 LIBRARY = Path(__file__).resolve().with_name("_fastvit_native.so")
 _CHECKOUT = CHECKOUT
 _KIND = Library("the library for the processor", "build_native.py", "native", "FASTVIT_BUILD_NATIVE")
@@ -51,19 +51,15 @@ def why_not_loaded() -> str:
     return _KIND.why_not_loaded(LIBRARY)
 
 
+@lru_cache
 def instruction_set() -> str:
     """The name of the one that the loaded library runs with: portable, avx2, avx512 or avx512bf16.
 
     Raises:
         RuntimeError: as :func:`why_unavailable`.
     """
-    return str(torch.ops.fastvit_native.instruction_set())
-
-
-def is_fast() -> bool:
-    """Whether the ops are as fast as PyTorch's own, as measured: from AVX2 on. With what every processor has they are
-    slower than PyTorch's, which take more where there is more."""
-    return instruction_set() in FAST
+    with _disable_current_modes():  # a tracer must not note it
+        return str(torch.ops.fastvit_native.instruction_set())
 
 
 def ops() -> tuple[str, ...]:

@@ -14,6 +14,12 @@ from fastvit.benchmarks.rows import Row
 FOR_GPUS = ("triton", "cuda")
 
 
+@pytest.fixture(autouse=True)
+def one_backend_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What suites, tuner and campaign do with a backend is the same for another, and takes as long again."""
+    monkeypatch.setitem(backend._REASONS, "native", lambda device_type: "left out of this test")
+
+
 @pytest.fixture
 def gpu_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ...]]:
     """The backends of a GPU run on the CPU, by the functions of the CPU backend, and count as quick."""

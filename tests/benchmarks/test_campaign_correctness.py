@@ -165,6 +165,7 @@ def test_a_backend_that_is_not_there_is_left_out_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reasons = {name: "" for name in BACKENDS} | {"cpu": "not here", "emulated": "not here", "cuda": "it is not built"}
+    reasons["native"] = "not here"
     for module in (output, problem):
         monkeypatch.setattr(module, "available_backends", lambda device: reasons)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

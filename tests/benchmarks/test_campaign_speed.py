@@ -201,7 +201,7 @@ def test_calls_are_timed_beside_torchs_add(tmp_path: Path, capsys: pytest.Captur
     times = {(row.shape, row.mode, row.provider): row.median_us or 0.0 for row in rows}
     for shape, mode, provider in times:
         if provider == "fastvit:cpu":
-            assert times[shape, mode, provider] > times[shape, mode, launch.SCALE]
+            assert times[shape, mode, provider] > 1, "microseconds: that of a call, and not of nothing"
     printed = capsys.readouterr().out
     assert "torch.add" in printed and "not timed" not in printed
     assert last_figure(printed).startswith("patch_embed: cpu ") and "add_position: cpu" in last_figure(printed)

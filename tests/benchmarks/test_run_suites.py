@@ -61,7 +61,7 @@ def test_every_backend_of_a_gpu_is_a_contender_of_every_suite(gpu_backends: tupl
 
 @pytest.mark.parametrize("missing", ["triton", "cuda", ""])
 def test_backends_that_can_run_on_a_gpu_are_ours(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = {"reference": "", "cpu": "not here", "triton": "", "cuda": "", "emulated": "not here"}
+    reasons = {**dict.fromkeys(BACKENDS, "not here"), "reference": "", "triton": "", "cuda": ""}
     asked: list[torch.device] = []
 
     def available(device: torch.device) -> dict[str, str]:
@@ -78,11 +78,15 @@ def test_backends_that_can_run_on_a_gpu_are_ours(missing: str, monkeypatch: pyte
 def test_a_backend_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem, "available_backends", lambda device: dict.fromkeys(BACKENDS, ""))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for names, expected in (("", ["cpu", "triton", "cuda"]), ("triton", ["cpu", "cuda"]), (" cuda ,cpu,", ["triton"])):
+    all_of_them = ["cpu", "native", "triton", "cuda"]
+    for names, left_out in (("", []), ("triton", ["triton"]), (" cuda ,cpu,", ["cuda", "cpu"])):
+        expected = [name for name in all_of_them if name not in left_out]
         monkeypatch.setenv("FASTVIT_WITHOUT", names)
         assert [b for b in problem.our_backends(torch.device("cuda")) if b != "emulated"] == expected
     monkeypatch.setenv("FASTVIT_WITHOUT", "trition")
-    with pytest.raises(ValueError, match="FASTVIT_WITHOUT: unknown backend 'trition'; known: reference, cpu, triton"):
+    with pytest.raises(
+        ValueError, match="FASTVIT_WITHOUT: unknown backend 'trition'; known: reference, cpu, native, triton"
+    ):
         problem.our_backends(torch.device("cuda"))
 
 
@@ -100,7 +104,7 @@ def test_a_run_can_do_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_emulated_or_interpreted_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = dict.fromkeys(BACKENDS, "")
     monkeypatch.setattr(problem, "available_backends", lambda device: everything)
-    assert problem.our_backends(torch.device("cpu")) == ["cpu", "cuda"]
+    assert problem.our_backends(torch.device("cpu")) == ["cpu", "native", "cuda"]
 
 
 def test_of_ours_one_is_compiled_where_minutes_count(gpu_backends: tuple[str, ...]) -> None:

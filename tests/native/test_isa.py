@@ -48,5 +48,5 @@ def test_code_of_one_is_never_that_of_another(toolchain: Toolchain, tmp_path: Pa
     for path in objects:
         name = path.name.removesuffix(".o").rpartition(".cpp")[2].strip(".") or "portable"
         listed = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
-        shared = [line for line in listed.splitlines() if re.search(r" [TWVu] ", line)]
+        shared = [line for line in listed.splitlines() if re.search(r" [TWVu] (?!DW\.ref\.)", line)]
         assert shared and not [line for line in shared if not re.search(own(name), line)], path.name

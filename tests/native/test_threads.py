@@ -26,7 +26,12 @@ def results(op: str) -> list[torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(*ROWS, WIDTH, requires_grad=True)
     vectors = [torch.randn(WIDTH, requires_grad=True) for _ in range(3)]
-    if op == "add_position":
+    if op == "patch_embed":
+        images = torch.randint(256, (9, 3, 64, 64), dtype=torch.uint8)
+        weight, table = torch.randn(WIDTH, 3, 8, 8, requires_grad=True), torch.randn(64, WIDTH, requires_grad=True)
+        options = {"pos_embed": table, "mean": [0.5] * 3, "std": [0.2] * 3, "backend": "native"}
+        found, given = [functional.patch_embed(images, weight, vectors[0], **options)], [weight, vectors[0], table]
+    elif op == "add_position":
         table = torch.randn(ROWS[1], WIDTH, requires_grad=True)
         found, given = [functional.add_position(x, table, backend="native")], [x, table]
     elif op == "add_norm":
@@ -43,7 +48,7 @@ def results(op: str) -> list[torch.Tensor]:
     return [*found, *gradients]
 
 
-@pytest.mark.parametrize("op", ["add_position", "add_norm", "bias_act", "split_heads"])
+@pytest.mark.parametrize("op", ["patch_embed", "add_position", "add_norm", "bias_act", "split_heads"])
 def test_the_same_bits_with_any_number(op: str) -> None:
     torch.set_num_threads(1)
     alone = results(op)
