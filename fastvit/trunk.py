@@ -278,9 +278,9 @@ def run_blocks(blocks: Iterable[Any], x: Tensor, setup: Setup) -> Tensor:
 def product(linear: Any, x: Tensor, setup: Setup, dropout: Any = None) -> tuple[Tensor, Tensor | None]:
     """A linear layer and the dropout behind it; its bias apart where the op that comes next can add it."""
     drops = is_dropping(dropout)
-    bias = attribute(linear, "bias")
-    if setup.ends or drops or bias is None or why_not_linear(linear):
-        x = linear(x) if why_not_linear(linear) else apply_linear(x, attribute(linear, "weight"), bias)
+    bias, is_more = attribute(linear, "bias"), why_not_linear(linear)
+    if setup.ends or drops or bias is None or is_more:
+        x = linear(x) if is_more else apply_linear(x, attribute(linear, "weight"), bias)
         return (dropout(x) if drops else x), None
     return apply_linear(x, attribute(linear, "weight")), bias
 

@@ -53,7 +53,7 @@ struct AddPosition {
     constexpr int64_t BLOCK = 512;
     float turned[LANES][BLOCK + LANES];  // rows in other sets of the cache
     for (int64_t column = 0; column < width; column += BLOCK) {
-      const int64_t columns = width - column < BLOCK ? width - column : BLOCK;
+      const int64_t columns = least(width - column, BLOCK);
       const In* from = token(image, patch) + column * tokens.strides[2];
       int64_t done = 0;
       if (tokens.strides[1] == 1 && count == LANES) {
@@ -88,8 +88,7 @@ struct AddPosition {
         const In* values = token(image, row - prefix_rows);
         write(image, row, 0, width, [=](int64_t i, auto n) { return load(values + i, n); });
       } else if (!write_apart(image, row)) {
-        rows = length - row < end - first ? length - row : end - first;
-        rows = rows < LANES ? rows : LANES;
+        rows = least(least(length - row, end - first), LANES);
         add_turned(image, row - prefix_rows, rows);
       }
       first += rows;
@@ -103,7 +102,7 @@ constexpr int64_t IMAGES = 64;     // that are added one after another: longer s
 template <class T>
 void sum_images(const T* grad, int64_t stride, int64_t images, int64_t columns, float* sums) {
   for (int64_t image = 0; image < images; image += IMAGES) {
-    const int64_t end = image + IMAGES < images ? image + IMAGES : images;
+    const int64_t end = least(image + IMAGES, images);
     each_vector(columns, [&](int64_t i, auto n) {
       const T* from = grad + i;
       Floats total = load(from + image * stride, n);
@@ -133,9 +132,9 @@ void add_position_backward(const View& grad, const View& d_rows, const Queue&) {
   }
   with_type(grad.type, [&](auto type) {
     const auto* from = elements<decltype(type)>(grad);
-    parallel((columns + COLUMNS - 1) / COLUMNS, COLUMNS * images, [&](int64_t first, int64_t end) {
+    parallel(up(columns, COLUMNS), COLUMNS * images, [&](int64_t first, int64_t end) {
       for (int64_t column = first * COLUMNS; column < end * COLUMNS && column < columns; column += COLUMNS) {
-        const int64_t width = columns - column < COLUMNS ? columns - column : COLUMNS;
+        const int64_t width = least(columns - column, COLUMNS);
         sum_images(from + column, columns, images, width, sums + column);
       }
     });

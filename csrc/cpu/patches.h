@@ -85,8 +85,7 @@ class Patches {
     for (int64_t k = first; k < end; run++, within = 0) {
       const int64_t row_of_run = run % height_, channel = run / height_;
       const Pixel* from = pixels + row_of_run * images_.strides[2] + (channels_last_ ? 0 : channel * images_.strides[1]);
-      int64_t count = run_ - within;
-      count = count < end - k ? count : end - k;
+      const int64_t count = least(run_ - within, end - k);
       for (int64_t i = 0; i < count; i += LANES) {
         const Pixel* at = from + within + i;
         Floats values = at <= last_whole ? load(at) : load(at, count - i);

@@ -51,9 +51,6 @@ inline void with_operand(Type compute, const Use& use) {
   use(Float32{});
 }
 
-inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class Operand>
 int64_t words(int64_t values) {
   return up(values, Operand::VALUES);

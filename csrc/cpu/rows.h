@@ -7,7 +7,7 @@
 
 namespace fastvit::FASTVIT_ISA {
 
-inline int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
+inline int64_t padded(int64_t width) { return up(width, LANES) * LANES; }
 
 // A vector in float32, with zeros behind it to whole registers; one that is not there is `missing` everywhere.
 inline const float* vector_of(const View& view, int64_t width, float missing, const Queue& queue) {

@@ -50,8 +50,7 @@ struct SplitHeads {
   void run(int64_t first, int64_t end, float* sums) const {
     while (first < end) {
       const int64_t image = first / tokens, token = first - image * tokens;
-      int64_t count = tokens - token < end - first ? tokens - token : end - first;
-      count = count < TOGETHER ? count : TOGETHER;
+      const int64_t count = least(least(tokens - token, end - first), TOGETHER);
       for (int which = 0; which < 3; which++) {
         const View& from = which == 0 ? d_q : which == 1 ? d_k : d_v;
         for (int64_t head = 0; head < heads; head++) {

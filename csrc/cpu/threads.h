@@ -13,6 +13,9 @@ void run_parallel(int64_t count, int64_t grain, void (*body)(const void* context
 #if defined(FASTVIT_ISA)
 namespace FASTVIT_ISA {
 
+inline int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step; }  // parts of `step`, rounded up
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Values that are worth a thread: as many as PyTorch's own ops give one.
 constexpr int64_t VALUES_PER_THREAD = 32768;
 
@@ -30,11 +33,11 @@ void parallel(int64_t count, int64_t values, const Body& body) {
 struct Chunks {
   int64_t rows, size, count;
 
-  // At most `most` of them, none of less than `least` rows but the last.
-  Chunks(int64_t rows, int64_t least, int64_t most) : rows(rows) {
-    size = (rows + most - 1) / most;
-    size = size > least ? size : least;
-    count = (rows + size - 1) / size;
+  // At most `most` of them, none of less than `smallest` rows but the last.
+  Chunks(int64_t rows, int64_t smallest, int64_t most) : rows(rows) {
+    size = up(rows, most);
+    size = size > smallest ? size : smallest;
+    count = up(rows, size);
   }
   int64_t first(int64_t chunk) const { return chunk * size; }
   int64_t end(int64_t chunk) const { return chunk + 1 < count ? (chunk + 1) * size : rows; }

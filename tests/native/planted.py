@@ -9,21 +9,19 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
-import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fastvit.native as native
 
 ROOT = Path(__file__).resolve().parents[2]
-SWITCH = '#pragma once\nextern "C" __attribute__((visibility("default"))) int fastvit_planted;\n'
+SWITCH = '__attribute__((visibility("default"))) int fastvit_planted'
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ def build(faults: Sequence[Fault], ops: Sequence[str], folder: Path) -> Path:
     """The library of some ops with all the faults, none of which is there at first."""
     if native.why_unavailable("cpu"):
         pytest.skip(native.why_unavailable("cpu"))
-    sys.path.insert(0, str(ROOT / "tools"))
-    tools: Any = importlib.import_module("build_native")
+    import build_native  # which a process that runs the cases has not on its path
+
     sources = folder / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
     for path in (sources / "cpu").glob("*.cpp"):
@@ -56,29 +54,12 @@ def build(faults: Sequence[Fault], ops: Sequence[str], folder: Path) -> Path:
             switched = f"if ({is_here}) {{ {fault.new} }} else {{ {fault.old} }}"
         path.write_text(text.replace(fault.old, switched))
     header, runtime = sources / "cpu" / "vector.h", sources / "cpu" / "runtime" / "threads.cpp"
-    header.write_text(SWITCH + header.read_text())
-    runtime.write_text('#include "../vector.h"\nint fastvit_planted = 0;\n' + runtime.read_text())
-    library = folder / "planted.so"
-    tools.build(_of_one_instruction_set(tools, sources), library)
-    return library
-
-
-def _of_one_instruction_set(tools: Any, sources: Path) -> Any:
-    name = native.instruction_set()
-    flags = tools.INSTRUCTION_SETS.get(platform.machine(), {"portable": ()})[name]
-    isa, runtime = sources / "cpu" / "isa.h", sources / "cpu" / "runtime" / "isa.cpp"
-    isa.write_text(f"{isa.read_text()}\n#undef FASTVIT_EACH_ISA\n#define FASTVIT_EACH_ISA(use, op) use({name}, op)\n")
-    runtime.write_text(runtime.read_text().replace("const int most = best();", "const int most = 0; (void)best;"))
-    (sources / "cpu" / "runtime" / "threads.cpp").write_text(
-        f"#define FASTVIT_ISA {name}\n" + (sources / "cpu" / "runtime" / "threads.cpp").read_text()
-    )
-    toolchain, reason = tools.plan({tools.VARIABLE: "1"})
+    header.write_text(f"#pragma once\nextern {SWITCH};\n{header.read_text()}")
+    runtime.write_text(f"{SWITCH} = 0;\n{runtime.read_text()}")
+    toolchain, reason = build_native.plan({build_native.VARIABLE: "1"})
     assert toolchain, reason
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tools, "INSTRUCTION_SETS", {platform.machine(): {name: flags}})
-        library = tools.native_library(toolchain, sources, ("-Wno-unused",))
-    if "-DFASTVIT_ISA_IS_FIRST" not in library.rules[name]:
-        library.rules[name].append("-DFASTVIT_ISA_IS_FIRST")
+    library, only = folder / "planted.so", native.instruction_set()
+    build_native.build(build_native.native_library(toolchain, sources, ("-Wno-unused",), only=only), library)
     return library
 
 
