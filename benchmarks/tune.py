@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastvit import tuning
-from fastvit.backend import check_known
+from fastvit.backend import check_known, has_op
 from fastvit.benchmarks.contenders import check_backend, ours, timed_call, trained
 from fastvit.benchmarks.problem import WIDTHS, our_backends, steady
 from fastvit.benchmarks.rivals import Solution
@@ -162,7 +162,7 @@ def tune(
     names = [name for name in (our_backends(where) if backends is None else backends) if name != REFERENCE]
     with steady(where, threads):
         table = Table(tuning.device_name(where), tuning.current_versions())
-        plan = _plan(models, scope, image // patch, patch)
+        plan = _plan(models, scope, image // patch, patch, names)
         for done, (op, measurement) in enumerate(plan):
             if progress:
                 progress(done, len(plan), measurement.title)
@@ -174,10 +174,12 @@ def tune(
     return table
 
 
-def _plan(models: Sequence[str], scope: Scope, grid: int, patch: int) -> list[tuple[str, Measurement]]:
-    """The op and the calls of every measurement."""
+def _plan(
+    models: Sequence[str], scope: Scope, grid: int, patch: int, backends: Sequence[str]
+) -> list[tuple[str, Measurement]]:
+    """The op and the calls of every measurement, of the ops that one of the backends has."""
     sizes = [Size(model, batch, grid, patch) for model in models for batch in scope.batches]
-    ops = [op for op in heaviest_first() if op in TUNED]
+    ops = [op for op in heaviest_first() if op in TUNED and any(has_op(name, op) for name in backends)]
     return [(op, found) for size in sizes for op in ops for found in TUNED[op].measurements(size, scope)]
 
 

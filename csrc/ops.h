@@ -103,4 +103,12 @@ void bias_act_backward(const BiasActInputs& inputs, const BiasActGradients& grad
 void split_heads_backward(const View& d_q, const View& d_k, const View& d_v, const View& d_qkv, const View& sums,
                           const Queue& queue);
 
+// On a processor alone; a GPU has it from PyTorch. qkv: [B, T, 3D], queries, keys and values of all heads →
+// out: [B, T, D]; logsums: [B, H, T] float32, the logarithms of the sums of exponentials.
+void attention(const View& qkv, int64_t heads, float scale, const View& out, const View& logsums, const Queue& queue);
+
+// grad: [B, T, D] → d_qkv: as qkv; sums: [3D] float32, its sums over B and T, or none.
+void attention_backward(const View& qkv, int64_t heads, float scale, const View& grad,
+                        const View& logsums, const View& d_qkv, const View& sums, const Queue& queue);
+
 }  // namespace fastvit

@@ -162,7 +162,15 @@ def choose(
 
 def is_forced(requested: str | None) -> bool:
     """Whether somebody has said which backend: the argument, a scope of this thread, or FASTVIT_BACKEND."""
-    return requested is not None or _forced() is not None or _environment is not None
+    return forced(requested) is not None
+
+
+def forced(requested: str | None) -> str | None:
+    """The backend that somebody has named, known or not; None where nobody has."""
+    if requested is not None:
+        return requested
+    scoped = _forced()
+    return _environment if scoped is None else scoped
 
 
 def multiplies_at_tf32(compute_dtype: torch.dtype) -> bool:
@@ -331,6 +339,11 @@ def why_missing(backend: str, op: str) -> str:
     if is_there and backend == "native":  # whose library may be older than the file
         is_there = op in _native_ops()
     return "" if is_there else f"it has no kernel for {op}"
+
+
+def has_op(backend: str, op: str) -> bool:
+    """Whether a backend, known or not, has a kernel for an op; the reference has none."""
+    return backend in _PACKAGES and not why_missing(backend, op)
 
 
 @lru_cache

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from fastvit import backend as backends
 from fastvit import checks, ops, reference
+from fastvit.native.attention import MOST_TOKENS
 from fastvit.ops import Op
 from fastvit.ops.add_norm import norm_alone
 from fastvit.ops.split_heads import SplitHeads
@@ -19,8 +20,8 @@ from fastvit.tuning import FORWARD, TRAINING
 
 __all__ = ["add_norm", "add_position", "attention", "bias_act", "patch_embed", "split_heads"]
 
-_PATCH_EMBED, _ADD_POSITION, _ADD_NORM, _BIAS_ACT = (
-    ops.OPS[name] for name in ("patch_embed", "add_position", "add_norm", "bias_act")
+_PATCH_EMBED, _ADD_POSITION, _ADD_NORM, _BIAS_ACT, _ATTENTION = (
+    ops.OPS[name] for name in ("patch_embed", "add_position", "add_norm", "bias_act", "attention")
 )
 
 
@@ -306,7 +307,8 @@ def attention(
 ) -> Tensor:
     """Self-attention between its two products: :func:`split_heads`, and PyTorch's own attention.
 
-    Which of PyTorch's kernels runs, how it rounds and how it draws random numbers is as ever. Vaswani et al., 2017.
+    Which of PyTorch's kernels runs, how it rounds and how it draws random numbers is as ever. On a CPU, up to 640
+    tokens that all attend to each other are an op of their own, whose gradient comes packed. Vaswani et al., 2017.
 
     Args:
         qkv, bias, num_heads, backend: as in :func:`split_heads`; the bias is part of qkv already.
@@ -320,9 +322,35 @@ def attention(
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
     """
+    if attn_mask is None and not dropout and not is_causal:
+        checks.check_heads(qkv, bias, num_heads)
+        name = _attention_backend(qkv, bias, num_heads, backend)
+        if name:
+            _tell_counter()
+            return _ATTENTION(qkv, bias, num_heads, _scale(scale, qkv, num_heads), name)[0]
     q, k, v = split_heads(qkv, bias, num_heads, backend=backend)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+def _scale(scale: float | None, qkv: Tensor, num_heads: int) -> float:
+    return (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
+
+
+def _attention_backend(qkv: Tensor, bias: Tensor | None, num_heads: int, requested: str | None) -> str:
+    """The backend that has attention as one op; "" where it is put together: on a GPU, or PyTorch's is looked for."""
+    batch, tokens, width = qkv.shape
+    if qkv.device.type != "cpu" or qkv.dtype == torch.float64 or tokens > MOST_TOKENS:
+        return ""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.backends.cuda.flash_sdp_enabled():
+        return ""  # sdpa_kernel's setting, which holds on a CPU too
+    forced = backends.forced(requested)
+    if forced is not None and not backends.has_op(forced, "attention"):
+        return ""
+    parameters = qkv.dtype if bias is None else bias.dtype
+    problem = ("attention", _mode((qkv, bias)), qkv.dtype, parameters, qkv.dtype, (width,), False)
+    name = _choose(qkv.device, (qkv, bias), qkv.dtype, requested, problem, batch * tokens * num_heads)
+    return "" if name == "reference" else name
 
 
 def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tuple[Any, ...], rows: int) -> Any:
@@ -334,8 +362,7 @@ def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tup
         problem: the fields of :class:`fastvit.tuning.Problem` behind op and mode.
         rows: of tokens, in the batch.
     """
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
-        ops.tell_counter()  # which may be what watches
+    _tell_counter()
     tensors = arguments[: op.tensors]
     mode = _mode(tensors)
     name = _choose(tensors[0].device, tensors, arguments[-1], requested, (op.name, mode, *problem), rows)
@@ -344,6 +371,11 @@ def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tup
             op.check(*arguments, name)
         return op.plain(*arguments, name)
     return op(*arguments, name)
+
+
+def _tell_counter() -> None:
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        ops.tell_counter()  # which may be what watches
 
 
 def _choose(

@@ -111,6 +111,28 @@ def split_heads(qkv: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tenso
     return q, k, v
 
 
+def attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """Self-attention; arguments and result as in :func:`fastvit.functional.attention`, but for what draws or masks.
+
+    Raises:
+        NotImplementedError: a mask, or dropout.
+    """
+    if attn_mask is not None or dropout or is_causal:
+        raise NotImplementedError("attention with a mask or dropout is PyTorch's own")
+    q, k, v = split_heads(qkv, bias, num_heads)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
 def _place(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, keep: Tensor | None) -> Tensor:
     """Add positions, select the kept patches, prepend the prefix: [B, N, D] → [B, R+N, D]."""
     batch, patches, width = tokens.shape

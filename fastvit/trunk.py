@@ -34,6 +34,7 @@ __all__ = [
     "Setup",
     "Stream",
     "activated",
+    "attend",
     "has_own_branch",
     "half_of",
     "is_dropping",
@@ -42,7 +43,6 @@ __all__ = [
     "product",
     "run_blocks",
     "run_half",
-    "split_heads",
     "whole",
     "why_not_half",
     "why_not_linear",
@@ -292,23 +292,31 @@ def is_dropping(dropout: Any) -> bool:
     return bool(why_not_plain(dropout, nn.Dropout)) or (dropout.p > 0 and dropout.training)
 
 
-def split_heads(linear: Any, x: Tensor, heads: int, setup: Setup) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a packed projection, each [B, heads, T, D/heads]. It adds its bias in its product,
-    and the bias's gradient is one of what comes behind it."""
-    bias = attribute(linear, "bias")
+def attend(
+    linear: Any, x: Tensor, heads: int, setup: Setup, norms: tuple[Any, Any] = (None, None), **options: Any
+) -> Tensor:
+    """Self-attention [B, T, D] of a packed projection, with what goes over queries and keys; options of torch's
+    attention by name. The projection adds its bias in its product, and the bias's gradient is one of what comes behind
+    it."""
+    bias, backend = attribute(linear, "bias"), setup.backend
     if bias is None or why_not_linear(linear):
-        return functional.split_heads(linear(x), None, heads, backend=setup.backend)
-    qkv = apply_linear(x, attribute(linear, "weight"), bias.detach())
-    return functional.split_heads(qkv, bias, heads, backend=setup.backend)
+        qkv, bias = linear(x), None
+    else:
+        qkv = apply_linear(x, attribute(linear, "weight"), bias.detach())
+    if all(norm is None or (type(norm) is nn.Identity and not why_observed(norm)) for norm in norms):
+        dropout = options.pop("dropout_p", 0.0)
+        return functional.attention(qkv, bias, heads, dropout=dropout, backend=backend, **options)
+    q, k, v = functional.split_heads(qkv, bias, heads, backend=backend)
+    q, k = (tensor if norm is None else norm(tensor) for norm, tensor in zip(norms, (q, k), strict=True))
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
 
 def attention(module: Any, x: Tensor, setup: Setup, **options: Any) -> tuple[Tensor, Tensor | None]:
     """Self-attention of timm's form: qkv, q_norm, k_norm, attn_drop, norm, proj, proj_drop."""
-    q, k, v = split_heads(attribute(module, "qkv"), x, module.num_heads, setup)
-    q, k = attribute(module, "q_norm")(q), attribute(module, "k_norm")(k)
+    norms = attribute(module, "q_norm"), attribute(module, "k_norm")
     dropout = attribute(module, "attn_drop").p if module.training else 0.0
-    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
-    x = attribute(module, "norm")(x.transpose(1, 2).flatten(2))
+    x = attend(attribute(module, "qkv"), x, module.num_heads, setup, norms, dropout_p=dropout, **options)
+    x = attribute(module, "norm")(x)
     return product(attribute(module, "proj"), x, setup, attribute(module, "proj_drop"))
 
 

@@ -328,7 +328,8 @@ def _kernels(sources: Path, *, with_sm90a: bool) -> list[Path]:
 
 
 def _binding(sources: Path) -> list[Path]:
-    return sorted((sources / "torch").glob("*.cpp"))
+    """Those of what there are kernels for: some ops are for the processor alone."""
+    return [path for path in sorted((sources / "torch").glob("*.cpp")) if (sources / f"{path.stem}.cu").exists()]
 
 
 def headers(toolchain: Toolchain) -> str:

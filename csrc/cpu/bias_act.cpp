@@ -5,21 +5,6 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// exp(x) for x ≤ 0, within 2 ulp: 2^n · e^r with |r| ≤ ln(2)/2. Below -86, where n would leave the normal numbers, 0.
-inline Floats exp_of_negative(Floats x) {
-  const Floats shifted = x * 1.44269504f + 0x1.8p23f;  // whose lowest bits are n
-  const Floats n = shifted - 0x1.8p23f;
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats value = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Moshier's expf, of Cephes
-  value = value * r + 8.3334519073e-3f;
-  value = value * r + 4.1665795894e-2f;
-  value = value * r + 1.6666665459e-1f;
-  value = value * r + 5.0000001201e-1f;
-  value = value * (r * r) + r + 1.0f;
-  const Floats scaled = bits_as<Floats>(bits_as<Words>(value) + (bits_as<Words>(shifted) << 23));
-  return select(x < -86.0f, Floats{}, scaled);
-}
-
 inline Floats absolute(Floats x) { return bits_as<Floats>(bits_as<Words>(x) & 0x7fffffff); }
 
 struct Activated {

@@ -127,7 +127,8 @@ void write_weight_gradient(const Patches& patches, const View& d_weight, int64_t
 }
 
 template <class Operand>
-void differentiate_weight(const Patches& patches, const View& grad, const float* d_bias, const View& d_weight) {
+void differentiate_weight(const Patches& patches, const View& grad, const float* d_bias, const View& d_weight,
+                          const Queue& queue) {
   const int64_t width = grad.sizes[2], kept = patches.kept(), prefix_rows = grad.sizes[1] - kept;
   sum_products<Operand>(
       patches.rows(), width, patches.length(),
@@ -141,7 +142,8 @@ void differentiate_weight(const Patches& patches, const View& grad, const float*
       [&](int64_t row, int64_t first, int64_t end, auto* to) { patches.read(row, first, end, to); },
       [&](int64_t d, int64_t pixel, int64_t count, const float* sums) {
         write_weight_gradient(patches, d_weight, d, pixel, count, sums, d_bias[d]);
-      });
+      },
+      queue);
 }
 
 // The gradient of every row of the table, where each image has kept patches of its own.
@@ -203,7 +205,7 @@ void patch_embed_backward(const PatchEmbedInputs& inputs, int prefix_rows, const
   sum_rows(elements<float>(d_rows) + prefix_rows * width, patches.patches(), width, d_bias);
   if (!gradients.d_weight) return;
   with_operand(inputs.compute, [&](auto operand) {
-    differentiate_weight<decltype(operand)>(patches, grad, d_bias, gradients.d_weight);
+    differentiate_weight<decltype(operand)>(patches, grad, d_bias, gradients.d_weight, queue);
   });
 }
 

@@ -74,27 +74,28 @@ using Tile = float[TILE_ROWS][TILE_COLUMNS];
 constexpr int64_t CHAIN = 256;  // products that are summed one after another; longer sums are sums of such sums
 
 // sums[i][j] = sum over s of a[i * row + s * step] b[s * TILE_COLUMNS + j], all counted in words; or is added to them.
-template <class Operand>
+// Rows of the sums, ROWS of VECTORS registers, begin `apart` from each other.
+template <class Operand, int ROWS = TILE_ROWS, int VECTORS = TILE_VECTORS>
 __attribute__((noinline)) void multiply(const float* a, int64_t row, int64_t step, const float* b, int64_t steps,
-                                        bool adds, float* tile) {
-  Floats sums[TILE_ROWS][TILE_VECTORS] = {};
+                                        bool adds, float* to, int64_t apart = TILE_COLUMNS) {
+  Floats sums[ROWS][VECTORS] = {};
   for (int64_t s = 0; s < steps; s++) {
-    Floats values[TILE_VECTORS];
+    Floats values[VECTORS];
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE_VECTORS; j++) values[j] = load(b + s * TILE_COLUMNS + j * LANES);
+    for (int j = 0; j < VECTORS; j++) values[j] = load(b + s * TILE_COLUMNS + j * LANES);
 #pragma GCC unroll 16
-    for (int i = 0; i < TILE_ROWS; i++) {
+    for (int i = 0; i < ROWS; i++) {
       const float factor = a[i * row + s * step];
 #pragma GCC unroll 4
-      for (int j = 0; j < TILE_VECTORS; j++) sums[i][j] = Operand::multiply_add(sums[i][j], factor, values[j]);
+      for (int j = 0; j < VECTORS; j++) sums[i][j] = Operand::multiply_add(sums[i][j], factor, values[j]);
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < TILE_ROWS; i++) {
+  for (int i = 0; i < ROWS; i++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE_VECTORS; j++) {
-      float* to = tile + i * TILE_COLUMNS + j * LANES;
-      store(to, adds ? load(to) + sums[i][j] : sums[i][j]);
+    for (int j = 0; j < VECTORS; j++) {
+      float* place = to + i * apart + j * LANES;
+      store(place, adds ? load(place) + sums[i][j] : sums[i][j]);
     }
   }
 }
@@ -140,6 +141,14 @@ Panels pack_turned(int64_t width, int64_t length, const simt::Queue& queue, cons
   return panels;
 }
 
+// LANES words of 32 bits, each of an element of both rows.
+template <class Element>
+Words paired(const Element* even, const Element* odd) {
+  Shorts low, high;
+  std::memcpy(&low, even, sizeof low), std::memcpy(&high, odd, sizeof high);
+  return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+}
+
 // One panel of columns `first` on, of a matrix as it lies: read(row, first, end, to) writes those of a row, and perhaps
 // LANES - 1 more; `to` has room for them.
 template <class Operand, class Read>
@@ -153,8 +162,10 @@ void pack_panel(int64_t row, int64_t rows, int64_t first, int64_t end, const Rea
       read(row + i, first, end, pair[0]);
       if (i + 1 < rows) read(row + i + 1, first, end, pair[1]);
       else std::memset(static_cast<void*>(pair[1]), 0, sizeof pair[1]);
-      Element* word = reinterpret_cast<Element*>(to);
-      for (int64_t k = 0; k < TILE_COLUMNS; k++) word[2 * k] = pair[0][k], word[2 * k + 1] = pair[1][k];
+      for (int64_t k = 0; k < TILE_COLUMNS; k += LANES) {
+        const Words words = paired(pair[0] + k, pair[1] + k);
+        std::memcpy(to + k, &words, sizeof words);
+      }
     }
   }
 }
@@ -195,17 +206,19 @@ void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Rea
 
 // Sums over rows, and in which parts they are made. A task has TASK_TILES times TASK_PANELS tiles of results.
 constexpr int64_t BLOCK = 128;      // rows whose products are summed in registers; the sums are added in order
-constexpr int64_t TASK_TILES = 16;  // of TILE_ROWS results
+constexpr int64_t TASK_TILES = 32;  // of TILE_ROWS results
 constexpr int64_t TASK_PANELS = 4;  // of TILE_COLUMNS results: what is read of the first operand serves them all
 
-// Rows of the first operand of a sum over rows, in tiles of TILE_ROWS columns of BLOCK rows: read(row, first, end, to)
-// writes those of a row, and perhaps LANES - 1 more.
+constexpr int64_t PACKED_TILES = 16;  // at once
+
+// BLOCK rows of the first operand of a sum over rows, as tiles of TILE_ROWS columns: read(row, first, end, to) writes
+// those of a row, and perhaps LANES - 1 more.
 template <class Operand, class Read>
 void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* packed) {
   using Element = typename Operand::Element;
   constexpr int64_t VALUES = Operand::VALUES, SIZE = BLOCK / VALUES * TILE_ROWS;
   constexpr int64_t ROWS = 8;  // at once: a value that is read the moment it was written, but by other bounds, waits
-  Element values[ROWS][(TASK_TILES + 1) * TILE_ROWS + LANES];
+  Element values[ROWS][(PACKED_TILES + 1) * TILE_ROWS + LANES];
   for (int64_t start = 0; start < rows; start += ROWS) {
     for (int64_t i = 0; i < ROWS; i++) {
       if (start + i < rows) read(row + start + i, first, end, values[i]);
@@ -217,13 +230,28 @@ void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Rea
         if constexpr (VALUES == 1) {
           std::memcpy(to, values[i] + column, TILE_ROWS * sizeof(float));
         } else {
-          const Element *even = values[i] + column, *odd = values[i + 1] + column;
-          Element* word = reinterpret_cast<Element*>(to);
-          for (int64_t k = 0; k < TILE_ROWS; k++) word[2 * k] = even[k], word[2 * k + 1] = odd[k];
+          const Words words = paired(values[i] + column, values[i + 1] + column);
+          std::memcpy(to, &words, TILE_ROWS * sizeof(float));
         }
       }
     }
   }
+}
+
+// All of them, `size` words a block of rows.
+template <class Operand, class Read>
+const float* pack_all_tiles(int64_t rows, int64_t height, int64_t size, const Read& read, const simt::Queue& queue) {
+  float* packed = queue.scratch<float>("tiles", up(rows, BLOCK) * size);
+  parallel(up(rows, BLOCK), BLOCK * height, [&](int64_t first, int64_t end) {
+    constexpr int64_t COLUMNS = PACKED_TILES * TILE_ROWS;
+    for (int64_t block = first; block < end; block++) {
+      for (int64_t column = 0; column < height; column += COLUMNS) {
+        pack_tiles<Operand>(block * BLOCK, least(BLOCK, rows - block * BLOCK), column, least(column + COLUMNS, height),
+                            read, packed + block * size + column * (BLOCK / Operand::VALUES));
+      }
+    }
+  });
+  return packed;
 }
 
 // sums[i][j] = sum over rows of left[row][i] right[row][j], of matrices `height` and `width` wide. Of both,
@@ -231,15 +259,15 @@ void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Rea
 // the sums of i.
 template <class Operand, class Left, class Right, class Finish>
 void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left, const Right& right,
-                  const Finish& finish) {
-  constexpr int64_t SIZE = TILE_ROWS * TILE_COLUMNS;
+                  const Finish& finish, const simt::Queue& queue) {
+  constexpr int64_t SIZE = TILE_ROWS * TILE_COLUMNS, TILE_SIZE = BLOCK / Operand::VALUES * TILE_ROWS;
   const int64_t tiles = up(height, TILE_ROWS), all_panels = up(width, TILE_COLUMNS);
   // As many tasks as it takes, and all of about the same size.
   const int64_t most_tiles = up(tiles, up(tiles, TASK_TILES)), most_panels = up(all_panels, up(all_panels, TASK_PANELS));
   const int64_t parts = up(tiles, most_tiles), columns = most_panels * TILE_COLUMNS;
+  const float* packed = pack_all_tiles<Operand>(rows, height, tiles * TILE_SIZE, left, queue);
   parallel(up(width, columns) * parts, columns * rows, [&](int64_t first, int64_t end) {
     Room<float> values(TASK_PANELS * BLOCK * TILE_COLUMNS + LANES), room(TASK_PANELS * TASK_TILES * SIZE);
-    Room<float> packed(TASK_TILES * BLOCK * TILE_ROWS);
     for (int64_t task = first; task < end; task++) {
       const int64_t start = task / parts * columns, panels = up(least(columns, width - start), TILE_COLUMNS);
       const int64_t first_tile = task % parts * most_tiles, last_tile = least(first_tile + most_tiles, tiles);
@@ -251,10 +279,8 @@ void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left,
           const int64_t column = start + panel * TILE_COLUMNS, last = least(column + TILE_COLUMNS, width);
           pack_panel<Operand>(row, block, column, last, right, values.data + panel * BLOCK * TILE_COLUMNS);
         }
-        const int64_t end_of_tiles = least(last_tile * TILE_ROWS, height);
-        pack_tiles<Operand>(row, block, first_tile * TILE_ROWS, end_of_tiles, left, packed.data);
         for (int64_t t = first_tile; t < last_tile; t++) {
-          const float* rows_of_tile = packed.data + (t - first_tile) * (BLOCK / Operand::VALUES * TILE_ROWS);
+          const float* rows_of_tile = packed + (row / BLOCK * tiles + t) * TILE_SIZE;
           for (int64_t panel = 0; panel < panels; panel++) {
             multiply<Operand>(rows_of_tile, 1, TILE_ROWS, values.data + panel * BLOCK * TILE_COLUMNS,
                               words<Operand>(block), row > 0, sums(panel, t));

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import functional, trunk
@@ -116,9 +115,8 @@ def _attention(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tens
     """nn.MultiheadAttention of tokens with themselves, without its copies of packed queries, keys and values."""
     bias = attribute(module, "in_proj_bias")
     qkv = apply_linear(x, attribute(module, "in_proj_weight"), None if bias is None else bias.detach())
-    q, k, v = functional.split_heads(qkv, bias, module.num_heads, backend=setup.backend)
     dropout = module.dropout if module.training else 0.0
-    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+    x = functional.attention(qkv, bias, module.num_heads, dropout=dropout, backend=setup.backend)
     weight, bias = (attribute(attribute(module, "out_proj"), name) for name in ("weight", "bias"))
     return apply_linear(x, weight), bias
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastvit.validation.cases import Case, Inputs, cases_for, make_inputs, photographs
 from fastvit.validation.ops.add_norm import AddNormCase, AddNormInputs
 from fastvit.validation.ops.add_position import AddPositionCase
+from fastvit.validation.ops.attention import AttentionCase, AttentionInputs
 from fastvit.validation.ops.bias_act import BiasActCase, BiasActInputs
 from fastvit.validation.ops.patch_embed import PatchEmbedCase, PatchEmbedInputs
 from fastvit.validation.ops.split_heads import SplitHeadsCase, SplitHeadsInputs
@@ -17,6 +18,8 @@ __all__ = [
     "AddNormCase",
     "AddNormInputs",
     "AddPositionCase",
+    "AttentionCase",
+    "AttentionInputs",
     "BiasActCase",
     "BiasActInputs",
     "Case",

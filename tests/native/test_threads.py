@@ -43,12 +43,14 @@ def results(op: str) -> list[torch.Tensor]:
         found, given = [functional.bias_act(x, vectors[0], backend="native")], [x, vectors[0]]
     else:
         qkv, bias = torch.randn(*ROWS, 3 * WIDTH, requires_grad=True), torch.randn(3 * WIDTH, requires_grad=True)
-        found, given = list(functional.split_heads(qkv, bias, 4, backend="native")), [qkv, bias]
+        found = functional.attention if op == "attention" else functional.split_heads
+        found = found(qkv, bias, 4, backend="native")
+        found, given = [found] if op == "attention" else list(found), [qkv, bias]
     gradients = torch.autograd.grad(found, given, [torch.randn_like(tensor) for tensor in found])
     return [*found, *gradients]
 
 
-@pytest.mark.parametrize("op", ["patch_embed", "add_position", "add_norm", "bias_act", "split_heads"])
+@pytest.mark.parametrize("op", ["patch_embed", "add_position", "add_norm", "attention", "bias_act", "split_heads"])
 def test_the_same_bits_with_any_number(op: str) -> None:
     torch.set_num_threads(1)
     alone = results(op)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import functional, reference
 from fastvit.backend import launch_counts
-from fastvit.validation.tolerance import assert_close
+from fastvit.validation.tolerance import assert_close, relative_error
 
 OP = "split_heads"
 OPS = torch.ops.fastvit
@@ -88,10 +88,12 @@ def test_attention_is_pytorchs(backend: str, device: str, options: dict[str, Any
 
     exact = results(plainly, [leaf.detach().double().requires_grad_() for leaf in leaves])
     ours, theirs = results(block, leaves, backend=backend), results(plainly, leaves)
-    assert torch.equal(ours[0], theirs[0])
+    assert backend == "native" or torch.equal(ours[0], theirs[0])
     for number, three in enumerate(zip(ours, theirs, exact, strict=True)):
         assert_close(*three, f"result {number}")
-    assert launch_counts() == {("split_heads_backward", backend): 1}
+    is_one = backend in ("cpu", "native") and set(options) <= {"scale"}  # tests/ops/test_attention.py
+    ran = ("attention", "attention_backward") if is_one else ("split_heads_backward",)
+    assert launch_counts() == dict.fromkeys(((op, backend) for op in ran), 1)
 
 
 def test_dropout_draws_as_pytorch_does(backend: str, device: str) -> None:
@@ -172,6 +174,8 @@ def test_compiles_whole_and_once_for_all_batch_sizes(backend: str, device: str, 
     from torch._dynamo.testing import CompileCounterWithBackend
 
     parameters = make(device)[1:]
+    # An eager call has attention as one op there.
+    tolerance = 0.0 if backend != "native" else 5e-2 if dtype == torch.bfloat16 else 1e-5
 
     def step(x: Tensor) -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -191,7 +195,7 @@ def test_compiles_whole_and_once_for_all_batch_sizes(backend: str, device: str, 
             run(x).backward()
             found.append([x.grad, *(parameter.grad for parameter in parameters)])
         for ours, eager in zip(*found, strict=True):
-            assert torch.equal(ours, eager)
+            assert relative_error(ours, eager) <= tolerance
     assert counter.frame_count == compilations
 
 
@@ -246,8 +250,9 @@ def test_under_torch_func_the_reference_runs(device: str, backend: str) -> None:
 def test_checkpoints(backend: str, device: str) -> None:
     leaves = make(device)
     out = torch.utils.checkpoint.checkpoint(block, *leaves, use_reentrant=False, backend=backend)
-    ours, theirs = (torch.autograd.grad(result.square().sum(), leaves) for result in (out, plainly(*leaves)))
-    torch.testing.assert_close(ours, theirs, **SUMMED)
+    kept = block(*leaves, backend=backend)
+    ours, theirs = (torch.autograd.grad(result.square().sum(), leaves) for result in (out, kept))
+    assert all(torch.equal(*both) for both in zip(ours, theirs, strict=True))
 
 
 QKV, BIAS = torch.randn(2, 5, 18), torch.randn(18)

@@ -55,8 +55,9 @@ def stub_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (*(target / "csrc").glob("*.cu"), *(target / "csrc" / "torch").glob("*.cpp")):
         if path.name != "add_position.cpp":
             path.unlink()
-    for name in ("stub.cu", "stub_sm90a.cu"):
-        shutil.copy(HERE / name, target / "csrc" / name)
+    # Bindings are built of what there are kernels for, by the names of their files.
+    for name, kernel in (("stub.cu", "add_position.cu"), ("stub_sm90a.cu", "stub_sm90a.cu")):
+        shutil.copy(HERE / name, target / "csrc" / kernel)
     return target
 
 
