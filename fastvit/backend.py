@@ -120,7 +120,7 @@ def resolve(requested: str | None, device_type: str, float64: bool, op: str) -> 
     if name is None:
         source, name = "FASTVIT_BACKEND", _environment
     if name is None:
-        return "reference" if float64 else _automatic(device_type, op, False)
+        return "reference" if float64 else _automatic(device_type, op, "")
     check_known(name, source)
     reason = why_unavailable(name, device_type) or why_missing(name, op)
     if not reason and float64 and name != "reference":
@@ -157,7 +157,7 @@ def choose(
         name = _fastest_of_all_batches(device, op, mode, image, compute, out, sizes, keep)
     else:
         name = ""
-    return name or _automatic(device.type, op, _suits_triton(problem, rows) and _is_hopper(device))
+    return name or _automatic(device.type, op, _suited(device, problem, rows))
 
 
 def is_forced(requested: str | None) -> bool:
@@ -198,15 +198,34 @@ def under_transforms() -> bool:
 
 
 @_constant_when_traced
-def _automatic(device_type: str, op: str, prefers_triton: bool) -> str:
-    """Without a measurement: on a CPU plain PyTorch; of the two that run on a GPU, the extension, whose launch costs
-    less and whose kernels have no shape to be compiled for, but for what Triton is preferred for, or alone can do."""
-    if device_type in ("cpu", "meta"):
-        return "cpu"
+def _automatic(device_type: str, op: str, suited: str) -> str:
+    """Without a measurement: on a CPU the library for the processor where it is, else plain PyTorch; of the two that
+    run on a GPU, the extension, whose launch costs less and whose kernels have no shape to be compiled for. `suited`
+    goes before them where it is one of them, and an op that one has not goes to the other."""
+    if device_type == "cpu":
+        return "cpu" if suited == "cpu" or not _prefers_native(op) else "native"
     if device_type != "cuda":
-        return "reference"
-    order = ("triton", "cuda") if prefers_triton else ("cuda", "triton")
+        return "cpu" if device_type == "meta" else "reference"
+    order = ("triton", "cuda") if suited == "triton" else ("cuda", "triton")
     return next((name for name in order if _can_run(name, "cuda", op)), "reference")
+
+
+def _prefers_native(op: str) -> bool:
+    """Whether the library for the processor is there, is the faster one, and will be there when the op runs."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the program may be run on another machine
+        return False
+    if not _can_run("native", "cpu", op):
+        return False
+    from fastvit.native import uses_the_processor
+
+    return uses_the_processor()
+
+
+def _suited(device: torch.device, problem: tuple[Any, ...], rows: int | None) -> str:
+    """The backend that is known to be faster for such a call than the device's own, "" if there is none."""
+    if device.type == "cuda":
+        return "triton" if _suits_triton(problem, rows) and _is_hopper(device) else ""
+    return "cpu" if _suits_tiles(problem) and _has_tiles(device.type) else ""
 
 
 LARGE = 132 * 128 * 128  # values of the tokens: a tile of 128 x 128 for every multiprocessor of an H100
@@ -221,6 +240,20 @@ def _suits_triton(problem: tuple[Any, ...], rows: int | None) -> bool:
     if len(shape) < 4 or compute not in (torch.float16, torch.bfloat16):  # without a convolution's weight: no product
         return False
     return shape[3] % 8 == 0 and shape[0] % 8 == 0 and (rows is None or rows * shape[0] >= LARGE)
+
+
+def _suits_tiles(problem: tuple[Any, ...]) -> bool:
+    """Whether a call is a product in bfloat16, of which the tiles of AMX make many times what other units do."""
+    _, _, _, compute, out, shape, _ = problem
+    return len(shape) == 4 and compute == out == torch.bfloat16
+
+
+@_constant_when_traced
+def _has_tiles(device_type: str) -> bool:
+    """Whether the CPU has AMX, by which PyTorch's library multiplies, and ours not."""
+    from fastvit.cpu.gemm import has_bfloat16_tiles
+
+    return device_type == "cpu" and has_bfloat16_tiles()
 
 
 @_constant_when_traced
@@ -323,6 +356,8 @@ _REASONS: dict[str, Callable[[str], str]] = {
     "emulated": _emulated_reason,
 }
 
+_LIBRARIES = {"native": "cpu", "cuda": "cuda"}  # what must be loaded first, and the kind of device it is for
+
 _PACKAGES = {
     "cpu": "fastvit.cpu",
     "native": "fastvit.native",
@@ -360,6 +395,14 @@ def _is_module(name: str) -> bool:
 
 @lru_cache
 def implementation(backend: str, op: str) -> tuple[Callable, Callable]:
-    """The (forward, backward) functions of an op in a backend: `forward` and `backward` of the file of its name."""
+    """The (forward, backward) functions of an op in a backend: `forward` and `backward` of the file of its name.
+
+    Raises:
+        RuntimeError: the backend is of a library that is not here. A program that was compiled or exported somewhere
+            else may name it; where it is here, it is loaded now.
+    """
+    home = _LIBRARIES.get(backend)
+    if home and (reason := why_unavailable(backend, home)):
+        raise RuntimeError(f"backend {backend!r}, which a program names, can't run here: {reason}")
     module = importlib.import_module(f"{_PACKAGES[backend]}.{op}")
     return module.forward, module.backward

@@ -34,6 +34,12 @@ def problem(mode: str = FORWARD, **changes: Any) -> Problem:
     return Problem("patch_embed", mode, F32, F32, F32, SHAPE, False)._replace(**changes)
 
 
+def default(**changes: Any) -> str:
+    """The backend of `embed` where no table names one."""
+    call = problem(**changes)
+    return backends._automatic("cpu", call.op, backends._suited(CPU, call, 8))
+
+
 def table_with(choices: tuning.Choices) -> Table:
     return Table(tuning.device_name(CPU), tuning.current_versions(), choices)
 
@@ -144,7 +150,7 @@ def test_a_bad_file_is_one_warning_and_the_default(name: str, use: Use) -> None:
     make, message = BAD_FILES[name]
     path = use(make())
     with pytest.warns(UserWarning, match="tuning table ignored") as caught:
-        assert [embed(2) for _ in range(3)] == ["cpu"] * 3
+        assert [embed(2) for _ in range(3)] == [default()] * 3
         functional.add_position(torch.randn(2, 4, 8), torch.randn(4, 8))
     assert len(caught) == 1
     text = str(caught[0].message)
@@ -155,13 +161,13 @@ def test_a_bad_file_is_one_warning_and_the_default(name: str, use: Use) -> None:
 
 def test_a_file_that_is_named_and_missing_is_a_warning(use: Use) -> None:
     with pytest.warns(UserWarning, match=r"table.json: no such file"):
-        assert embed(2) == "cpu"
+        assert embed(2) == default()
 
 
 def test_a_folder_in_place_of_the_file_is_a_warning(use: Use, tmp_path: Path) -> None:
     (tmp_path / "table.json").mkdir()
     with pytest.warns(UserWarning, match=r"table.json: Is a directory"):
-        assert embed(2) == "cpu"
+        assert embed(2) == default()
 
 
 # Where tables are looked for
@@ -186,7 +192,7 @@ def test_without_any_file_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert embed(2) == "cpu" and tuning.describe(CPU) == "none"
+        assert embed(2) == default() and tuning.describe(CPU) == "none"
         tuning.reset()
         table_with({problem(): {8: PYTORCH}}).save(tuning.default_path(CPU))
         assert embed(2) == "reference"
@@ -208,7 +214,7 @@ def test_the_users_file_comes_before_a_shipped_table(use: Use, monkeypatch: pyte
     replace(table_with({problem(): {8: PYTORCH}}), device="another").save(shipped)
     tuning.reset()
     with pytest.warns(UserWarning, match="ignored"):
-        assert embed(2) == "cpu"
+        assert embed(2) == default()
 
 
 def test_off_switches_tables_off(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,11 +222,11 @@ def test_off_switches_tables_off(use: Use, monkeypatch: pytest.MonkeyPatch) -> N
     assert embed(2) == "reference"
     monkeypatch.setenv("FASTVIT_TUNING", "off")
     tuning.reset()
-    assert embed(2) == "cpu" and tuning.describe(CPU) == "off (FASTVIT_TUNING=off)"
+    assert embed(2) == default() and tuning.describe(CPU) == "off (FASTVIT_TUNING=off)"
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [("", "reference"), ("{path}", "reference"), ("off", "cpu"), ("0", "cpu")]
+    ("value", "expected"), [("", "reference"), ("{path}", "reference"), ("off", "ours"), ("0", "ours")]
 )
 def test_a_process_of_its_own_follows_the_file(tmp_path: Path, value: str, expected: str) -> None:
     program = """
@@ -235,7 +241,7 @@ table = Table(tuning.device_name(here), tuning.current_versions(),
               {Problem("patch_embed", "forward", f, f, f, (8, 3, 4, 4), False): {8: choice}})
 table.save(tuning.default_path(here))
 functional.patch_embed(torch.randn(2, 3, 8, 8), torch.randn(8, 3, 4, 4))
-print("cpu" if launch_counts() else "reference", tuning.default_path(here))
+print("ours" if launch_counts() else "reference", tuning.default_path(here))
 """
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["FASTVIT_TUNING"] = value.format(path=tmp_path / "mine.json")
@@ -284,13 +290,13 @@ def test_calls_follow_batch_and_mode(use: Use) -> None:
 def test_calls_of_another_problem_take_the_default(use: Use) -> None:
     use(table_with({problem(): {8: PYTORCH}}))
     assert embed(2) == "reference"
-    assert embed(2, torch.randn(9, 3, 4, 4)) == "cpu"
-    assert embed(2, torch.randn(8, 3, 4, 8)) == "cpu"
-    assert embed(2, torch.randn(SHAPE, dtype=BF16)) == "cpu"
-    assert embed(2, dtype=BF16) == "cpu"
-    assert embed(2, keep=torch.tensor([[0, 3], [1, 1]])) == "cpu"
+    assert embed(2, torch.randn(9, 3, 4, 4)) == default()
+    assert embed(2, torch.randn(8, 3, 4, 8)) == default()
+    assert embed(2, torch.randn(SHAPE, dtype=BF16)) == default(compute=BF16, out=BF16)
+    assert embed(2, dtype=BF16) == default()
+    assert embed(2, keep=torch.tensor([[0, 3], [1, 1]])) == default()
     with torch.autocast("cpu", BF16):
-        assert embed(2) == "cpu"
+        assert embed(2) == default(compute=BF16, out=BF16)
 
 
 def test_rows_are_those_that_are_kept(use: Use) -> None:

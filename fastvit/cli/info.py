@@ -11,7 +11,8 @@ from .common import console
 
 
 def info(as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table.")) -> None:
-    """Show versions, devices, the backends with the reason where one cannot run, compiled targets and tuning tables.
+    """Show versions, devices, the backends with the reason where one cannot run and the one that is chosen, compiled
+    targets and tuning tables.
 
     Examples:
 

@@ -16,8 +16,17 @@ from torch import Tensor
 @lru_cache
 def has_bfloat16_units() -> bool:
     """Whether bfloat16 products are made in hardware here; elsewhere float32 ones are several times faster."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return torch.backends.mkldnn.is_available() and any(getattr(torch.cpu, name, bool)() for name in checks)
+    return _onednn_has("_is_avx512_bf16_supported") or has_bfloat16_tiles()
+
+
+@lru_cache
+def has_bfloat16_tiles() -> bool:
+    """Whether these units are AMX, which multiplies tiles of matrices."""
+    return _onednn_has("_is_amx_tile_supported")
+
+
+def _onednn_has(check: str) -> bool:
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.cpu, check, bool)())
 
 
 def add_product(start: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

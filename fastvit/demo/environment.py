@@ -13,9 +13,10 @@ from rich.table import Table
 
 from fastvit import cuda, native
 from fastvit._version import __version__
-from fastvit.backend import available_backends
+from fastvit.backend import available_backends, resolve
 from fastvit.benchmarks.rows import processor
 from fastvit.kernels.manifest import TARGETS
+from fastvit.validation.ops import OPS
 
 # First and last minor version that the tests are run with.
 TESTED = {"torch": ((2, 11), (2, 14)), "triton": ((3, 6), (3, 8))}
@@ -36,11 +37,24 @@ def collect() -> dict[str, Any]:
         },
         "gpus": gpus(),
         "backends": {kind: available_backends(kind) for kind in kinds},
+        "chosen": {kind: chosen(kind) for kind in kinds},
         "compiled_targets": compiled_targets(),
         "extension": extension(),
         "native": native_library(),
         "warnings": version_warnings(versions()) + extension_warnings(),
     }
+
+
+def chosen(device_type: str) -> dict[str, str]:
+    """For each op the backend of a call that names none, where no tuning table does; or why there is none."""
+    return {op: _chosen(device_type, op) for op in OPS}
+
+
+def _chosen(device_type: str, op: str) -> str:
+    try:
+        return resolve(None, device_type, False, op)
+    except (RuntimeError, ValueError) as error:  # of FASTVIT_BACKEND
+        return str(error)
 
 
 def versions() -> dict[str, str]:
@@ -138,8 +152,20 @@ def tables(found: dict[str, Any]) -> list[Table]:
         missing = f"{library['why_missing']}; to get it: {library['how_to_get']}"
         with_set = f", {library['instruction_set']}" if library.get("instruction_set") else ""
         about.add_row(name, f"{library['library']}{with_set}" if library["library"] else missing)
+    for kind, names in found["chosen"].items():
+        about.add_row(f"chosen on {kind}", _summary(names))
     backends = Table("backend", "device", "runs here", "why not", title="Backends", title_justify="left")
     for kind, reasons in found["backends"].items():
         for name, reason in reasons.items():
             backends.add_row(name, kind, "[red]no[/red]" if reason else "[green]yes[/green]", reason)
     return [about, backends]
+
+
+def _summary(names: dict[str, str]) -> str:
+    """Of the backends of ops: one for all, or each with its ops."""
+    ops: dict[str, list[str]] = {}
+    for op, name in names.items():
+        ops.setdefault(name, []).append(op)
+    return (
+        next(iter(ops)) if len(ops) == 1 else "; ".join(f"{name}: {', '.join(listed)}" for name, listed in ops.items())
+    )

@@ -62,6 +62,11 @@ def instruction_set() -> str:
         return str(torch.ops.fastvit_native.instruction_set())
 
 
+def uses_the_processor() -> bool:
+    """Whether the loaded library runs with what the processor has beyond the least of its kind, as PyTorch does."""
+    return instruction_set() != "portable"
+
+
 def ops() -> tuple[str, ...]:
     """The ops that the library has."""
     return tuple(build_info().get("ops", ()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -96,31 +96,72 @@ def cancellation(name: str, gradients: dict[str, Tensor]) -> float:
     return max(1.0, float(terms / gradients[name].norm().clamp_min(1e-30)))
 
 
+# Of attention pooling's query. All scores of one query are much alike, and what they share cancels in its gradient: it
+# is a ten-thousandth of its keys' and values' and less, of which float32 leaves noise, in timm's own run as in ours.
+CANCELLED = ("attn_pool.latent", "attn_pool.q.")
+DRAWS = 8
+
+Side = dict[str, Tensor]  # the output and every gradient, by name
+
+
+def sides_of(
+    ours: nn.Module, theirs: nn.Module, images: Tensor, seed: int = 3, **inputs: Any
+) -> tuple[Side, Side, Side]:
+    """Ours, timm's and, in float64, timm's once more as the truth."""
+    sides: list[Side] = []
+    probe: Tensor | None = None
+    for model, dtype in ((copy.deepcopy(theirs).double(), torch.float64), (theirs, images.dtype), (ours, images.dtype)):
+        pixels = images.to(dtype).clone().requires_grad_()
+        model.zero_grad()
+        torch.manual_seed(seed)  # the same dropout on every side
+        output = model(pixels, **inputs)
+        probe = torch.randn_like(output) if probe is None else probe
+        (output * probe.to(output.dtype)).sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        sides.append({"output": output.detach(), "images": pixels.grad, **found})  # type: ignore[dict-item]
+    truth, timms, mine = sides
+    return mine, timms, truth
+
+
+def redrawn(ours: nn.Module, theirs: nn.Module, images: Tensor, seed: int, **inputs: Any) -> tuple[Side, Side, Side]:
+    """`sides_of` another draw of weights, images and gradients of the output."""
+    torch.manual_seed(seed)
+    roughen(theirs)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return sides_of(ours, theirs, torch.randn_like(images), 100 + seed, **inputs)
+
+
+def misses(mine: Side, timms: Side, truth: Side) -> dict[str, str]:
+    """What is over the bound, by name: twice timm's own error, and four roundings."""
+    found = {}
+    for name, value in truth.items():
+        floor = 4 * torch.finfo(torch.float32).eps * cancellation(name, truth)
+        measured, bound = error(mine[name], value), 2 * error(timms[name], value) + floor
+        if not measured <= bound:
+            found[name] = f"{name}: error {measured:.2e}, allowed {bound:.2e}"
+    return found
+
+
+def side_by_side(draws: list[tuple[Side, Side, Side]], names: Iterable[str]) -> list[Side]:
+    """Ours, timm's and the truth of all draws, as one value for each name."""
+    return [{name: torch.cat([draw[i][name].flatten() for draw in draws]) for name in names} for i in range(3)]
+
+
 @pytest.fixture
 def agree() -> Callable[..., None]:
     """Both models on the same images: output and every gradient as close to float64 as timm's.
 
-    Truth is timm in float64. Our error may be twice timm's own, plus four roundings.
+    Truth is timm in float64. Our error may be twice timm's own, plus four roundings. Where timm's own may be small by
+    luck, a miss is judged again by the same rule on DRAWS draws of the images, the missed one among them.
     """
 
     def check(ours: nn.Module, theirs: nn.Module, images: Tensor, **inputs: Any) -> None:
-        truth = copy.deepcopy(theirs).double()
-        sides: dict[str, dict[str, Tensor]] = {}
-        probe: Tensor | None = None
-        for side, model in (("truth", truth), ("timm", theirs), ("ours", ours)):
-            pixels = images.to(torch.float64 if side == "truth" else images.dtype).clone().requires_grad_()
-            model.zero_grad()
-            torch.manual_seed(3)  # the same dropout on every side
-            output = model(pixels, **inputs)
-            probe = torch.randn_like(output) if probe is None else probe
-            (output * probe.to(output.dtype)).sum().backward()
-            found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            sides[side] = {"output": output.detach(), "images": pixels.grad, **found}  # type: ignore[dict-item]
-        assert sides["ours"].keys() == sides["truth"].keys()
-        floor = 4 * torch.finfo(torch.float32).eps
-        for name, value in sides["truth"].items():
-            bound = 2 * error(sides["timm"][name], value) + floor * cancellation(name, sides["truth"])
-            measured = error(sides["ours"][name], value)
-            assert measured <= bound, f"{name}: error {measured:.2e}, allowed {bound:.2e}"
+        sides = sides_of(ours, theirs, images, **inputs)
+        assert sides[0].keys() == sides[2].keys()
+        missed = misses(*sides)
+        if missed and all(name.startswith(CANCELLED) for name in missed):
+            draws = [sides, *(redrawn(ours, theirs, images, seed, **inputs) for seed in range(1, DRAWS))]
+            missed = misses(*side_by_side(draws, missed))
+        assert not missed, "; ".join(missed.values())
 
     return check

@@ -100,8 +100,8 @@ def test_a_backend_without_a_file_of_its_name_has_no_part_in_it(op: str, monkeyp
     monkeypatch.setattr(backends, "why_unavailable", lambda name, device_type: "")
     with pytest.raises(RuntimeError, match=f"backend: 'cuda' can't run on device 'cuda': {missing}"):
         backends.resolve("cuda", "cuda", False, op)
-    assert backends._automatic("cuda", op, False) == "triton"
-    assert backends._automatic("cuda", "add_position", False) == "cuda"
+    assert backends._automatic("cuda", op, "") == "triton"
+    assert backends._automatic("cuda", "add_position", "") == "cuda"
     measured = tuning.Choice("cuda", {"cuda": 1.0, "triton": 2.0, "reference": 3.0})
     assert backends._usable(measured, torch.device("cuda"), op) == "triton"
     assert check_backend("cuda", op, None, torch.device("cuda")) == missing  # type: ignore[arg-type]
