@@ -345,7 +345,7 @@ FAULTS = (
         "0",
         "value",
     ),
-    Fault("the same 16 values again", HOPPER, "products.h", "operand(first + step)", "operand(first)", "value"),
+    Fault("the same 16 values again", HOPPER, "products.h", "sums[0], a + step / 16", "sums[0], a", "value"),
     Fault(
         "columns taken for rows",
         HOPPER,
