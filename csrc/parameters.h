@@ -167,6 +167,7 @@ struct Patches {
   PixelPlace step;  // from a k to that of the next step, of the forward products
 
   SIMT_BOTH int rows() const { return batch * kept; }
+  SIMT_BOTH bool has_patch(int64_t which) const { return which >= 0 && which < patches; }
   SIMT_BOTH PixelPlace place_of(int k) const {
     const int row = k / stretch, plane = row / patch_height;
     return {plane, row - plane * patch_height, k - row * stretch};

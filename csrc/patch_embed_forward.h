@@ -119,8 +119,6 @@ struct ForwardLoader : PixelLoader<Image, VECTOR, Tile> {
     }
     weight_k += Tile::BK;
   }
-
-  SIMT_DEVICE void await(int) const {}
 };
 
 // The sums of a tile of patches, from the tile's first row and column on.
@@ -134,10 +132,10 @@ SIMT_DEVICE void multiply_tile(const Patches& p, const WeightRows& weight, share
   run_pipeline<Tile>(memory, (p.k_length + Tile::BK - 1) / Tile::BK, loader, product);
 }
 
-// The sums go through shared memory, a slab of a warp at a time, so that a lane has eight columns of a row. `put(row of
-// the tile, origin of its patch, column of the tile, eight sums)` is called for every row that has a patch.
+// The sums go through shared memory, a slab of a warp at a time, so that a lane has eight columns of a row:
+// `put(row of the tile, column of the tile, eight sums)`.
 template <class Tile, class Put>
-SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address slabs, shared_address origins, Put put) {
+SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address slabs, Put put) {
   constexpr int LANES_A_ROW = SLAB_COLUMNS / 8, ROWS_A_PASS = 32 / LANES_A_ROW;
   constexpr int SLABS_A_ROW = Tile::WARP_N / SLAB_COLUMNS;
   const int thread = simt::thread_index(), lane = thread % 32;
@@ -163,39 +161,35 @@ SIMT_DEVICE void finish_tile(const Sums<Tile>& sums, shared_address slabs, share
         value[e] = simt::from_bits(swap ? second.word[e] : first.word[e]);
         value[4 + e] = simt::from_bits(swap ? first.word[e] : second.word[e]);
       }
-      const int tile_row = Tile::warp_row() + i * 16 + row;
-      const int64_t origin = load_origin(origins, tile_row);
-      if (origin != NO_PATCH) put(tile_row, origin, Tile::warp_column() + first_column + column, value);
+      put(Tile::warp_row() + i * 16 + row, Tile::warp_column() + first_column + column, value);
     }
     simt::sync_warp();
   }
 }
 
-// COUNT finished values: scaled sums plus the table's row, rounded once. NaN for a patch that does not exist.
+// COUNT finished values: scaled sums plus the table's row, rounded once. NaN for a patch that does not exist, whose row
+// of the table need not be there: `keep` may be longer than the table.
 template <int COUNT>
-SIMT_DEVICE void finish_token(const PatchEmbed& p, int m, int64_t origin, int column, const float* sums) {
+SIMT_DEVICE void finish_token(const PatchEmbed& p, int m, int column, const float* sums) {
   const Patches& pixels = p.pixels;
-  int patch = 0;  // of the patch that does not exist: keep may be longer than the table, whose row m need not be there
-  if (!pixels.keep) {
-    patch = pixels.over_kept.remainder(m, pixels.over_kept.quotient(m));
-  } else if (origin != BAD_PATCH) {
-    patch = static_cast<int>(simt::load_element(pixels.keep + m));
-  }
+  const int64_t patch = pixels.keep ? simt::load_element(pixels.keep + m)
+                                    : pixels.over_kept.remainder(m, pixels.over_kept.quotient(m));
+  const bool is_there = pixels.has_patch(patch);
   float value[COUNT];
-  load(p.table + static_cast<int64_t>(p.prefix_rows + patch) * p.width + column, value);
+  load(p.table + (p.prefix_rows + (is_there ? patch : 0)) * p.width + column, value);
   SIMT_UNROLL for (int i = 0; i < COUNT; i++) {
     value[i] += sums[i] * p.scale;
-    if (origin == BAD_PATCH) value[i] = simt::from_bits(0x7fc00000u);
+    if (!is_there) value[i] = simt::from_bits(0x7fc00000u);
   }
   store(p.tokens_type, p.tokens, token_row(pixels, p.prefix_rows, m) * p.width + column, value);
 }
 
-// Rows of the table as they are: class and register tokens, COUNT columns at a time.
-template <int COUNT, class Tile>
+// Rows of the table as they are: class and register tokens, COUNT columns at a time, by THREADS threads.
+template <int COUNT, class Tile, int THREADS>
 SIMT_DEVICE void copy_prefix(const PatchEmbed& p, int first_row, int first_column) {
   constexpr int PIECES = Tile::BN / COUNT;
   const int rows = p.pixels.batch * p.prefix_rows;
-  for (int index = simt::thread_index(); index < Tile::BM * PIECES; index += Tile::THREADS) {
+  for (int index = simt::thread_index(); index < Tile::BM * PIECES; index += THREADS) {
     const int m = first_row + index / PIECES, column = first_column + index % PIECES * COUNT;
     if (m >= rows || column >= p.width) continue;
     const int image = m / p.prefix_rows, row = m - image * p.prefix_rows;
@@ -206,10 +200,10 @@ SIMT_DEVICE void copy_prefix(const PatchEmbed& p, int first_row, int first_colum
   }
 }
 
-template <class Tile>
+template <class Tile, int THREADS = Tile::THREADS>
 SIMT_DEVICE void copy_prefix_tile(const PatchEmbed& p, int first_row, int first_column, bool is_wide) {
-  if (is_wide) return copy_prefix<EIGHT, Tile>(p, first_row, first_column);
-  copy_prefix<1, Tile>(p, first_row, first_column);
+  if (is_wide) return copy_prefix<EIGHT, Tile, THREADS>(p, first_row, first_column);
+  copy_prefix<1, Tile, THREADS>(p, first_row, first_column);
 }
 
 // The tokens of a tile, as finish_tile puts them.
@@ -218,11 +212,12 @@ struct Tokens {
   int first_row, first_column;
   bool is_wide;
 
-  SIMT_DEVICE void operator()(int row, int64_t origin, int column, const float* sums) const {
-    column += first_column;
-    if (is_wide && column < p.width) return finish_token<EIGHT>(p, first_row + row, origin, column, sums);
+  SIMT_DEVICE void operator()(int row, int column, const float* sums) const {
+    row += first_row, column += first_column;
+    if (row >= p.pixels.rows()) return;
+    if (is_wide && column < p.width) return finish_token<EIGHT>(p, row, column, sums);
     SIMT_UNROLL for (int e = 0; e < EIGHT; e++) {
-      if (column + e < p.width) finish_token<1>(p, first_row + row, origin, column + e, sums + e);
+      if (column + e < p.width) finish_token<1>(p, row, column + e, sums + e);
     }
   }
 };
@@ -242,8 +237,7 @@ patch_embed_forward(PatchEmbed p) {
   Product product;
   multiply_tile<Image, VECTOR, Tile>(p.pixels, {p.weight, p.width, p.pixels.k_padded}, memory, first_row, first_column,
                                      product);
-  finish_tile<Tile>(product.sums, memory, memory + ForwardMemory<Tile>::ORIGINS,
-                    Tokens{p, first_row, first_column, is_wide});
+  finish_tile<Tile>(product.sums, memory, Tokens{p, first_row, first_column, is_wide});
 }
 
 // The image's gradient: the same product of gradients and the transposed weight, whose columns k are pixels.
@@ -257,8 +251,8 @@ patch_embed_image_gradient(ImageGradient p) {
   Product product;
   multiply_tile<Compute, VECTOR, Tile>(p.gradients, {p.weight, target.k_length, p.gradients.k_padded}, memory,
                                        first_row, first_column, product);
-  const shared_address origins = memory + ForwardMemory<Tile>::ORIGINS;
-  finish_tile<Tile>(product.sums, memory, origins, [&](int row, int64_t, int column, const float* sums) {
+  finish_tile<Tile>(product.sums, memory, [&](int row, int column, const float* sums) {
+    if (first_row + row >= target.rows()) return;
     PixelWalk walk;
     walk.start(target, first_column + column);
     const int64_t origin = patch_origin(target, first_row + row);

@@ -28,12 +28,10 @@ void launch_forward_sm90a(Type image, PatchEmbed p, const Queue& queue) {
   const int tiles_n = simt::blocks_for(p.width, Large::BN);
   const int prefix_tiles = simt::blocks_for(p.pixels.batch * p.prefix_rows, CLUSTER * Large::BM) * tiles_n;
   const int tiles = simt::blocks_for(p.pixels.rows(), CLUSTER * Large::BM) * tiles_n;
-  // A cluster of short tiles has one alone: see StreamLoader.
-  const bool is_short = p.pixels.k_length <= (Large::STAGES - 1 - Product::IN_FLIGHT) * Large::BK;
-  const int clusters = is_short ? tiles : std::min(tiles, std::max(1, queue.processors / CLUSTER));
+  const int clusters = std::min(tiles, std::max(1, queue.processors / CLUSTER));
   with_pixel<Compute>(image, [&](auto pixel) {
     simt::launch(queue, patch_embed_forward_stream<decltype(pixel), EIGHT, Large, Product>,
-                 CLUSTER * (prefix_tiles + clusters), 1, Large::THREADS, StreamMemory<Large>::BYTES, p, CLUSTER);
+                 CLUSTER * (prefix_tiles + clusters), 1, Roles<Large>::THREADS, StreamMemory<Large>::BYTES, p, CLUSTER);
   });
 }
 

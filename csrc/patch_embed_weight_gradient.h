@@ -65,8 +65,6 @@ struct WeightGradientLoader {
     slot = next_slot();
   }
 
-  SIMT_DEVICE void await(int) const {}
-
   SIMT_DEVICE void finish(shared_address stage) {
     pixels.finish(p.pixels, pixel_k, [&](int pass) { return pixel_place(stage, pass); });
   }

@@ -5,8 +5,7 @@
 
 namespace fastvit {
 
-constexpr int64_t NO_PATCH = -1;   // a row beyond the last patch
-constexpr int64_t BAD_PATCH = -2;  // an index in keep that is out of range
+constexpr int64_t NO_PATCH = -1;  // a row beyond the last patch, or an index in keep that is out of range
 
 // 64 bits of shared memory, where origins are kept.
 SIMT_DEVICE int64_t load_wide(shared_address from) {
@@ -21,7 +20,7 @@ SIMT_DEVICE int64_t patch_origin(const Patches& p, int m) {
   int patch = p.over_kept.remainder(m, image);
   if (p.keep) {
     const int64_t chosen = simt::load_element(p.keep + m);
-    if (chosen < 0 || chosen >= p.patches) return BAD_PATCH;
+    if (!p.has_patch(chosen)) return NO_PATCH;
     patch = static_cast<int>(chosen);
   }
   const int y = p.over_grid_width.quotient(patch), x = p.over_grid_width.remainder(patch, y);
@@ -72,10 +71,12 @@ struct RawPixels {
   SIMT_DEVICE void clear() {
     SIMT_UNROLL for (uint32_t& w : word) w = 0;
   }
+  // A value is that of a pixel and ZERO: a byte becomes the lowest of the mantissa of 2^23, which takes no shift, no mask
+  // and no conversion.
+  static constexpr float ZERO = std::is_same_v<Image, uint8_t> ? 0x1p23f : 0.0f;
   SIMT_DEVICE float value(int i) const {
     if constexpr (std::is_same_v<Image, uint8_t>) {
-      // The byte as the lowest of the mantissa of 2^23, which is subtracted: shorter than a shift, a mask and a conversion.
-      return simt::from_bits(simt::permute_bytes(word[i / 4], 0x4b000000u, 0x7440u | (i % 4))) - 0x1p23f;
+      return simt::from_bits(simt::permute_bytes(word[i / 4], 0x4b000000u, 0x7440u | (i % 4)));
     } else if constexpr (sizeof(Image) == 2) {
       return simt::half_of<Image>(word[i / 2], i % 2);
     } else {
@@ -85,15 +86,21 @@ struct RawPixels {
 };
 
 // PIECE pixels at consecutive k of each of PASSES rows, on their way into a tile of Compute values. Where they are of
-// the compute type and lie side by side they are copied asynchronously; others pass through registers, where they are
-// normalised and rounded. Where vectors do not fit, a piece is as many single pixels as make a word.
+// the compute type and lie side by side they are copied asynchronously; others pass through registers, where those of
+// another type are normalised and rounded. Where vectors do not fit, a piece is as many single pixels as make a word.
 template <class Image, class Compute, int VECTOR, int PASSES>
 struct PixelCopier {
   static constexpr int SIZE = sizeof(Compute);
   static constexpr int PIECE = VECTOR * SIZE < 4 ? 4 / SIZE : VECTOR, WORDS = PIECE * SIZE / 4;
   static constexpr bool SINGLE = VECTOR < PIECE;
-  static constexpr bool ASYNC = std::is_same_v<Image, Compute> && !SINGLE;
+  static constexpr bool CONVERTED = !std::is_same_v<Image, Compute>, ASYNC = !CONVERTED && !SINGLE;
   RawPixels<Image, PIECE> raw[ASYNC ? 1 : PASSES];
+
+  // Of a piece, the same for every pass; the shift with what a value is besides its pixel. Of uint8 it is an integer from
+  // 0 to 255, whose sum with 2^23 is exact.
+  struct Normaliser {
+    float shift[PIECE], scale[PIECE];
+  };
 
   // `offset` is the walk's, the same for every pass; `origin` < 0: no such patch, zeros.
   SIMT_DEVICE void start(const Patches& p, const PixelWalk& walk, int64_t offset, int k, int64_t origin, int pass,
@@ -118,29 +125,42 @@ struct PixelCopier {
   template <class Place>
   SIMT_DEVICE void finish(const Patches& p, int k, Place place) {
     if constexpr (!ASYNC) {
-      float shift[PIECE] = {}, scale[PIECE] = {};
-      if (p.normaliser && k < p.k_padded) {
-        load_piece(p.normaliser + k, shift);
-        load_piece(p.normaliser + p.k_padded + k, scale);
-      }
-      SIMT_UNROLL for (int pass = 0; pass < PASSES; pass++) {
-        float value[PIECE];
-        SIMT_UNROLL for (int i = 0; i < PIECE; i++) {
-          value[i] = raw[pass].value(i);
-          if (p.normaliser) value[i] -= shift[i];
-          if (p.normaliser && !std::is_same_v<Image, uint8_t>) value[i] *= scale[i];  // of uint8 it is 1
-        }
-        simt::Vector<WORDS> words;
-        SIMT_UNROLL for (int i = 0; i < WORDS; i++) {
-          if constexpr (SIZE == 2) {
-            words.word[i] = simt::pack<Compute>(value[2 * i], value[2 * i + 1]);
-          } else {
-            words.word[i] = simt::bits(value[i]);
-          }
-        }
-        simt::store_shared<WORDS>(place(pass), words);
+      const Normaliser normaliser = normaliser_of(p, k);
+      SIMT_UNROLL for (int pass = 0; pass < PASSES; pass++) finish(pass, normaliser, place(pass));
+    }
+  }
+
+  static SIMT_DEVICE Normaliser normaliser_of(const Patches& p, int k) {
+    Normaliser found;
+    SIMT_UNROLL for (int i = 0; i < PIECE; i++) found.shift[i] = found.scale[i] = 0.0f;
+    if constexpr (CONVERTED) {
+      if (k < p.k_padded) {
+        load_piece(p.normaliser + k, found.shift);
+        load_piece(p.normaliser + p.k_padded + k, found.scale);
       }
     }
+    if constexpr (std::is_same_v<Image, uint8_t>) {
+      SIMT_UNROLL for (float& shift : found.shift) shift += RawPixels<Image, PIECE>::ZERO;
+    }
+    return found;
+  }
+
+  SIMT_DEVICE void finish(int pass, const Normaliser& normaliser, shared_address to) const {
+    float value[PIECE];
+    SIMT_UNROLL for (int i = 0; i < PIECE; i++) {
+      value[i] = raw[pass].value(i);
+      if constexpr (CONVERTED) value[i] -= normaliser.shift[i];
+      if constexpr (CONVERTED && !std::is_same_v<Image, uint8_t>) value[i] *= normaliser.scale[i];  // of uint8 it is 1
+    }
+    simt::Vector<WORDS> words;
+    SIMT_UNROLL for (int i = 0; i < WORDS; i++) {
+      if constexpr (SIZE == 2) {
+        words.word[i] = simt::pack<Compute>(value[2 * i], value[2 * i + 1]);
+      } else {
+        words.word[i] = simt::bits(value[i]);
+      }
+    }
+    simt::store_shared<WORDS>(to, words);
   }
 
  private:

@@ -55,56 +55,37 @@ struct Tile {
 template <class Tile>
 using Sums = float[Tile::WARP_M / 16][Tile::WARP_N / 8][4];
 
-// A loader starts a step's loads, and finishes those that pass through registers once the product before it is under
-// way; it may wait for a step's by itself, before that step is multiplied. A product multiplies one stage and completes
-// all but IN_FLIGHT of those it has begun, so that the place written behind the next barrier is free.
-template <class Tile, class Loader, class Product>
-struct Pipeline {
-  static constexpr int STAGES = Tile::STAGES, AHEAD = STAGES - 1 - Product::IN_FLIGHT;
-  static_assert(AHEAD > 0, "loads go on while a stage is multiplied");
-  shared_address stages;
-  int steps;  // of all products
-  Loader& loader;
-  int step = 0, reading = 0, writing = AHEAD;
-
-  SIMT_DEVICE Pipeline(shared_address stages, int steps, Loader& loader)
-      : stages(stages), steps(steps), loader(loader) {
-    SIMT_UNROLL for (int stage = 0; stage < AHEAD; stage++) {
-      if (stage < steps) {
-        loader.start(place(stage));
-        loader.finish(place(stage));
-      }
-      simt::copy_commit();
-    }
-  }
-
-  // Multiplies the steps up to `end`.
-  SIMT_DEVICE void multiply(int end, Product& product) {
-    for (; step < end; step++) {
-      simt::copy_wait<AHEAD - 1>();
-      Product::publish();
-      simt::sync_threads();
-      const bool has_more = step + AHEAD < steps;
-      if (has_more) loader.start(place(writing));
-      simt::copy_commit();
-      loader.await(step);
-      product.multiply(place(reading));
-      if (has_more) loader.finish(place(writing));
-      product.complete();
-      reading = reading + 1 == STAGES ? 0 : reading + 1;
-      writing = writing + 1 == STAGES ? 0 : writing + 1;
-    }
-    product.finish();
-  }
-
- private:
-  SIMT_DEVICE shared_address place(int stage) const { return stages + stage * Tile::STAGE_BYTES; }
-};
-
-// One product of `steps` stages. Behind it their memory is free.
+// A product of `steps` stages, by threads that both load and multiply. A loader starts a step's loads, and finishes
+// those that pass through registers once the product before it is under way. A product multiplies one stage and
+// completes all but IN_FLIGHT of those it has begun, so that the place written behind the next barrier is free. Behind
+// the last the memory of all stages is.
 template <class Tile, class Loader, class Product>
 SIMT_DEVICE void run_pipeline(shared_address stages, int steps, Loader& loader, Product& product) {
-  Pipeline<Tile, Loader, Product>(stages, steps, loader).multiply(steps, product);
+  constexpr int STAGES = Tile::STAGES, AHEAD = STAGES - 1 - Product::IN_FLIGHT;
+  static_assert(AHEAD > 0, "loads go on while a stage is multiplied");
+  const auto place = [&](int stage) { return stages + stage * Tile::STAGE_BYTES; };
+  SIMT_UNROLL for (int stage = 0; stage < AHEAD; stage++) {
+    if (stage < steps) {
+      loader.start(place(stage));
+      loader.finish(place(stage));
+    }
+    simt::copy_commit();
+  }
+  int reading = 0, writing = AHEAD;
+  for (int step = 0; step < steps; step++) {
+    simt::copy_wait<AHEAD - 1>();
+    Product::publish();
+    simt::sync_threads();
+    const bool has_more = step + AHEAD < steps;
+    if (has_more) loader.start(place(writing));
+    simt::copy_commit();
+    product.multiply(place(reading));
+    if (has_more) loader.finish(place(writing));
+    product.complete();
+    reading = reading + 1 == STAGES ? 0 : reading + 1;
+    writing = writing + 1 == STAGES ? 0 : writing + 1;
+  }
+  product.finish();
   simt::copy_wait<0>();
   simt::sync_threads();
 }

@@ -263,6 +263,55 @@ copy_bulk(Primitive p) {
   simt::sync_cluster();
 }
 
+// Four warpgroups: the last, which does with fewer registers, passes parts of the input to the others, which have more,
+// through two stages. A thread of theirs reads what that seven further would.
+constexpr int PASSED = 5, TAKERS = 384, STAGE = 128 * 16, STAGES = 2;
+
+SIMT_DEVICE shared_address full_stage(int part) { return simt::shared_base() + STAGES * STAGE + part % STAGES * 16; }
+SIMT_DEVICE shared_address empty_stage(int part) { return full_stage(part) + 8; }
+SIMT_DEVICE shared_address stage_place(int part, int thread) {
+  return simt::shared_base() + part % STAGES * STAGE + thread * 16;
+}
+
+SIMT_DEVICE void give_parts(const Primitive& p) {
+  const int thread = simt::thread_index() - TAKERS;
+  simt::release_registers<104>();
+  for (int part = 0; part < PASSED; part++) {
+    simt::mbarrier_wait(empty_stage(part), part / STAGES % 2 ^ 1);
+    simt::store_shared<4>(stage_place(part, thread), input_of(p, part * 128 + thread));
+    simt::sync_warp();
+    if (lane() == 0) simt::mbarrier_arrive(full_stage(part));
+  }
+}
+
+SIMT_DEVICE void take_parts(const Primitive& p) {
+  const int thread = simt::thread_index();
+  simt::request_registers<136>();
+  for (int part = 0; part < PASSED; part++) {
+    simt::mbarrier_wait(full_stage(part), part / STAGES % 2);
+    const Four read = simt::load_shared<4>(stage_place(part, (thread + 7) % 128));
+    output_at<4>(p, (part * TAKERS + thread) * 16, read.word);
+    simt::sync_warp();
+    if (lane() == 0) simt::mbarrier_arrive(empty_stage(part));
+  }
+}
+
+SIMT_KERNEL(TAKERS + 128, 1)
+pass_on(Primitive p) {
+  if (simt::thread_index() == 0) {
+    for (int stage = 0; stage < STAGES; stage++) {
+      simt::mbarrier_init(full_stage(stage), 128 / 32);
+      simt::mbarrier_init(empty_stage(stage), TAKERS / 32);
+    }
+  }
+  simt::sync_threads();
+  if (simt::thread_index() >= TAKERS) {
+    give_parts(p);
+  } else {
+    take_parts(p);
+  }
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(Primitive);
@@ -300,6 +349,7 @@ const Entry ENTRIES[] = {
     {"wgmma transposed bfloat16", warpgroup_multiply_add<bfloat16, true>, 128, SHARED, WARPGROUP_INPUT,
      WARPGROUP_OUTPUT, true},
     {"cp.async.bulk", copy_bulk, 32, PART + 16, PARTS * PART, BLOCKS * PARTS * PART, true, BLOCKS},
+    {"setmaxnreg", pass_on, TAKERS + 128, STAGES * (STAGE + 16), PASSED * STAGE, PASSED * TAKERS * 16, true},
 };
 
 }  // namespace

@@ -14,7 +14,7 @@ const char* primitive_name(int which);  // 0 to primitive_count() - 1, here and 
 int primitive_input_bytes(int which);
 int primitive_output_bytes(int which);
 
-// Whether the queue's device has the primitive: wgmma and clusters are here of capability 9.0 alone.
+// Whether the queue's device has the primitive: wgmma, clusters and setmaxnreg are here of capability 9.0 alone.
 bool has_primitive(int which, const Queue& queue);
 
 // Both addresses are aligned to 16 bytes. Throws std::invalid_argument where the device has no such primitive.

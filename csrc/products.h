@@ -120,9 +120,10 @@ struct Warpgroup {
     constexpr int STEP = BY_COLUMNS ? 16 * 128 : 16 * 2;  // bytes from 16 values of the reduction to the next
     const shared_address first = stage + simt::thread_index() / 128 * Tile::PANEL_BYTES;
     simt::warpgroup_arrive();
+    // The lowest of a descriptor's bits are its address in units of 16 bytes.
+    const uint64_t a = operand(first), b = operand(stage + Tile::FIRST_BYTES);
     SIMT_UNROLL for (int step = 0; step < Tile::BK / 16 * STEP; step += STEP) {
-      simt::warpgroup_multiply_add<Compute, BY_COLUMNS>(sums[0], operand(first + step),
-                                                        operand(stage + Tile::FIRST_BYTES + step));
+      simt::warpgroup_multiply_add<Compute, BY_COLUMNS>(sums[0], a + step / 16, b + step / 16);
     }
     simt::warpgroup_commit();
   }

@@ -2,11 +2,13 @@
 
     python tools/compile_csrc.py [--target 80 --target 90a --target 100] [--json]
 
-A row is one instantiation on one target: registers, stack, spilled bytes, shared memory (of the products: what they
-are launched with), matrix instructions and the widths of asynchronous copies, loads and stores, read from the machine
-code. Fails on any stack or spill, on a product without the instructions it is named after, on copies narrower than its
-vectors, on narrow loads and stores where a kernel is for wide ones, and where the objects of a target do not link.
-Without nvcc nothing is checked, which is said, and is no failure: the package needs no CUDA toolkit.
+A row is one instantiation on one target: registers (and those of its roles, where warps have some), stack, spilled
+bytes, shared memory (of the products: what they are launched with), matrix instructions and the widths of asynchronous
+copies, loads and stores, read from the machine code. Fails on any stack or spill, on a product without the instructions
+it is named after, on copies narrower than its vectors, on roles that take more registers than the block has or wait for
+one another in the loop of the product, on narrow loads and stores where a kernel is for wide ones, and where the
+objects of a target do not link. Without nvcc nothing is checked, which is said, and is no failure: the package needs no
+CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ SHORT = (
 
 @dataclass
 class Row:
-    """One instantiation on one target; `copies` are the widths in bytes of copies from global to shared memory, and
-    `mma` the matrix instructions, those of warpgroups with how often they stand in the code."""
+    """One instantiation on one target; `copies` are the widths in bytes of copies from global to shared memory, `mma`
+    the matrix instructions, those of warpgroups with how often they stand in the code, `roles` the registers that
+    warpgroups keep or ask for, and `waits` what stops threads in the innermost loop of warpgroups' products."""
 
     target: str
     kernel: str
@@ -52,6 +55,8 @@ class Row:
     copies: str = "-"
     loads: str = "-"
     stores: str = "-"
+    roles: str = "-"
+    waits: str = "-"
     problems: list[str] = field(default_factory=list)
 
 
@@ -102,6 +107,19 @@ def problems(row: Row) -> Iterator[str]:
         yield f"no {product.instruction}"
     if row.copies != product.copies():
         yield f"copies of {row.copies} bytes, {product.copies()} are expected"
+    if product.producers:
+        yield from _role_problems(row, product)
+
+
+def _role_problems(row: Row, product: Product) -> Iterator[str]:
+    """What a kernel with producers breaks: registers move from them to the consumers, of those the block has, and no
+    consumer waits for other threads than through an mbarrier."""
+    given, taken = [int(count) for count in row.roles.split(", ")] if row.roles.count(",") == 1 else (0, 0)
+    wanted, there = product.producers * given + product.threads * taken, row.registers * product.all_threads
+    if not 0 < given < row.registers < taken or wanted > there:
+        yield f"roles of {row.roles} registers a thread, of a block that has {there}"
+    if row.waits != "-":
+        yield f"{row.waits} in the loop of the product"
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,22 @@ class Product:
             return None
         tile = tuple(int(size) for size in parts[5].split("x"))
         return Product(parts[1], parts[2], int(parts[3]), parts[4], tile, parts[6])
+
+    @property
+    def threads(self) -> int:
+        """That multiply."""
+        rows, columns, _, warp_rows, warp_columns, *_ = self.tile
+        return rows // warp_rows * (columns // warp_columns) * 32
+
+    @property
+    def producers(self) -> int:
+        """Threads that load for the others: PRODUCERS in csrc/patch_embed_stream.h."""
+        return 128 if self.op == "forward_stream" else 0
+
+    @property
+    def all_threads(self) -> int:
+        """Of a block."""
+        return self.threads + self.producers
 
     @property
     def size(self) -> int:
@@ -151,13 +185,13 @@ class Product:
     @property
     def shared_bytes(self) -> int:
         """As csrc/pipeline.h, ForwardMemory, StreamMemory and WeightGradientMemory in csrc/ have it."""
-        rows, columns, depth, warp_rows, warp_columns, stages, _ = self.tile
+        rows, columns, depth, _, _, stages, _ = self.tile
         pipeline = stages * (rows + columns) * depth * self.size
         if self.op == "weight_gradient":
             return pipeline + stages * depth * 16
-        slabs = rows // warp_rows * (columns // warp_columns) * 16 * (32 + 8) * 4
+        slabs = self.threads // 32 * 16 * (32 + 8) * 4
         if self.op == "forward_stream":
-            return pipeline + slabs + 2 * rows * 8 + stages * 16
+            return pipeline + slabs + rows * 8 + stages * 16
         return max(pipeline, slabs) + rows * 8
 
 
@@ -190,9 +224,19 @@ def _read_code(row: Row, code: str) -> None:
         row.copies = MULTICAST if row.copies == "-" else f"{row.copies}, {MULTICAST}"
     row.loads = _widths(re.findall(r"\bLDG\.E(?:\.\w+)*", code))
     row.stores = _widths(re.findall(r"\bSTG\.E(?:\.\w+)*", code))
+    counts = sorted(int(count, 16) for count in re.findall(r"USETMAXREG\.\S+ (?:UP\d, )?(0x\w+)", code))
+    row.roles = ", ".join(map(str, counts)) or "-"
+    row.waits = ", ".join(sorted(set(re.findall(r"\b(?:BAR\.SYNC|MEMBAR)\b", _product_loop(code))))) or "-"
     row.kernel = _readable(row.kernel)
     product = Product.of(row.kernel)
     row.shared += product.shared_bytes if product else 0
+
+
+def _product_loop(code: str) -> str:
+    """The shortest loop that has a warpgroup's product, "" where there is none."""
+    labels = {found[1]: found.start() for found in re.finditer(r"(\.L_x_\d+):", code)}
+    jumps = ((labels.get(jump[1], jump.end()), jump.end()) for jump in re.finditer(r"BRA[^;\n]*`\((\.L_x_\d+)\)", code))
+    return min((code[to:end] for to, end in jumps if "HGMMA" in code[to:end]), key=len, default="")
 
 
 def _widths(instructions: Sequence[str]) -> str:
@@ -237,7 +281,7 @@ def _size(source: Path) -> int:
 
 def print_table(rows: Sequence[Row]) -> None:
     """Plain text, so that a log keeps it whole."""
-    header = ("target", "kernel", "registers", "stack", "spills", "shared", "mma", "copies", "loads", "stores")
+    header = ("target", "kernel", "registers", "roles", "stack", "spills", "shared", "mma", "copies", "loads", "stores")
     table = [header, *(tuple(str(getattr(row, name)) for name in header) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
     for line in table:

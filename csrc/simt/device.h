@@ -300,6 +300,11 @@ SIMT_DEVICE void mbarrier_init(shared_address mbarrier, int arrivals) {
 // Those that this thread has initialised become visible to the cluster and to bulk copies, behind the next barrier.
 SIMT_DEVICE void mbarrier_publish() { SIMT_SM90A("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// At the block's own.
+SIMT_DEVICE void mbarrier_arrive(shared_address mbarrier) {
+  SIMT_SM90A("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(mbarrier) : "memory");
+}
+
 // At the mbarrier of a block of the cluster.
 SIMT_DEVICE void mbarrier_arrive(shared_address mbarrier, int rank) {
   SIMT_SM90A("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
@@ -333,6 +338,20 @@ SIMT_DEVICE void copy_bulk(shared_address target, const void* source, int bytes,
              "[%0], [%1], %2, [%3], %4;" ::"r"(target),
              "l"(source), "r"(bytes), "r"(mbarrier), "h"(static_cast<uint16_t>(ranks))
              : "memory");
+}
+
+// A launch shares registers out evenly. A warpgroup whose threads do with fewer gives the others to the block's pool; one
+// that needs more waits until the pool has them. nvcc compiles what follows for as many, and says so where it ignores
+// the instruction instead.
+template <int COUNT>
+SIMT_DEVICE void release_registers() {
+  static_assert(IS_REGISTER_COUNT<COUNT>, "a multiple of 8 from 24 to 256");
+  SIMT_SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+SIMT_DEVICE void request_registers() {
+  static_assert(IS_REGISTER_COUNT<COUNT>, "a multiple of 8 from 24 to 256");
+  SIMT_SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 #undef SIMT_SM90A

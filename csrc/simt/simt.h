@@ -23,6 +23,14 @@ struct alignas(4 * WORDS) Vector {
 constexpr int WARPGROUP_COLUMNS = 192;
 using WarpgroupSums = float[WARPGROUP_COLUMNS / 8][4];
 
+// Registers of a multiprocessor; those that each thread has of a block which is launched alone on one; whether a
+// warpgroup may ask for as many a thread.
+constexpr int REGISTERS = 65536;
+template <int THREADS>
+constexpr int REGISTERS_AT_LAUNCH = REGISTERS / THREADS / 8 * 8;
+template <int COUNT>
+constexpr bool IS_REGISTER_COUNT = COUNT >= 24 && COUNT <= 256 && COUNT % 8 == 0;
+
 }  // namespace simt
 
 #if defined(__CUDACC__)

@@ -17,6 +17,7 @@ TF32 = f"patch_embed_weight_gradient<fp32, 4, {FP32}, TensorCoresByColumns>"
 FFMA = f"patch_embed_image_gradient<fp32, 1, {FP32}, MultiplyAddsByRows>"
 HOPPER = "patch_embed_forward_stream<u8, 8, bf16 192x192x64x16x192x4x1, WarpgroupByRows>"
 HOPPER_16 = HOPPER.replace("u8", "bf16")
+STREAM = {"registers": 128, "mma": "HGMMA.64x192x16 x 4", "copies": "multicast", "roles": "104, 136"}
 HOPPER_GRADIENT = "patch_embed_weight_gradient<bf16, 8, bf16 192x192x64x16x192x4x1, WarpgroupByColumns>"
 
 
@@ -36,12 +37,19 @@ HOPPER_GRADIENT = "patch_embed_weight_gradient<bf16, 8, bf16 192x192x64x16x192x4
         (TF32, {"mma": "HMMA.16816", "copies": "4, 16"}, "no HMMA.1688"),
         (FFMA, {"mma": "FFMA", "copies": "4, 16"}, ""),
         (FFMA, {"mma": "-", "copies": "4, 16"}, "no FFMA"),
-        (HOPPER, {"mma": "HGMMA.64x192x16 x 4", "copies": "multicast"}, ""),
-        (HOPPER, {"mma": "HGMMA.64x192x16 x 4", "copies": "16"}, "copies of 16 bytes, multicast are expected"),
-        (HOPPER, {"mma": "HGMMA.64x192x16 x 3", "copies": "multicast"}, "no HGMMA.64x192x16 x 4"),
-        (HOPPER, {"copies": "multicast"}, "no HGMMA"),
-        (HOPPER_16, {"mma": "HGMMA.64x192x16 x 4", "copies": "16, multicast"}, ""),
-        (HOPPER_16, {"mma": "HGMMA.64x192x16 x 4", "copies": "multicast"}, "16, multicast are expected"),
+        (HOPPER, STREAM, ""),
+        (HOPPER, STREAM | {"copies": "16"}, "copies of 16 bytes, multicast are expected"),
+        (HOPPER, STREAM | {"mma": "HGMMA.64x192x16 x 3"}, "no HGMMA.64x192x16 x 4"),
+        (HOPPER, STREAM | {"mma": "-"}, "no HGMMA"),
+        (HOPPER_16, STREAM | {"copies": "16, multicast"}, ""),
+        (HOPPER_16, STREAM, "16, multicast are expected"),
+        (HOPPER, STREAM | {"roles": "104, 144"}, "roles of 104, 144 registers a thread, of a block that has 65536"),
+        (HOPPER, STREAM | {"registers": 120}, "roles of 104, 136 registers a thread, of a block that has 61440"),
+        (HOPPER, STREAM | {"roles": "-"}, "roles of - registers"),
+        (HOPPER, STREAM | {"roles": "136"}, "roles of 136 registers"),
+        (HOPPER, STREAM | {"roles": "128, 128"}, "roles of 128, 128 registers"),
+        (HOPPER, STREAM | {"waits": "BAR.SYNC"}, "BAR.SYNC in the loop of the product"),
+        (HOPPER, STREAM | {"waits": "MEMBAR"}, "MEMBAR in the loop of the product"),
         (HOPPER_GRADIENT, {"mma": "HGMMA.64x192x16 x 4"}, ""),
         (HOPPER_GRADIENT, {"mma": "HGMMA.64x128x16 x 4"}, "no HGMMA.64x192x16"),
         ("sum_rows<fp16, 8>", {"mma": "-", "copies": "-"}, ""),
@@ -58,6 +66,19 @@ def test_a_broken_rule_is_named(kernel: str, row: dict[str, object], problem: st
     values = {"registers": 96, "stack": 0, "spills": 0, "shared": 0, "mma": "HMMA.16816", "copies": "16", **row}
     found = list(tool.problems(tool.Row("90a", kernel, **values)))
     assert (problem in found[0] and len(found) == 1) if problem else not found
+
+
+def test_what_stops_the_loop_of_a_product_is_read() -> None:
+    code = ".L_x_1:\n HGMMA R ;\n WARPGROUP.DEPBAR.LE gsb0 ;\n @P0 BRA `(.L_x_1) ;\n MEMBAR.ALL.CTA ;\n"
+    for before, inside, waits in (
+        ("", "", "-"), ("BAR.SYNC 0x0 ;", "", "-"), ("", "BAR.SYNC.DEFER_BLOCKING 0x0 ;", "BAR.SYNC"),
+        ("", "MEMBAR.ALL.CTA ;", "MEMBAR"),
+    ):  # fmt: skip
+        row = tool.Row("90a", "x", 128, 0, 0, 0)
+        roles = "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0x88 ;\n USETMAXREG.DEALLOC.CTAPOOL 0x68 ;\n"
+        outer = f".L_x_0:\n {roles} {before}\n" + code.replace("HGMMA", f"{inside}\n HGMMA") + "BRA `(.L_x_0) ;\n"
+        tool._read_code(row, outer)
+        assert (row.waits, row.roles) == (waits, "104, 136")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
@@ -91,7 +112,7 @@ def test_a_source_that_does_not_compile_is_a_failed_row(tmp_path: Path) -> None:
 def test_the_shared_memory_of_a_product_is_its_stages_and_origins() -> None:
     product = tool.Product.of(ALIGNED)
     assert product.shared_bytes == 3 * (64 + 64) * 32 * 2 + 64 * 8
-    assert tool.Product.of(HOPPER).shared_bytes == 4 * (192 + 192) * 64 * 2 + 12 * 16 * 40 * 4 + 2 * 192 * 8 + 64
+    assert tool.Product.of(HOPPER).shared_bytes == 4 * (192 + 192) * 64 * 2 + 12 * 16 * 40 * 4 + 192 * 8 + 64
     assert tool.Product.of("sum_rows<fp16, 8>") is None
 
 

@@ -612,7 +612,7 @@ def test_run_primitive(ops: Any) -> None:
     ops.run_primitive_cuda(0, given, out)  # ldmatrix: the bytes in another order
     assert torch.equal(given.sort().values, out.sort().values) and not torch.equal(given, out)
     for which, tensors, message in (
-        (20, (given, out), "which: 20; accepted: 0 to 19"),
+        (21, (given, out), "which: 21; accepted: 0 to 20"),
         (0, (given[1:], out), "input: expected 512 contiguous bytes, got [511]"),
         (0, (given, torch.zeros(1024, dtype=torch.uint8)[::2]), "output: expected 512 contiguous bytes, got [512]"),
         (0, (given, torch.zeros(513, dtype=torch.uint8)[1:]), "output: its address is not a multiple of 16"),

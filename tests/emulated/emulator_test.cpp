@@ -436,6 +436,57 @@ void last_arrival() {
   if (BARRIER) sync_cluster();
 }
 
+// Four warpgroups, of which the last passes words through one place to the others, which have some of its registers.
+enum WrongRole {
+  NO_WRONG, NOTHING_RELEASED, TOO_MANY_REQUESTED, THREE_WARPS_REQUEST, ANOTHER_COUNT, RELEASED_TO_MORE,
+  REQUESTED_TO_FEWER, ARRIVAL_TOO_FEW, ARRIVAL_TOO_MANY, NO_WAIT_FOR_FULL, NO_WAIT_FOR_EMPTY, OTHER_FULL, OTHER_EMPTY,
+  NO_WARP_BARRIER,
+};
+constexpr int ROLE_THREADS = 512, TAKERS = 384;
+constexpr int ROLE_FULL = 128 * 4, ROLE_EMPTY = ROLE_FULL + 8, ROLE_BYTES = ROLE_EMPTY + 8;
+
+template <WrongRole WRONG>
+void give() {
+  if (WRONG == RELEASED_TO_MORE) release_registers<136>();
+  if (WRONG != NOTHING_RELEASED) release_registers<104>();
+  const int me = thread_index() - TAKERS;
+  for (int round = 0; round < 4; round++) {
+    if (WRONG != NO_WAIT_FOR_EMPTY) mbarrier_wait(ROLE_EMPTY, (round & 1) ^ (WRONG != OTHER_EMPTY));
+    store_shared<1>(4 * me, word(me + round));
+    if (WRONG != NO_WARP_BARRIER) sync_warp();
+    if (me % 32 == 0) mbarrier_arrive(ROLE_FULL);
+  }
+}
+
+template <WrongRole WRONG>
+void take() {
+  const int me = thread_index();
+  if (WRONG == REQUESTED_TO_FEWER) request_registers<24>();
+  if (WRONG == ANOTHER_COUNT && me / 32 % 4 == 1) return request_registers<128>();
+  if (WRONG != THREE_WARPS_REQUEST || me / 32 % 4) request_registers<WRONG == TOO_MANY_REQUESTED ? 144 : 136>();
+  for (int round = 0; round < 4; round++) {
+    if (WRONG != NO_WAIT_FOR_FULL) mbarrier_wait(ROLE_FULL, (round & 1) ^ (WRONG == OTHER_FULL));
+    const int other = (me + 5) % 128;
+    expect(shared_word(other) == static_cast<uint32_t>(other + round), "wrong word");
+    sync_warp();
+    if (me % 32 == 0) mbarrier_arrive(ROLE_EMPTY);
+  }
+}
+
+template <WrongRole WRONG>
+void roles() {
+  if (thread_index() == 0) {
+    mbarrier_init(ROLE_FULL, 128 / 32);
+    mbarrier_init(ROLE_EMPTY, TAKERS / 32 + (WRONG == ARRIVAL_TOO_FEW) - (WRONG == ARRIVAL_TOO_MANY));
+  }
+  sync_threads();
+  if (thread_index() >= TAKERS) {
+    give<WRONG>();
+  } else {
+    take<WRONG>();
+  }
+}
+
 struct Body {
   void (*run)();
 };
@@ -495,6 +546,8 @@ void run_banks(const char* name, int64_t conflicts, void (*body)()) {
 }
 
 void run_warpgroup(const char* name, void (*body)()) { run(Case{name, {body}, 128, WARPGROUP_BYTES}); }
+
+void run_roles(const char* name, void (*body)()) { run(Case{name, {body}, ROLE_THREADS, ROLE_BYTES}); }
 
 void run_cluster(const char* name, void (*body)()) { run({name, {body}, THREADS, SHARED_BYTES, false, -1, true}); }
 
@@ -628,6 +681,20 @@ int main() {
   run_cluster("cluster barrier for some", bulk_copies<ENDS_BEFORE_THE_BARRIER>);
   run_cluster("last arrival", last_arrival<true>);
   run_cluster("last arrival without barrier", last_arrival<false>);
+  run_roles("roles", roles<NO_WRONG>);
+  run_roles("registers that nobody releases", roles<NOTHING_RELEASED>);
+  run_roles("more registers than are released", roles<TOO_MANY_REQUESTED>);
+  run_roles("registers for three warps", roles<THREE_WARPS_REQUEST>);
+  run_roles("registers of different counts", roles<ANOTHER_COUNT>);
+  run_roles("registers released to more", roles<RELEASED_TO_MORE>);
+  run_roles("registers requested to fewer", roles<REQUESTED_TO_FEWER>);
+  run_roles("roles of an arrival too few", roles<ARRIVAL_TOO_FEW>);
+  run_roles("roles of an arrival too many", roles<ARRIVAL_TOO_MANY>);
+  run_roles("roles without a wait for full", roles<NO_WAIT_FOR_FULL>);
+  run_roles("roles without a wait for empty", roles<NO_WAIT_FOR_EMPTY>);
+  run_roles("roles, full of the other parity", roles<OTHER_FULL>);
+  run_roles("roles, empty of the other parity", roles<OTHER_EMPTY>);
+  run_roles("roles without the warp's barrier", roles<NO_WARP_BARRIER>);
   // Conversions: a checksum of all 16-bit numbers there and back, for the test to compare with PyTorch's.
   for (uint32_t raw = 0; raw < 0x10000; raw += 0x10) {
     const half h{static_cast<uint16_t>(raw)};

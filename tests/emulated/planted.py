@@ -65,15 +65,18 @@ class Switched:
     def __init__(self, faults: Sequence[Fault], tmp_path: Path) -> None:
         sources, folder = tmp_path / "csrc", _folder()
         shutil.copytree(build.SOURCES, sources)
+        switched: dict[tuple[str, str], str] = {}  # several may stand in place of the same
         for number, fault in enumerate(faults, 1):
-            path = sources / fault.file
-            text = path.read_text()
-            assert text.count(fault.old) == 1, f"{fault.name}: stands {text.count(fault.old)} times in {fault.file}"
-            is_here = f"fastvit_planted == {number}"
-            switched = f"({is_here} ? ({fault.new}) : ({fault.old}))"
+            place, is_here = (fault.file, fault.old), f"fastvit_planted == {number}"
+            others = switched.get(place, fault.old)
+            switched[place] = f"({is_here} ? ({fault.new}) : ({others}))"
             if fault.old.endswith(";"):
-                switched = f"if ({is_here}) {{ {fault.new} }} else {{ {fault.old} }}"
-            path.write_text(text.replace(fault.old, switched))
+                switched[place] = f"if ({is_here}) {{ {fault.new} }} else {{ {others} }}"
+        for (file, old), new in switched.items():
+            path = sources / file
+            text = path.read_text()
+            assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
+            path.write_text(text.replace(old, new))
         (unit,) = {fault.unit for fault in faults}
         path = sources / f"{unit}.cu"
         path.write_text(self.SWITCH + path.read_text())

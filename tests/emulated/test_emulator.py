@@ -43,6 +43,7 @@ RIGHT = (
     "wgmma transposed",
     "bulk copies",
     "last arrival",
+    "roles",
 )
 WRONG = {
     "neighbours without barrier": ("without a barrier", "never written"),
@@ -131,6 +132,19 @@ WRONG = {
     "bulk copies over unpublished writes": ("written without fence.proxy.async",),
     "bulk copies without expectation": ("deadlock", "without a wait for its mbarrier"),
     "cluster barrier for some": ("barrier.cluster after a thread has ended", "others wait at barrier.cluster"),
+    "registers that nobody releases": ("deadlock",),
+    "more registers than are released": ("deadlock",),
+    "registers for three warps": ("different operations", "different warp operations", "deadlock"),
+    "registers of different counts": ("different operations", "a lane ends while others wait", "a lane has ended"),
+    "registers released to more": ("released that a thread does not have",),
+    "registers requested to fewer": ("requested that a thread has",),
+    "roles of an arrival too few": ("deadlock",),
+    "roles of an arrival too many": ("more arrivals", "without a barrier"),
+    "roles without a wait for full": ("without a barrier", "never written"),
+    "roles without a wait for empty": ("without a barrier", "wrong word"),
+    "roles, full of the other parity": ("without a barrier", "never written"),
+    "roles, empty of the other parity": ("deadlock",),
+    "roles without the warp's barrier": ("without a barrier", "never written"),
     "last arrival without barrier": ("a block ends while", "a block that has ended"),
 }
 

@@ -69,8 +69,8 @@ def test_any_number_of_steps_of_large_tiles(steps: int) -> None:
 @pytest.mark.parametrize("images", ["uint8", "same", "float32"])
 @pytest.mark.parametrize(("steps", "batch", "processors"), [(1, 7, 1), (2, 13, 1), (3, 7, 1), (3, 13, 4), (5, 6, 3)])
 def test_a_cluster_multiplies_tile_after_tile(steps: int, batch: int, processors: int, images: str) -> None:
-    """One to three tiles of rows, in pairs, by two of columns, by one pair of blocks or by two; where their steps are
-    fewer than loads are ahead, by a pair each."""
+    """One to three tiles of rows, in pairs, by two of columns, by one pair of blocks or by two; of fewer steps than
+    there are stages, and of more."""
     case = PatchEmbedCase("stream", batch=batch, patch=(8, 8), channels=steps, grid=(5, 6), width=200, images=images,
                           prefix=1)  # fmt: skip
     with emulation(capability=90, processors=processors):

@@ -190,6 +190,11 @@ def bulk_copies(data: Array) -> Array:
     return np.tile(np.roll(data.reshape(6, 32, 16), -7, axis=1), (2, 1, 1))
 
 
+def passed_on(data: Array) -> Array:
+    """Each of three warpgroups has every part; each thread reads what the thread seven further would."""
+    return np.tile(np.roll(data.reshape(5, 1, 128, 16), -7, axis=2), (1, 3, 1, 1))
+
+
 EXPECTED: dict[str, Callable[[Array], Array]] = {
     "ldmatrix": lambda data: ldmatrix(data, transposed=False),
     "ldmatrix.trans": lambda data: ldmatrix(data, transposed=True),
@@ -211,6 +216,7 @@ EXPECTED: dict[str, Callable[[Array], Array]] = {
     "wgmma transposed float16": lambda data: wgmma(data, transposed=True),
     "wgmma transposed bfloat16": lambda data: wgmma(data, transposed=True),
     "cp.async.bulk": bulk_copies,
+    "setmaxnreg": passed_on,
 }
 
 
@@ -226,7 +232,9 @@ def test_a_primitive_is_what_arithmetic_says(primitives: Primitives, name: str) 
         np.testing.assert_array_equal(primitives.run(name, data, seed=seed), expected, err_msg=f"seed {seed}")
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith(("wgmma", "cp.async.bulk"))])
+@pytest.mark.parametrize(
+    "name", [name for name in EXPECTED if name.startswith(("wgmma", "cp.async.bulk", "setmaxnreg"))]
+)
 @pytest.mark.parametrize("capability", [80, 100])
 def test_a_primitive_is_refused_where_it_does_not_exist(primitives: Primitives, name: str, capability: int) -> None:
     with pytest.raises(RuntimeError, match=f"{name}: not on this device"):

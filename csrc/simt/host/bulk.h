@@ -13,6 +13,9 @@ SIMT_DEVICE void mbarrier_init(shared_address mbarrier, int arrivals) {
   host::cluster().start_mbarrier(mbarrier, arrivals);
 }
 SIMT_DEVICE void mbarrier_publish() { host::cluster().publish_mbarriers(); }
+SIMT_DEVICE void mbarrier_arrive(shared_address mbarrier) {
+  host::cluster().arrive(host::cluster().rank(), mbarrier);
+}
 SIMT_DEVICE void mbarrier_arrive(shared_address mbarrier, int rank) { host::cluster().arrive(rank, mbarrier); }
 SIMT_DEVICE void mbarrier_expect(shared_address mbarrier, int bytes) { host::cluster().expect(mbarrier, bytes); }
 SIMT_DEVICE void mbarrier_wait(shared_address mbarrier, int parity) { host::cluster().wait_for(mbarrier, parity); }

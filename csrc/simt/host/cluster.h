@@ -136,7 +136,7 @@ class Cluster {
     Mbarrier& there = mbarrier(rank, address, rank == this->rank());
     blocks_[rank].owed.learn(current().clock.now());
     there.arrive(current().clock);
-    wake(there);
+    wake(there.waiters);
   }
   void expect(uint32_t address, int bytes) {
     mbarrier(rank(), address, true).expect(bytes);
@@ -149,6 +149,24 @@ class Cluster {
       wait();
     }
     current().clock.learn(here.known());
+  }
+
+  // A thread's registers, of those that the launch gave: to the block's pool, or from it once it has enough.
+  void release_registers(int count) {
+    Block& block = blocks_[rank()];
+    if (count > current().registers) fail("registers released that a thread does not have");
+    block.registers += std::exchange(current().registers, count) - count;
+    wake(block.waiters);
+  }
+  void request_registers(int count) {
+    Block& block = blocks_[rank()];
+    const int more = count - current().registers;
+    if (more < 0) fail("registers requested that a thread has");
+    while (block.registers < more) {
+      block.waiters.push_back(current().index);
+      wait();
+    }
+    block.registers -= more, current().registers = count;
   }
 
   void start_bulk_copy(const BulkCopy& copy) {
@@ -165,6 +183,8 @@ class Cluster {
     int waiting = 0, alive = 0;
     Clock owed;   // what reaches into the block, or goes out from it
     Clock ended;  // what its ended threads knew
+    int registers = 0;         // that nobody has
+    std::vector<int> waiters;  // threads, for registers
   };
 
   void run_cluster(int shared_bytes) {
@@ -173,6 +193,7 @@ class Cluster {
       block.shared.reset(shared_bytes, warps * WARP);
       block.waiting = 0, block.alive = block_threads_;
       block.owed = block.ended = Clock();
+      block.registers = 0, block.waiters.clear();
     }
     threads_.clear();
     threads_.resize(warps * WARP);
@@ -188,6 +209,7 @@ class Cluster {
     fault_.clear();
     for (int index = 0; index < warps * WARP; index++) {
       threads_[index].index = index;
+      threads_[index].registers = REGISTERS / block_threads_ / 8 * 8;
       threads_[index].clock = Clock(index);
       threads_[index].context.start(stacks_.data() + static_cast<std::size_t>(index) * STACK_BYTES, &Cluster::enter);
     }
@@ -226,7 +248,7 @@ class Cluster {
     } catch (const Fault& fault) {
       fault_ = fault.what();
     }
-    wake(mbarrier);
+    wake(mbarrier.waiters);
     return true;
   }
 
@@ -234,9 +256,9 @@ class Cluster {
     if (!blocks_[rank].alive) fail("use of the shared memory of a block that has ended");
   }
 
-  void wake(Mbarrier& mbarrier) {
-    for (int index : mbarrier.waiters) runnable_[index / WARP] |= 1u << index % WARP;
-    mbarrier.waiters.clear();
+  void wake(std::vector<int>& waiters) {
+    for (int index : waiters) runnable_[index / WARP] |= 1u << index % WARP;
+    waiters.clear();
   }
 
   // A barrier of so many threads from the first on.

@@ -45,6 +45,7 @@ struct PendingSums {
 struct Thread {
   Context context;
   int index = 0;  // in the cluster
+  int registers = 0;
   Clock clock;
   std::vector<Copy> open_copies;              // started, not yet committed
   std::deque<std::vector<Copy>> copies;       // committed, not yet waited for

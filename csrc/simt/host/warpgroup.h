@@ -142,6 +142,19 @@ SIMT_DEVICE void warpgroup_commit() {
   thread.open_products.clear();
 }
 
+template <int COUNT>
+SIMT_DEVICE void release_registers() {
+  static_assert(IS_REGISTER_COUNT<COUNT>, "a multiple of 8 from 24 to 256");
+  host::cluster().with_warpgroup([](void* const (&)[host::WARPGROUP]) {}, nullptr);
+  host::cluster().release_registers(COUNT);
+}
+template <int COUNT>
+SIMT_DEVICE void request_registers() {
+  static_assert(IS_REGISTER_COUNT<COUNT>, "a multiple of 8 from 24 to 256");
+  host::cluster().with_warpgroup([](void* const (&)[host::WARPGROUP]) {}, nullptr);
+  host::cluster().request_registers(COUNT);
+}
+
 template <int PENDING>
 SIMT_DEVICE void warpgroup_wait(WarpgroupSums&) {
   host::Thread& thread = host::cluster().current();
