@@ -33,47 +33,31 @@ struct AddPosition {
     return elements<In>(tokens) + image * tokens.strides[0] + patch * tokens.strides[1];
   }
 
-  // The same of values that lie apart, all float32: one by one, which is quicker than to turn them.
-  bool write_apart(int64_t image, int64_t row) const {
-    if constexpr (std::is_same_v<In, float> && std::is_same_v<Out, float>) {
-      if (positions.type != Type::FLOAT32 || row < skipped) return false;
-      const float* values = token(image, row - prefix_rows);
-      const float* position = elements<float>(positions) + (row - skipped) * width;
-      const int64_t apart = tokens.strides[2], width = this->width;
-      float* to = writable<float>(out) + (image * length + row) * width;
-      for (int64_t i = 0; i < width; i++) to[i] = values[i * apart] + position[i];
-      return true;
-    }
-    return false;
-  }
-
   // `count` tokens of an image, at most LANES, whose values lie apart, as in a feature map: there those of neighbouring
-  // tokens lie side by side. BLOCK columns at a time are turned, and then written as those of other tokens are.
-  void add_turned(int64_t image, int64_t patch, int64_t count) const {
-    constexpr int64_t BLOCK = 512;
-    float turned[LANES][BLOCK + LANES];  // rows in other sets of the cache
-    for (int64_t column = 0; column < width; column += BLOCK) {
-      const int64_t columns = least(width - column, BLOCK);
-      const In* from = token(image, patch) + column * tokens.strides[2];
-      int64_t done = 0;
-      if (tokens.strides[1] == 1 && count == LANES) {
-        for (; done + LANES <= columns; done += LANES) {
-          Floats tile[LANES];
+  // tokens lie side by side, and as many columns are turned at a time.
+  template <class Position>
+  void write_turned(int64_t image, int64_t patch, int64_t count) const {
+    const int64_t row = prefix_rows + patch, next = tokens.strides[1], apart = tokens.strides[2];
+    const bool are_whole = next == 1 && count == LANES && row >= skipped;
+    each_vector(width, [&](int64_t column, auto n) {
+      const In* from = token(image, patch) + column * apart;
+      Out* to = writable<Out>(out) + (image * length + row) * width + column;
+      const Position* position = elements<Position>(positions) + (row - skipped) * width + column;
+      Floats tile[LANES];
+      if (are_whole && n == LANES) {
 #pragma GCC unroll 16
-          for (int j = 0; j < LANES; j++) tile[j] = load(from + (done + j) * tokens.strides[2]);
-          transpose(tile);
+        for (int j = 0; j < LANES; j++) tile[j] = load(from + j * apart);
+        transpose(tile);
 #pragma GCC unroll 16
-          for (int i = 0; i < LANES; i++) store(turned[i] + done, tile[i]);
-        }
+        for (int i = 0; i < LANES; i++) store(to + i * width, tile[i] + load(position + i * width));
+        return;
       }
       for (int64_t i = 0; i < count; i++) {
-        for (int64_t j = done; j < columns; j++) {
-          turned[i][j] = load_one(from + i * tokens.strides[1] + j * tokens.strides[2]);
-        }
-        const float* values = turned[i];
-        write(image, prefix_rows + patch + i, column, columns, [=](int64_t j, auto n) { return load(values + j, n); });
+        Floats values{};
+        for (int64_t j = 0; j < n; j++) values[j] = load_one(from + j * apart + i * next);
+        store(to + i * width, row + i < skipped ? values : values + load(position + i * width, n), n);
       }
-    }
+    });
   }
 
   // Rows of the result, of all images one after another.
@@ -87,9 +71,9 @@ struct AddPosition {
       } else if (tokens.strides[2] == 1 || width == 1) {
         const In* values = token(image, row - prefix_rows);
         write(image, row, 0, width, [=](int64_t i, auto n) { return load(values + i, n); });
-      } else if (!write_apart(image, row)) {
+      } else {
         rows = least(least(length - row, end - first), LANES);
-        add_turned(image, row - prefix_rows, rows);
+        with_type(positions.type, [&](auto type) { write_turned<decltype(type)>(image, row - prefix_rows, rows); });
       }
       first += rows;
     }

@@ -105,27 +105,68 @@ inline Floats exp_of_negative(Floats x) {
   return select(x < -86.0f, Floats{}, scaled);
 }
 
-// The first half of both, or the second, in turn: a0 b0 a1 b1 ...
-template <bool SECOND, size_t... PLACES>
-inline Floats interleaved(Floats a, Floats b, std::index_sequence<PLACES...>) {
-  constexpr int first = SECOND ? LANES / 2 : 0;
+// The values of both at PLACES, those of `b` counted on from LANES.
+template <int32_t... PLACES>
+inline Floats shuffled(Floats a, Floats b, std::integer_sequence<int32_t, PLACES...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (first + PLACES / 2 + PLACES % 2 * LANES)...);
+  return __builtin_shufflevector(a, b, PLACES...);
 #else
-  return __builtin_shuffle(a, b, Ints{static_cast<int32_t>(first + PLACES / 2 + PLACES % 2 * LANES)...});
+  return __builtin_shuffle(a, b, Ints{PLACES...});
 #endif
 }
 
-// Rows become columns: rows a half apart are interleaved as often as it takes a place to go once around.
+// Of every four lanes the first half, or the second, SIZE values of `a` and of `b` in turn.
+template <int SIZE, bool SECOND, int32_t... I>
+inline Floats halves_of_fours(Floats a, Floats b, std::integer_sequence<int32_t, I...>) {
+  constexpr auto place = [](int32_t i) {
+    return i / 4 * 4 + (SECOND ? 2 : 0) + (SIZE == 2 ? i % 2 : i % 4 / 2) + i % 4 / SIZE % 2 * LANES;
+  };
+  return shuffled(a, b, std::integer_sequence<int32_t, place(I)...>{});
+}
+
+// Every other four lanes of `a`, and behind them of `b`.
+template <bool ODD, int32_t... I>
+inline Floats every_other_four(Floats a, Floats b, std::integer_sequence<int32_t, I...>) {
+  constexpr auto place = [](int32_t i) {
+    const int32_t fours = LANES / 4, four = i / 4 * 2;
+    return (four + ODD) % fours * 4 + i % 4 + (four >= fours ? LANES : 0);
+  };
+  return shuffled(a, b, std::integer_sequence<int32_t, place(I)...>{});
+}
+
+// Rows become columns: those of every 4 by 4 values, and then the fours. Within four lanes, and of whole fours, a
+// shuffle needs no register of places.
 inline void transpose(Floats (&rows)[LANES]) {
-  constexpr std::make_index_sequence<LANES> PLACES{};
-  for (int done = 1; done < LANES; done *= 2) {
-    Floats next[LANES];
-    for (int i = 0; i < LANES / 2; i++) {
-      next[2 * i] = interleaved<false>(rows[i], rows[i + LANES / 2], PLACES);
-      next[2 * i + 1] = interleaved<true>(rows[i], rows[i + LANES / 2], PLACES);
+  constexpr std::make_integer_sequence<int32_t, LANES> I{};
+  constexpr int FOURS = LANES / 4;
+  Floats columns[4][FOURS];
+#pragma GCC unroll 4
+  for (int four = 0; four < FOURS; four++) {
+    const Floats *first = rows + 4 * four, *third = first + 2;
+    const Floats low = halves_of_fours<1, false>(first[0], first[1], I), high = halves_of_fours<1, true>(first[0], first[1], I);
+    const Floats low_of_third = halves_of_fours<1, false>(third[0], third[1], I);
+    const Floats high_of_third = halves_of_fours<1, true>(third[0], third[1], I);
+    columns[0][four] = halves_of_fours<2, false>(low, low_of_third, I);
+    columns[1][four] = halves_of_fours<2, true>(low, low_of_third, I);
+    columns[2][four] = halves_of_fours<2, false>(high, high_of_third, I);
+    columns[3][four] = halves_of_fours<2, true>(high, high_of_third, I);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) {
+    if constexpr (FOURS == 1) {
+      rows[k] = columns[k][0];
+    } else {
+      const Floats even = every_other_four<false>(columns[k][0], columns[k][1], I);
+      const Floats odd = every_other_four<true>(columns[k][0], columns[k][1], I);
+      if constexpr (FOURS == 2) {
+        rows[k] = even, rows[4 + k] = odd;
+      } else {
+        const Floats more_even = every_other_four<false>(columns[k][2], columns[k][3], I);
+        const Floats more_odd = every_other_four<true>(columns[k][2], columns[k][3], I);
+        rows[k] = every_other_four<false>(even, more_even, I), rows[8 + k] = every_other_four<true>(even, more_even, I);
+        rows[4 + k] = every_other_four<false>(odd, more_odd, I), rows[12 + k] = every_other_four<true>(odd, more_odd, I);
+      }
     }
-    for (int i = 0; i < LANES; i++) rows[i] = next[i];
   }
 }
 
