@@ -42,8 +42,8 @@ class Setup(model.Setup):
 
     def accelerated(self, backend: str) -> nn.Module:
         """The same model, accelerated."""
-        # A forced backend would be the blocks' too, which a CPU runs by the library's code otherwise.
-        trunk = self.device.type == "cuda"
+        # A backend that is named is the blocks' too, which a CPU with plain PyTorch leaves to the library's code.
+        trunk = self.device.type == "cuda" or backend == "native"
         return accelerate(self.original(), mean=MEAN, std=STD, backend=backend, trunk=trunk)
 
     def images(self) -> Tensor:

@@ -54,8 +54,8 @@ def accelerate(
         copy_images: keep a copy of uint8 images for the backward pass, for loaders that overwrite a batch before it.
             What torch's own ops overwrite raises an error without it; what numpy or a GPU loader does is not seen.
         trunk: run the additions and norms of the transformer blocks by :func:`fastvit.functional.add_norm`, where the
-            blocks are of a form that is known. On a CPU they stay as they are unless a backend is forced. False: leave
-            the blocks alone.
+            blocks are of a form that is known and the ops are known to pay: on a CPU where the backend "native" is, for
+            batches that are not small, or with a backend named here. False: leave the blocks alone.
         verify: run copies of the model, before and after, on the same batch and compare outputs and every gradient
             (:func:`fastvit.interop.verification.verify_acceleration`); takes the memory of three models while it
             lasts. True: on random images. Images, or the model's arguments by name: on these.

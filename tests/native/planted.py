@@ -1,7 +1,7 @@
 """Faults in the source of the processor's own ops: how they are planted, built and seen.
 
-All faults of some ops are built at once, for the best instruction set of this processor: each is an expression in place
-of one, or statements in place of statements, and a variable says which of them is there.
+All faults of some ops are built at once, for one instruction set: each is an expression in place of one, or statements
+in place of statements, and a variable says which of them is there.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Fault:
     new: str
 
 
-def build(faults: Sequence[Fault], ops: Sequence[str], folder: Path) -> Path:
-    """The library of some ops with all the faults, none of which is there at first."""
+def build(faults: Sequence[Fault], ops: Sequence[str], folder: Path, only: str = "") -> Path:
+    """The library of some ops with all the faults, none of which is there at first; for the best instruction set of
+    this processor, or the one that is named."""
     if native.why_unavailable("cpu"):
         pytest.skip(native.why_unavailable("cpu"))
     import build_native  # which a process that runs the cases has not on its path
@@ -53,13 +54,14 @@ def build(faults: Sequence[Fault], ops: Sequence[str], folder: Path) -> Path:
         if fault.old.endswith(";"):
             switched = f"if ({is_here}) {{ {fault.new} }} else {{ {fault.old} }}"
         path.write_text(text.replace(fault.old, switched))
-    header, runtime = sources / "cpu" / "vector.h", sources / "cpu" / "runtime" / "threads.cpp"
-    header.write_text(f"#pragma once\nextern {SWITCH};\n{header.read_text()}")
+    header, runtime = folder / "planted.h", sources / "cpu" / "runtime" / "threads.cpp"
+    header.write_text(f"#pragma once\nextern {SWITCH};\n")
     runtime.write_text(f"{SWITCH} = 0;\n{runtime.read_text()}")
     toolchain, reason = build_native.plan({build_native.VARIABLE: "1"})
     assert toolchain, reason
-    library, only = folder / "planted.so", native.instruction_set()
-    build_native.build(build_native.native_library(toolchain, sources, ("-Wno-unused",), only=only), library)
+    library, flags = folder / "planted.so", ("-Wno-unused", "-include", str(header))
+    only = only or native.instruction_set()
+    build_native.build(build_native.native_library(toolchain, sources, flags, only=only), library)
     return library
 
 
@@ -68,7 +70,8 @@ def outcomes(library: Path, count: int, cases: str) -> list[str]:
     as the library has the names of the package's.
 
     Args:
-        cases: of these, as "module:NAME", a sequence of (case, compute dtype).
+        cases: of these, as "module:NAME", a sequence of (case, compute dtype). Conversions are looked at too, where
+            the library has add_position, by which they are seen.
     """
     arguments = [sys.executable, "-m", "tests.native.planted", str(library), str(count), cases]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=600)
@@ -79,6 +82,7 @@ def outcomes(library: Path, count: int, cases: str) -> list[str]:
 def _run(library: str, count: str, cases: str) -> None:
     from fastvit.validation import make_inputs
     from fastvit.validation.runner import backend_candidate, check_inputs
+    from tests.native.checks import wrong_conversions
 
     native.LIBRARY = Path(library)
     assert not native.why_unavailable("cpu"), native.why_unavailable("cpu")
@@ -93,7 +97,10 @@ def _run(library: str, count: str, cases: str) -> None:
             for row in check_inputs(candidate, case.op, make_inputs(case, dtype), case.name)
             if row.status != "passed"
         )
-        found.append(next((f"{row.quantity} of {row.case}: {row.reason or row.status}" for row in rows), ""))
+        wrong = next((f"{row.quantity} of {row.case}: {row.reason or row.status}" for row in rows), "")
+        if not wrong and "add_position" in native.ops():
+            wrong = "; ".join(wrong_conversions())
+        found.append(wrong)
     print(json.dumps(found))
 
 
