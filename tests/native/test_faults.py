@@ -24,7 +24,7 @@ FAULTS = (
     Fault("the stream's gradient is lost", "add_norm.cpp", "load(d_sum + place, n)", "Floats{}"),
     Fault("a chunk's last row is dropped", "threads.h", "chunk + 1 < count ? (chunk + 1) * size : rows",
           "chunk + 1 < count ? (chunk + 1) * size - 1 : rows"),
-    Fault("bfloat16 is cut off", "vector.h", "bits + 0x7fff", "bits - ((bits >> 16) & 1)"),
+    Fault("bfloat16 is cut off", "vector.h", "bits + 0x7fff", "bits - (bits >> 16 & 1)"),
     Fault("ties of bfloat16 go up", "vector.h", "((bits >> 16) & 1)", "all_words(1)"),
     Fault("positions begin a row late", "add_position.cpp",
           "pointer_to<Any>(positions) + place", "pointer_to<Any>(positions) + (place - this->width)"),
