@@ -342,6 +342,8 @@ def _attention_backend(qkv: Tensor, bias: Tensor | None, num_heads: int, request
     batch, tokens, width = qkv.shape
     if qkv.device.type != "cpu" or qkv.dtype == torch.float64 or tokens > MOST_TOKENS:
         return ""
+    if _autocast_dtype(qkv) not in (None, qkv.dtype):
+        return ""  # PyTorch's would be cast
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.backends.cuda.flash_sdp_enabled():
         return ""  # sdpa_kernel's setting, which holds on a CPU too
     forced = backends.forced(requested)

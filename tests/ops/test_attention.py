@@ -109,6 +109,15 @@ def test_a_kernel_of_pytorchs_that_is_named_runs(name: str) -> None:
     assert "attention" not in launched()
 
 
+@pytest.mark.parametrize("name", CPU)
+def test_autocast_casts_as_pytorch_does(name: str) -> None:
+    qkv, bias = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [functional.attention(tensor, bias, H, backend=name) for tensor in (qkv, qkv.bfloat16())]
+    assert [tensor.dtype for tensor in found] == [torch.bfloat16] * 2
+    assert launch_counts()["attention", name] == 1
+
+
 def test_a_compiler_is_given_pytorchs() -> None:
     qkv, bias = make()
     compiled = torch.compile(lambda *given: functional.attention(*given, H), fullgraph=True, backend="aot_eager")
