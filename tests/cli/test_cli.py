@@ -165,7 +165,8 @@ def test_train_writes_and_resumes(run: Cli, tmp_path: Path, monkeypatch: pytest.
         ("validate --device tpu", "--device tpu: accepted is one of auto, cpu"),
         (
             "bench nothing",
-            "suite nothing: accepted is one of add_norm, add_position, attention, bias_act, patch_embed, split_heads, masked",
+            "suite nothing: accepted is one of add_norm, add_position, attention, bias_act, patch_embed, split_heads, "
+            "masked",
         ),
         ("bench --size huge", "--size huge: accepted is one of tiny, small, full"),
         ("bench --threads 0", "--threads"),
