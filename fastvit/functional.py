@@ -334,6 +334,8 @@ def attention(
 
 
 def _scale(scale: float | None, qkv: Tensor, num_heads: int) -> float:
+    if not isinstance(scale, (int, float, type(None))):
+        raise TypeError(f"scale: expected a number, got {scale!r}")
     return (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
 
 

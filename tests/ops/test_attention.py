@@ -141,6 +141,12 @@ def test_float64_and_a_backend_without_it_are_put_together() -> None:
         functional.attention(qkv.float(), bias, H, backend="cuda")
 
 
+def test_a_scale_is_a_number() -> None:
+    with pytest.raises(TypeError, match="scale: expected a number, got 'large'"):
+        functional.attention(*make(), H, scale="large")  # type: ignore[arg-type]
+    assert launched() == set()
+
+
 def test_flops_are_those_of_its_two_products() -> None:
     qkv, bias = make()
     with FlopCounterMode(display=False) as counter:
