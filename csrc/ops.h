@@ -108,7 +108,7 @@ void split_heads_backward(const View& d_q, const View& d_k, const View& d_v, con
 void attention(const View& qkv, int64_t heads, float scale, const View& out, const View& logsums, const Queue& queue);
 
 // grad: [B, T, D] → d_qkv: as qkv; sums: [3D] float32, its sums over B and T, or none.
-void attention_backward(const View& qkv, int64_t heads, float scale, const View& grad,
-                        const View& logsums, const View& d_qkv, const View& sums, const Queue& queue);
+void attention_backward(const View& qkv, int64_t heads, float scale, const View& grad, const View& logsums,
+                        const View& d_qkv, const View& sums, const Queue& queue);
 
 }  // namespace fastvit

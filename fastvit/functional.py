@@ -282,6 +282,12 @@ def split_heads(
         ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
     """
     checks.check_heads(qkv, bias, num_heads)
+    return _split_heads(qkv, bias, num_heads, backend)
+
+
+def _split_heads(
+    qkv: Tensor, bias: Tensor | None, num_heads: int, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
     width = qkv.shape[-1]
     mode, parameters = _mode((qkv, bias)), qkv.dtype if bias is None else bias.dtype
     problem = ("split_heads", mode, qkv.dtype, parameters, qkv.dtype, (width,), False)
@@ -322,13 +328,13 @@ def attention(
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
     """
+    checks.check_heads(qkv, bias, num_heads)
     if attn_mask is None and not dropout and not is_causal:
-        checks.check_heads(qkv, bias, num_heads)
         name = _attention_backend(qkv, bias, num_heads, backend)
         if name:
             _tell_counter()
             return _ATTENTION(qkv, bias, num_heads, _scale(scale, qkv, num_heads), name)[0]
-    q, k, v = split_heads(qkv, bias, num_heads, backend=backend)
+    q, k, v = _split_heads(qkv, bias, num_heads, backend)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, scale=scale)
     return out.transpose(1, 2).flatten(2)
 

@@ -36,16 +36,17 @@ struct Rows {
   int64_t count, width, stride;
 
   T* row(int64_t i) const { return data + i * stride; }
+  // Values `first` to `end` of a row in float32, and zeros behind them to whole vectors.
+  void read(int64_t i, int64_t first, int64_t end, float* to) const {
+    each_vector(end - first, [&](int64_t k, auto n) { store(to + k, load(row(i) + first + k, n)); });
+  }
 
   int64_t panel_size() const { return count * TILE_COLUMNS; }
   // As the panels of a product along the rows.
   void pack(float* to) const {
-    for (int64_t column = 0; column < width; column += TILE_COLUMNS) {
-      const int64_t columns = least(width - column, TILE_COLUMNS);
-      for (int64_t i = 0; i < count; i++, to += TILE_COLUMNS) {
-        const T* from = row(i) + column;
-        each_vector(columns, [&](int64_t k, auto n) { store(to + k, load(from + k, n)); });
-      }
+    const auto read_row = [&](auto... which) { read(which...); };
+    for (int64_t column = 0; column < width; column += TILE_COLUMNS, to += panel_size()) {
+      pack_panel<Float32>(0, count, column, least(column + TILE_COLUMNS, width), read_row, to);
     }
   }
 
@@ -70,9 +71,7 @@ struct Rows {
     if constexpr (std::is_same_v<std::remove_const_t<T>, float>) {
       return {row(first), rows, width, stride};
     } else {
-      for (int64_t i = 0; i < rows; i++) {
-        each_vector(width, [&](int64_t k, auto n) { store(room + i * padded(width) + k, load(row(first + i) + k, n)); });
-      }
+      for (int64_t i = 0; i < rows; i++) read(first + i, 0, width, room + i * padded(width));
       return {room, rows, width, padded(width)};
     }
   }

@@ -143,7 +143,8 @@ inline void transpose(Floats (&rows)[LANES]) {
 #pragma GCC unroll 4
   for (int four = 0; four < FOURS; four++) {
     const Floats *first = rows + 4 * four, *third = first + 2;
-    const Floats low = halves_of_fours<1, false>(first[0], first[1], I), high = halves_of_fours<1, true>(first[0], first[1], I);
+    const Floats low = halves_of_fours<1, false>(first[0], first[1], I);
+    const Floats high = halves_of_fours<1, true>(first[0], first[1], I);
     const Floats low_of_third = halves_of_fours<1, false>(third[0], third[1], I);
     const Floats high_of_third = halves_of_fours<1, true>(third[0], third[1], I);
     columns[0][four] = halves_of_fours<2, false>(low, low_of_third, I);

@@ -49,11 +49,6 @@ FAULTS = tuple(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Switched:
-    return Switched(FAULTS, tmp_path_factory.mktemp("planted"))
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_is_caught(planted: Switched, fault: Fault) -> None:
     planted.expect_caught(fault, CASES)

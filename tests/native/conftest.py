@@ -14,6 +14,7 @@ import pytest
 from build_extension import WORK, Library, Toolchain, build
 
 from fastvit import native
+from tests.native import planted
 
 HERE = Path(__file__).resolve().parent
 
@@ -56,3 +57,13 @@ def one_set(toolchain: Toolchain, name: str, *flags: str) -> tuple[Library, Path
     target = WORK / name / build_native.LIBRARY
     build(library, target)
     return library, target
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What shows each of a file's FAULTS, by its name, and what is wrong without one, by ""; "" for nothing. The file
+    says which OPS are built, perhaps the ONLY instruction set, and its CASES."""
+    file = request.module
+    library = planted.build(file.FAULTS, file.OPS, tmp_path_factory.mktemp("planted"), getattr(file, "ONLY", ""))
+    names = ["", *(fault.name for fault in file.FAULTS)]
+    return dict(zip(names, planted.outcomes(library, len(file.FAULTS), f"{file.__name__}:CASES"), strict=True))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from fastvit.validation import AttentionCase
 from fastvit.validation.cases import cases_for
-from tests.native.planted import Fault, build, outcomes
+from tests.native.planted import Fault
 
 # Small ones of each kind, and sums that are longer than one chain.
 LONG = AttentionCase("long", batch=1, tokens=300, heads=1, width=17)
@@ -17,6 +15,7 @@ CASES = tuple(
     (case, dtype) for dtype in (torch.float32, torch.bfloat16) for case in (*cases_for("attention", large=False), LONG)
 )
 
+OPS = ("attention",)
 FILE = "attention.cpp"
 FAULTS = (
     Fault("scores without their scale", FILE, "exponentials(scores + i * op.score_columns, op.tokens, op.scale)",
@@ -43,13 +42,6 @@ FAULTS = (
     Fault("sums of a tile's first row", FILE, "load(from + i * op.columns + k)", "load(from + k)"),
     Fault("the first row's sum for all of a tile", FILE, "of_row[i].logsum", "of_row[0].logsum"),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    library = build(FAULTS, ("attention",), tmp_path_factory.mktemp("planted"))
-    names = ["", *(fault.name for fault in FAULTS)]
-    yield dict(zip(names, outcomes(library, len(FAULTS), f"{__name__}:CASES"), strict=True))
 
 
 def test_without_a_fault_nothing_is_wrong(found: dict[str, str]) -> None:

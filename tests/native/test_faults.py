@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from fastvit.validation.cases import cases_for
-from tests.native.planted import Fault, build, outcomes
+from tests.native.planted import Fault
 
 OPS = ("add_norm", "add_position", "bias_act", "split_heads")
+ONLY = "portable"  # which rounds to bfloat16 by itself
 CASES = tuple(
     (case, dtype) for dtype in (torch.float32, torch.bfloat16) for op in OPS for case in cases_for(op, large=False)
 )
@@ -30,14 +29,6 @@ FAULTS = (
           "pointer_to<Any>(positions) + place", "pointer_to<Any>(positions) + (place - this->width)"),
     Fault("the slope forgets the density", "bias_act.cpp", "cdf + x * (0.3989422804f * power)", "cdf"),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    # What every processor has rounds to bfloat16 by itself.
-    library = build(FAULTS, OPS, tmp_path_factory.mktemp("planted"), only="portable")
-    names = ["", *(fault.name for fault in FAULTS)]
-    yield dict(zip(names, outcomes(library, len(FAULTS), f"{__name__}:CASES"), strict=True))
 
 
 def test_without_a_fault_nothing_is_wrong(found: dict[str, str]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from fastvit.validation import PatchEmbedCase
 from fastvit.validation.cases import cases_for
-from tests.native.planted import Fault, build, outcomes
+from tests.native.planted import Fault
 
 # Small ones of each kind, and one of several blocks of rows, parts of the outputs and panels of the pixels.
 NAMES = (
@@ -23,6 +21,7 @@ CASES = tuple(
     for case in (*(case for case in cases_for("patch_embed", large=False) if case.name in NAMES), PARTS)
 )
 
+OPS = ("patch_embed", "add_position")
 EMBED, PATCHES, PRODUCT = "patch_embed.cpp", "patches.h", "product.h"
 FAULTS = (
     Fault("the bias dropped", EMBED, "load(bias_ + column + j)", "Floats{}"),
@@ -46,13 +45,6 @@ FAULTS = (
     Fault("rows of the tile before", PRODUCT, "write(tile, row, least(TILE_ROWS, end_row - row), column);",
           "write(tile, start_row, least(TILE_ROWS, end_row - row), column);"),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    library = build(FAULTS, ("patch_embed", "add_position"), tmp_path_factory.mktemp("planted"))
-    names = ["", *(fault.name for fault in FAULTS)]
-    yield dict(zip(names, outcomes(library, len(FAULTS), f"{__name__}:CASES"), strict=True))
 
 
 def test_without_a_fault_nothing_is_wrong(found: dict[str, str]) -> None:
