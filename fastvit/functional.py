@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from fastvit import backend as backends
 from fastvit import checks, ops, reference
 from fastvit.native.attention import MOST_TOKENS
 from fastvit.ops import Op
+from fastvit.ops.add_norm import Arguments as NormArguments
 from fastvit.ops.add_norm import norm_alone
-from fastvit.ops.split_heads import SplitHeads
+from fastvit.ops.split_heads import SplitHeads, split
 from fastvit.tuning import FORWARD, TRAINING
 
 __all__ = ["add_norm", "add_position", "attention", "bias_act", "patch_embed", "split_heads"]
@@ -176,6 +177,34 @@ def add_norm(
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`patch_embed`.
     """
+    return call_add_norm(
+        settle_add_norm(
+            residual, branch, bias, scale, keep, weight, norm_bias, eps, rms, residual_dtype, dtype, backend
+        )
+    )
+
+
+def call_add_norm(call: NormArguments) -> tuple[Tensor, Tensor]:
+    """:func:`add_norm` of arguments that are settled."""
+    total, normed, _ = _call(norm_alone if call.branch is None else _ADD_NORM, call)
+    return total if total.shape == call.residual.shape else call.residual, normed
+
+
+def settle_add_norm(
+    residual: Tensor,
+    branch: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    residual_dtype: torch.dtype | None,
+    dtype: torch.dtype | None,
+    backend: str | None,
+) -> NormArguments:
+    """The op's arguments from those of :func:`add_norm`, checked, with dtypes and backend settled."""
     checks.check_residual_and_branch(residual, branch)
     for name, vector in (("bias", bias), ("scale", scale), ("weight", weight), ("norm_bias", norm_bias)):
         checks.check_vector(name, vector, residual)
@@ -194,9 +223,7 @@ def add_norm(
     dim = residual.shape[-1]
     problem = (residual.dtype, residual.dtype if branch is None else branch.dtype, dtype, (dim,), scale is not None)
     arguments = (residual, branch, bias, scale, keep, weight, norm_bias, eps, rms, sum_dtype, dtype)
-    op = norm_alone if branch is None else _ADD_NORM
-    total, normed, _ = _run(op, arguments, backend, problem, residual.numel() // dim)
-    return total if total.shape == residual.shape else residual, normed
+    return NormArguments(*arguments, _backend(_ADD_NORM, arguments, backend, problem, residual.numel() // dim))
 
 
 def bias_act(
@@ -249,6 +276,19 @@ def bias_act(
     return _run(_BIAS_ACT, (x, bias, up, up_bias, act, gate_last, dtype), backend, problem, x.numel() // features)
 
 
+def act_backend(
+    like: Tensor, weight: Tensor, bias: Tensor | None, requested: str | None, dtype: torch.dtype, trained: bool
+) -> str:
+    """The backend that :func:`bias_act` takes for x [..., F] of this dtype, the product of `like` and a weight [F, D];
+    "" where the bias [F] does not fit, which the op says better."""
+    features = weight.shape[0]
+    if bias is not None and (bias.shape != (features,) or bias.dtype not in checks.FLOAT_DTYPES):
+        return ""
+    mode, parameters = TRAINING if trained else FORWARD, dtype if bias is None else bias.dtype
+    problem = ("bias_act", mode, dtype, parameters, dtype, (features,), False)
+    return _choose(like.device, (like, bias), dtype, requested, problem, like.numel() // like.shape[-1])
+
+
 def split_heads(
     qkv: Tensor, bias: Tensor | None, num_heads: int, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,16 +328,20 @@ def split_heads(
 def _split_heads(
     qkv: Tensor, bias: Tensor | None, num_heads: int, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    width = qkv.shape[-1]
-    mode, parameters = _mode((qkv, bias)), qkv.dtype if bias is None else bias.dtype
-    problem = ("split_heads", mode, qkv.dtype, parameters, qkv.dtype, (width,), False)
-    name = _choose(qkv.device, (qkv, bias), qkv.dtype, backend, problem, qkv.numel() // width * num_heads)
+    name = _heads_backend(qkv, bias, num_heads, backend)
     is_exported = torch.compiler.is_exporting()
-    if is_exported and mode == FORWARD:
+    if is_exported and _mode((qkv, bias)) == FORWARD:
         bias = None  # it is there for its gradient alone
     if name == "reference" or is_exported or torch.jit.is_tracing():  # programs are of standard operators
         return reference.split_heads(qkv, bias, num_heads)
     return SplitHeads.apply(qkv, bias, num_heads, name)
+
+
+def _heads_backend(qkv: Tensor, bias: Tensor | None, num_heads: int, requested: str | None) -> str:
+    width = qkv.shape[-1]
+    parameters = qkv.dtype if bias is None else bias.dtype
+    problem = ("split_heads", _mode((qkv, bias)), qkv.dtype, parameters, qkv.dtype, (width,), False)
+    return _choose(qkv.device, (qkv, bias), qkv.dtype, requested, problem, qkv.numel() // width * num_heads)
 
 
 def attention(
@@ -339,6 +383,34 @@ def attention(
     return out.transpose(1, 2).flatten(2)
 
 
+class SettledAttention(NamedTuple):
+    """:func:`attention` of qkv of one form, checked."""
+
+    run: Callable[[Tensor, Tensor | None], Tensor]  # of qkv and bias
+    of_heads: Callable[[Tensor, Tensor, Tensor], Tensor] | None  # of queries, keys and values, where it goes by these
+    backend: str  # of the gradient of what splits them
+
+
+def settle_attention(
+    qkv: Tensor, bias: Tensor | None, num_heads: int, requested: str | None, *, dropout: float = 0.0, **options: Any
+) -> SettledAttention:
+    """:func:`attention` of qkv and bias like these, checked and with a backend chosen, where nothing watches ops."""
+    checks.check_heads(qkv, bias, num_heads)
+    name = "" if dropout or options else _attention_backend(qkv, bias, num_heads, requested)
+    if name:
+        scale = _scale(None, qkv, num_heads)
+        return SettledAttention(lambda qkv, bias: _ATTENTION(qkv, bias, num_heads, scale, name)[0], None, "")
+    name = _heads_backend(qkv, bias, num_heads, requested)
+
+    def of_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
+        return out.transpose(1, 2).flatten(2)
+
+    if name == "reference":
+        return SettledAttention(lambda qkv, bias: of_heads(*reference.split_heads(qkv, bias, num_heads)), None, "")
+    return SettledAttention(lambda qkv, bias: of_heads(*split(qkv, bias, num_heads, name)), of_heads, name)
+
+
 def _scale(scale: float | None, qkv: Tensor, num_heads: int) -> float:
     if not isinstance(scale, (int, float, type(None))):
         raise TypeError(f"scale: expected a number, got {scale!r}")
@@ -364,7 +436,12 @@ def _attention_backend(qkv: Tensor, bias: Tensor | None, num_heads: int, request
 
 
 def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tuple[Any, ...], rows: int) -> Any:
-    """Choose a backend, and take the shortest way to it.
+    """Choose a backend and call the op; arguments as in :func:`_backend`."""
+    return _call(op, (*arguments, _backend(op, arguments, requested, problem, rows)))
+
+
+def _backend(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tuple[Any, ...], rows: int) -> str:
+    """The backend for a call.
 
     Args:
         arguments: the op's, but for the backend: tensors first, the result's dtype last.
@@ -374,13 +451,17 @@ def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tup
     """
     _tell_counter()
     tensors = arguments[: op.tensors]
-    mode = _mode(tensors)
-    name = _choose(tensors[0].device, tensors, arguments[-1], requested, (op.name, mode, *problem), rows)
-    if name == "reference":
-        if ops.is_plain(*tensors):
-            op.check(*arguments, name)
-        return op.plain(*arguments, name)
-    return op(*arguments, name)
+    problem = (op.name, _mode(tensors), *problem)
+    return _choose(tensors[0].device, tensors, arguments[-1], requested, problem, rows)
+
+
+def _call(op: Op, arguments: tuple[Any, ...]) -> Any:
+    """By the shortest way; the backend is the last of the arguments."""
+    if arguments[-1] != "reference":
+        return op(*arguments)
+    if ops.is_plain(*arguments[: op.tensors]):
+        op.check(*arguments)
+    return op.plain(*arguments)
 
 
 def _tell_counter() -> None:

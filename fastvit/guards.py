@@ -6,6 +6,7 @@ tens of nanoseconds a fact, and under torch.compile become guards of the graph.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "Snapshot",
     "attribute",
     "full_name",
     "is_transformed",
@@ -106,6 +108,63 @@ def attribute(module: nn.Module | None, name: str) -> Any:
     if value is None and hasattr(type(module), name):
         return getattr(module, name)
     return value
+
+
+_HOOKS = operator.itemgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_UNREAD = frozenset(vars(nn.Module())) - {"training"} | {"fastvit_kept"}  # what torch has, and who keeps a snapshot
+
+
+class Snapshot:
+    """What the modules of a tree were, down to each attribute, hook and parameter, to see in microseconds whether they
+    still are: what was found out about them then holds now.
+
+    An attribute that is changed from within, such as a list, is not seen, nor are buffers, nor the values of
+    parameters but for their dtype and shape. What nn.Identity has besides hooks does nothing.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        active = [inner for inner in modules if type(inner) is not nn.Identity]
+        self._modules, self._attributes = modules, [vars(inner) for inner in modules]
+        self._lengths, self._classes = [*map(len, self._attributes)], [*map(type, modules)]
+        self._kinds: list[Any] = [*dict.fromkeys(self._classes)]
+        self._forwards = [kind.forward for kind in self._kinds]
+        read = [["training", *(name for name in vars(inner) if name not in _UNREAD)] for inner in active]
+        self._readers = [(operator.itemgetter(*names), vars(inner)) for names, inner in zip(read, active, strict=True)]
+        self._holders = [vars(inner) for inner in active if inner._parameters or inner._modules]
+        self._contents, self._values = self._contents_now(), self._values_now()
+        self._is_comparable = not any(isinstance(value, Tensor) for values in self._values for value in values)
+        self._parameters = [value for value in self._contents if isinstance(value, Tensor)]
+        self._forms = self._forms_now()
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        if any(map(any, map(_HOOKS, self._attributes))) or [*map(len, self._attributes)] != self._lengths:
+            return False
+        if [*map(type, self._modules)] != self._classes or [kind.forward for kind in self._kinds] != self._forwards:
+            return False
+        contents = self._contents_now()
+        if len(contents) != len(self._contents) or not all(map(operator.is_, contents, self._contents)):
+            return False
+        try:
+            values_are = self._is_comparable and self._values_now() == self._values
+            return bool(values_are) and self._forms_now() == self._forms
+        except Exception:  # an attribute is gone, or can't be compared
+            return False
+
+    def _values_now(self) -> list[Any]:
+        return [reader(attributes) for reader, attributes in self._readers]
+
+    def _contents_now(self) -> list[Any]:
+        found: list[Any] = []
+        for attributes in self._holders:
+            found += attributes["_parameters"].values()
+            found += attributes["_modules"].values()
+        return found
+
+    def _forms_now(self) -> list[Any]:
+        # That of another device no op takes.
+        return [value.dtype for value in self._parameters] + [value.shape for value in self._parameters]
 
 
 def is_transformed() -> bool:

@@ -400,8 +400,18 @@ def forced_configuration(
         _forced = previous
 
 
+_resets = 0
+
+
+def resets() -> int:
+    """How often :func:`reset` was called: what was chosen before holds no longer."""
+    return _resets
+
+
 def reset() -> None:
     """Forget what was read, so that the next call looks for tables again (code that is compiled already does not)."""
+    global _resets
+    _resets += 1
     _found.clear()
     source.cache_clear()
     table_of.cache_clear()

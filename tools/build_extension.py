@@ -328,8 +328,11 @@ def _kernels(sources: Path, *, with_sm90a: bool) -> list[Path]:
 
 
 def _binding(sources: Path) -> list[Path]:
-    """Those of what there are kernels for: some ops are for the processor alone."""
-    return [path for path in sorted((sources / "torch").glob("*.cpp")) if (sources / f"{path.stem}.cu").exists()]
+    """All but those of ops that are for the processor alone."""
+    of_processor = {path.stem for path in (sources / "cpu").glob("*.cpp")}
+    of_gpu = {path.stem for path in sources.glob("*.cu")}
+    found = sorted((sources / "torch").glob("*.cpp"))
+    return [path for path in found if path.stem in of_gpu or path.stem not in of_processor]
 
 
 def headers(toolchain: Toolchain) -> str:

@@ -114,7 +114,7 @@ def pretend_to_be_cuda() -> None:
     from fastvit import backend
 
     backend._REASONS["cuda"] = lambda device_type: ""
-    both_ways = ("patch_embed", "add_position", "add_norm", "bias_act")
+    both_ways = ("patch_embed", "add_position", "add_norm", "bias_act", "half_block")
     names = [f"{op}{way}_cuda" for op in both_ways for way in ("", "_backward")]
     for name in (*names, "split_heads_backward_cuda"):
         setattr(torch.ops.fastvit, name, getattr(torch.ops.fastvit_host, name))

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../ops.h"
+#include "blocks.h"
 #include "rows.h"
 
 namespace fastvit {
@@ -28,6 +29,8 @@ AddNormInputs read_inputs(Call& call, const char* name, const Tensor& residual, 
   inputs.rms = rms;
   return inputs;
 }
+
+}  // namespace
 
 // residual and branch [..., D], vectors [D], keep [B] → sum in sum_dtype (of size 0 without a branch), normed in dtype,
 // and [2, rows] float32: mean and 1/deviation of every row
@@ -85,7 +88,6 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_backward_cuda(
   return {d_residual, d_branch, d_vectors};
 }
 
-}  // namespace
 }  // namespace fastvit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTVIT_NAMESPACE, m) {

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../ops.h"
+#include "blocks.h"
 #include "rows.h"
 
 namespace fastvit {
@@ -31,6 +32,8 @@ BiasActInputs read_inputs(Call& call, const Tensor& x, const MaybeTensor& bias, 
   inputs.linear = static_cast<float>(linear), inputs.cubic = static_cast<float>(cubic);
   return inputs;
 }
+
+}  // namespace
 
 // x and up [..., F], bias and up_bias [F], or x [..., 2F] and bias [2F] with gate_last → [..., F] in dtype; function,
 // linear and cubic as fastvit/cpu/bias_act.py describes them
@@ -71,7 +74,6 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_backward_cuda(const Tensor& d_out, c
   return {d_x, d_up, sums};
 }
 
-}  // namespace
 }  // namespace fastvit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTVIT_NAMESPACE, m) {

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../ops.h"
+#include "blocks.h"
 #include "rows.h"
 
 namespace fastvit {
@@ -19,6 +20,8 @@ void check_like(const char* name, const View& gradient, const View& d_q) {
   require(fits, name, ": shape ", gradient, ", but d_q has ", d_q, "; they must match");
   check_same_type(name, gradient, "d_q", d_q);
 }
+
+}  // namespace
 
 // Three of [B, H, T, D/H], of any strides → [B, T, 3D]; and its float32 sums over batch and tokens (of size 0 without a
 // bias)
@@ -39,7 +42,6 @@ std::tuple<Tensor, Tensor> split_heads_backward_cuda(const Tensor& d_q, const Te
   return {d_qkv, sums};
 }
 
-}  // namespace
 }  // namespace fastvit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTVIT_NAMESPACE, m) {

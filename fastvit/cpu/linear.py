@@ -1,4 +1,4 @@
-"""Linear layers on a CPU, by the faster of the two libraries that PyTorch brings; `fastvit.cpu.gemm` says which."""
+"""Linear layers, on a CPU by the faster of the two libraries that PyTorch brings; `fastvit.cpu.gemm` says which."""
 
 from __future__ import annotations
 
@@ -48,14 +48,18 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
         # A derivative of this is wanted where gradients are on, and oneDNN's op has none.
         multiply = _by_torch if torch.is_grad_enabled() else _multiply
         return (
             multiply(grad, weight.t(), None) if need_x else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
-            rows.sum(0) if need_bias else None,
+            weight_gradient(grad, x) if need_weight else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None,
         )
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """[F, D] of the gradient [..., F] of a product and of what it was made from, [..., D]."""
+    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastvit import trunk
+from fastvit import branches, trunk
 from fastvit.guards import attribute, full_name
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_table
 from fastvit.interop.trunk import TrunkBlock
@@ -294,26 +294,26 @@ class Layer(TrunkBlock):
             if family in {host.rpartition(".")[0] for host in cls.hosts}:
                 kind = next((kind for kind in known if type(part).__name__.endswith(kind)), "")
                 if kind:
-                    trunk.know(branches={type(part).forward: known[kind]})
+                    branches.know(branches={type(part).forward: known[kind]})
             for act in part._modules.values():
                 known_act = _ACTS.get(type(act).__name__)
                 if known_act and type(act).__module__ == "transformers.activations":
-                    trunk.know(acts={type(act).forward: known_act})
+                    branches.know(acts={type(act).forward: known_act})
         for half in cls.form:
             scale, drop_path = (attribute(module, name) if name else None for name in (half.scale, half.drop_path))
             if isinstance(scale, nn.Module) and type(scale).__name__.endswith("LayerScale"):
-                trunk.know(scales={type(scale).forward: "lambda1"})
+                branches.know(scales={type(scale).forward: "lambda1"})
             if isinstance(drop_path, nn.Module) and type(drop_path).__name__.endswith("DropPath"):
-                trunk.know(drop_paths=[type(drop_path).forward])
+                branches.know(drop_paths=[type(drop_path).forward])
 
 
-_GATED = trunk.mlp("gate_proj", "act_fn", last="down_proj", up="up_proj")
+_GATED = branches.mlp("gate_proj", "act_fn", last="down_proj", up="up_proj")
 _BRANCHES = {
     "GatedMLP": _GATED,
     "SwiGLUFFN": _GATED,
-    "Attention": trunk.WHOLE,
-    "DINOv3ViTMLP": trunk.mlp("up_proj", "act_fn", last="down_proj"),
-    "MLP": trunk.mlp("fc1", "activation_fn", last="fc2"),
+    "Attention": branches.WHOLE,
+    "DINOv3ViTMLP": branches.mlp("up_proj", "act_fn", last="down_proj"),
+    "MLP": branches.mlp("fc1", "activation_fn", last="fc2"),
 }
 # The library's own activations, by the names of their classes.
 _ACTS: dict[str, Callable[[Any], str]] = {

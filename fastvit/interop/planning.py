@@ -19,7 +19,7 @@ from fastvit.interop.trunk import Blocks
 __all__ = ["Step", "check_module", "first_convolution", "plan", "put_in", "restore"]
 
 # What an accelerated module has beside its own attributes.
-OURS = ("fastvit_settings", "fastvit_looked", "fastvit_door")
+OURS = ("fastvit_settings", "fastvit_looked", "fastvit_door", "fastvit_kept")
 
 Model = TypeVar("Model", bound=nn.Module)
 

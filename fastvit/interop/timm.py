@@ -14,7 +14,7 @@ from timm.models import beit, eva
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from fastvit import trunk
+from fastvit import branches, trunk
 from fastvit.guards import attribute, full_name
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_part, why_not_table
 from fastvit.interop.surgery import own_class
@@ -415,18 +415,18 @@ def _quick_gelu(act: Any) -> str:
     return "" if getattr(act, "inplace", False) else "quick_gelu"
 
 
-trunk.know(
+branches.know(
     norms={layers.LayerNorm.forward: False, layers.RmsNorm.forward: True},
     scales={layers.LayerScale.forward: "gamma"},
     drop_paths=[layers.DropPath.forward],
     branches={
-        layers.Attention.forward: trunk.ATTENTION,
-        eva.EvaAttention.forward: trunk.WHOLE,
-        layers.AttentionRope.forward: trunk.WHOLE,
-        beit.Attention.forward: trunk.WHOLE,
-        layers.Mlp.forward: trunk.MLP,
-        layers.GluMlp.forward: trunk.MLP,
-        layers.SwiGLU.forward: trunk.SWIGLU,
+        layers.Attention.forward: branches.ATTENTION,
+        eva.EvaAttention.forward: branches.WHOLE,
+        layers.AttentionRope.forward: branches.WHOLE,
+        beit.Attention.forward: branches.WHOLE,
+        layers.Mlp.forward: branches.MLP,
+        layers.GluMlp.forward: branches.MLP,
+        layers.SwiGLU.forward: branches.SWIGLU,
     },
     acts={layers.GELUTanh.forward: lambda _: "gelu_tanh", layers.QuickGELU.forward: _quick_gelu},
 )

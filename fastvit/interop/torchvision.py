@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit import functional, trunk
-from fastvit.cpu.linear import linear as apply_linear
+from fastvit import branches, trunk
 from fastvit.guards import attribute, why_not_plain, why_not_plain_parameters, why_not_plain_tensor
 from fastvit.interop.host import Fused, Part, why_not_table
 from fastvit.interop.trunk import TrunkBlock
+from fastvit.stream import Result, Setup
 
 __all__ = ["MIXINS", "TRUNK"]
 
@@ -96,29 +96,31 @@ class EncoderBlock(TrunkBlock):
     hosts = ("torchvision.models.vision_transformer.EncoderBlock",)
     form = trunk.Names("ln_1", "self_attention", "dropout"), trunk.Names("ln_2", "mlp")
 
-    def call(self, module: Any, x: Tensor, **options: Any) -> Tensor:
+    @staticmethod
+    def call(module: Any, x: Tensor, **options: Any) -> Tensor:
         if isinstance(module, nn.MultiheadAttention):
             return module(x, x, x, need_weights=False)[0]
         return module(x)
 
-    def _halves(self, setup: trunk.Setup, options: dict[str, Any], ends: bool = False) -> tuple[trunk.Half, trunk.Half]:
+    def _halves(self, setup: Setup, options: dict[str, Any], ends: bool = False) -> tuple[trunk.Half, trunk.Half]:
         first, second = super()._halves(setup, options, ends)
         attention, dropout = attribute(self, "self_attention"), attribute(self, "dropout")
-        if not first.why_whole and trunk.is_dropping(dropout):
+        if not first.why_whole and branches.is_dropping(dropout):
             # The host's result has tokens before samples in memory, and random numbers are drawn in that order.
             whole = "self_attention has a dropout behind it"
-            first = first._replace(branch=lambda x: (self.call(attention, x), None), why_whole=whole)
+            call = self.call
+            first = first._replace(branch=lambda x: Result(call(attention, x.tensor())), why_whole=whole)
         return first, second
 
 
-def _attention(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
+def _plan_attention(module: Any, setup: Setup) -> branches.Run:
     """nn.MultiheadAttention of tokens with themselves, without its copies of packed queries, keys and values."""
-    bias = attribute(module, "in_proj_bias")
-    qkv = apply_linear(x, attribute(module, "in_proj_weight"), None if bias is None else bias.detach())
+    weight, bias = attribute(module, "in_proj_weight"), attribute(module, "in_proj_bias")
     dropout = module.dropout if module.training else 0.0
-    x = functional.attention(qkv, bias, module.num_heads, dropout=dropout, backend=setup.backend)
-    weight, bias = (attribute(attribute(module, "out_proj"), name) for name in ("weight", "bias"))
-    return apply_linear(x, weight), bias
+    attend = branches.attend_packed(weight, bias, module.num_heads, setup, dropout=dropout)
+    out = attribute(module, "out_proj")
+    last = branches.product_of(attribute(out, "weight"), attribute(out, "bias"), setup)
+    return lambda x: last(attend(x))
 
 
 def _why_no_attention(module: Any) -> str:
@@ -128,13 +130,10 @@ def _why_no_attention(module: Any) -> str:
     return why_not_plain(out, nn.modules.linear.NonDynamicallyQuantizableLinear) or why_not_plain_parameters(out)
 
 
-def _mlp(module: Any, x: Tensor, setup: trunk.Setup) -> tuple[Tensor, Tensor | None]:
+def _plan_mlp(module: Any, setup: Setup) -> branches.Run:
     """A linear layer, its activation, dropouts, a linear layer and its dropout."""
     first, act, *between, last, dropout = module._modules.values()
-    x = trunk.activated(first, act, x, setup)
-    for part in between:
-        x = part(x)
-    return trunk.product(last, x, setup, dropout)
+    return branches.plan_mlp(branches.MLPLayers(first, act, between, last, dropout), setup)
 
 
 def _why_no_mlp(module: Any) -> str:
@@ -143,10 +142,10 @@ def _why_no_mlp(module: Any) -> str:
     return "" if fits else "ends in no linear layer and its dropout"
 
 
-trunk.know(
+branches.know(
     branches={
-        nn.MultiheadAttention.forward: trunk.Branch(_attention, _why_no_attention),
-        nn.Sequential.forward: trunk.Branch(_mlp, _why_no_mlp),
+        nn.MultiheadAttention.forward: branches.Branch(_plan_attention, _why_no_attention),
+        nn.Sequential.forward: branches.Branch(_plan_mlp, _why_no_mlp),
     }
 )
 TRUNK: tuple[type[TrunkBlock], ...] = (EncoderBlock,)

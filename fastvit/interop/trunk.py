@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
+from fastvit.branches import has_own_branch, whole
 from fastvit.guards import attribute
 from fastvit.interop.host import Settings, why_not_methods
 from fastvit.interop.surgery import Mixin
-from fastvit.trunk import Half, Names, Setup, Stream, half_of, has_own_branch, run_blocks, run_half, whole, why_not_half
+from fastvit.stream import Setup, Stream
+from fastvit.trunk import Half, Names, half_of, kept, run_blocks, run_half, why_not_half
 
 __all__ = ["Blocks", "TrunkBlock"]
 
@@ -40,7 +43,8 @@ class TrunkBlock(Mixin):
     def learn(cls, module: Any) -> None:
         """Tell the trunk of classes of the host's that this module has inside, where they are known by name alone."""
 
-    def call(self, module: Any, x: Any, **options: Any) -> Any:
+    @staticmethod
+    def call(module: Any, x: Any, **options: Any) -> Any:
         """A branch as it is."""
         return whole(module, x, **options)
 
@@ -64,7 +68,8 @@ class TrunkBlock(Mixin):
         return Setup.of(x, settings.backend, keeps_dtype)
 
     def _run(self, stream: Stream, setup: Setup, options: dict[str, Any], ends: bool = False) -> Stream:
-        for half in self._halves(setup, options, ends):
+        make = functools.partial(self._halves, setup, options, ends)
+        for half in make() if options else kept(self, (setup, ends), make):
             stream = run_half(stream, half, setup)
         return stream
 

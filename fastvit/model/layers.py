@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit import trunk
+from fastvit import branches, trunk
 from fastvit.model.initialisation import trunc_normal_
+from fastvit.stream import Setup, Stream
 
 __all__ = [
     "Attention",
@@ -375,20 +377,26 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        setup = trunk.Setup.of(x, None, self.residual_dtype is not None)
+        setup = Setup.of(x, None, self.residual_dtype is not None)
         if setup is not None:
-            stream = self.stream(trunk.Stream(x), setup, True, attn_mask=attn_mask, is_causal=is_causal)
-            return stream.tensor(setup)
+            options = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+            return self.stream(Stream(x), setup, True, **options).tensor(setup)
         branch = self.attn(self.norm1(self._branch_input(x)), attn_mask=attn_mask, is_causal=is_causal)
         x = self._add(x, self.drop_path1(self.ls1(branch)))
         branch = self.mlp(self.norm2(self._branch_input(x)))
         return self._add(x, self.drop_path2(self.ls2(branch)))
 
-    def stream(self, stream: trunk.Stream, setup: trunk.Setup, ends: bool = False, **options: Any) -> trunk.Stream:
+    def stream(self, stream: Stream, setup: Setup, ends: bool = False, **options: Any) -> Stream:
         """The same on the residual stream, which `ends` here or goes on; options of attention by name."""
+        make = functools.partial(self._halves, setup, ends, options)
+        for half in make() if options else trunk.kept(self, (setup, ends), make):
+            stream = trunk.run_half(stream, half, setup)
+        return stream
+
+    def _halves(self, setup: Setup, ends: bool, options: dict[str, Any]) -> tuple[trunk.Half, trunk.Half]:
         first, second = trunk.TIMM
-        stream = trunk.run_half(stream, trunk.half_of(self, first, setup, **options), setup)
-        return trunk.run_half(stream, trunk.half_of(self, second, setup._replace(ends=ends)), setup)
+        last = setup._replace(ends=ends)
+        return trunk.half_of(self, first, setup, **options), trunk.half_of(self, second, last)
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         # A float32 LayerScale or norm would promote the stream, so the branch comes down to it, never the reverse.
@@ -398,10 +406,10 @@ class Block(nn.Module):
         return x if self.residual_dtype is None else to_module_dtype(x, self)
 
 
-trunk.know(
+branches.know(
     scales={LayerScale.forward: "gamma"},
     drop_paths=[DropPath.forward],
-    branches={Attention.forward: trunk.ATTENTION, Mlp.forward: trunk.MLP, GluMlp.forward: trunk.MLP},
+    branches={Attention.forward: branches.ATTENTION, Mlp.forward: branches.MLP, GluMlp.forward: branches.MLP},
     acts={QuickGELU.forward: lambda _: "quick_gelu"},
 )
 

@@ -31,7 +31,8 @@ from fastvit.model.layers import (
 )
 from fastvit.model.patch_embed import NORMS, PatchEmbed, as_floats, is_given_up, model_normalisation
 from fastvit.positions import resample_pos_embed, sincos_2d
-from fastvit.trunk import Setup, run_blocks
+from fastvit.stream import Setup
+from fastvit.trunk import run_blocks
 
 __all__ = ["VisionTransformer"]
 

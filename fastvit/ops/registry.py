@@ -45,6 +45,7 @@ class Op:
     check: Callable[..., None]  # of values that are only looked at where that needs no wait
     plain: Any  # the same by PyTorch's own ops, a function; None for an op that no caller of the library's makes
     flops: Callable[..., int]  # of its products, from its arguments with shapes in the place of tensors
+    gradients: Any = None  # of a context and those of the results, as `differentiate` was given it
     trained: Callable[..., Any] | None = None  # `call` with its derivative, by a shorter way; see `differentiate`
 
     def __call__(self, *arguments: Any) -> Any:
@@ -147,7 +148,9 @@ def differentiate(
     # The same without torch's dispatcher, and what it does for Python around both directions: tens of microseconds.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(op.name, (torch.autograd.Function,), methods)
-    object.__setattr__(op, "trained", function.apply)
+    object.__setattr__(op, "gradients", gradients)
+    # The class's own `apply` would look for transforms of torch.func, as `is_plain` has.
+    object.__setattr__(op, "trained", super(torch.autograd.Function, function).apply)
 
 
 def derivatives(

@@ -66,3 +66,15 @@ class SplitHeads(torch.autograd.Function):
         has_bias = ctx.needs_input_grad[1]
         d_qkv, sums = split_heads_backward(*grads, has_bias, ctx.backend)
         return d_qkv, sums.to(ctx.bias_dtype) if has_bias else None, None, None
+
+
+# Its own `apply` would look for transforms of torch.func.
+_apply = super(torch.autograd.Function, SplitHeads).apply
+
+
+def split(qkv: Tensor, bias: Tensor | None, num_heads: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`SplitHeads`, by a shorter way, where no transform is at work."""
+    if not torch.is_grad_enabled():
+        return formulas.forward(qkv, num_heads)
+    q, k, v = _apply(qkv, bias, num_heads, backend)
+    return q, k, v

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import backend as backends
-from fastvit import trunk
+from fastvit import stream
 from fastvit.backend import available_backends, use_backend
 from fastvit.interop.trunk import Blocks, TrunkBlock
 from fastvit.peers import import_peer
@@ -250,7 +250,7 @@ def test_report_names_what_runs_as_it_is() -> None:
 
 def test_a_cpu_without_ops_of_its_own_runs_the_librarys_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._REASONS, "native", lambda device_type: "left out of this test")
-    monkeypatch.setattr(trunk, "LEAST_ON_A_CPU", 1)
+    monkeypatch.setattr(stream, "LEAST_ON_A_CPU", 1)
     torch.manual_seed(0)
     model = fastvit.accelerate(timm_vit())
     images = torch.randn(2, 3, SIZE, SIZE)
@@ -275,7 +275,7 @@ def test_a_cpu_with_ops_of_its_own_runs_the_blocks_by_them(monkeypatch: pytest.M
     launched("add_norm")
     expect_the_same(accelerated, untouched)
     assert launched("add_norm") == 0, "too few tokens"
-    monkeypatch.setattr(trunk, "LEAST_ON_A_CPU", 1)
+    monkeypatch.setattr(stream, "LEAST_ON_A_CPU", 1)
     expect_the_same(accelerated, untouched)
     assert launched("add_norm") > 0
     with use_backend("cpu"):
