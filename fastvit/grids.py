@@ -170,7 +170,7 @@ class _Product(torch.autograd.Function):
     """`_product` with a gradient.
 
     A function of its own, rather than torch's two products, because its backward is to have the precision of the
-    forward too where it runs under autocast. Being linear, it is its own derivative, of any order.
+    forward too where it runs under autocast. Further derivatives are torch's of the products in `backward`.
     """
 
     @staticmethod
@@ -181,8 +181,6 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         by_row, by_column = (None if matrix is None else matrix.mT for matrix in ctx.saved_tensors)
-        if torch.is_grad_enabled():  # for a second derivative
-            return _Product.apply(gradients[0], by_row, by_column), None, None
         return _product(gradients[0], by_row, by_column), None, None
 
 

@@ -71,8 +71,8 @@ def resample_pos_embed(
     """Resample a position table to another grid of patches; differentiable.
 
     The table's own grid returns the table itself. Any other grid is interpolated, also one with as many patches:
-    the same values in another arrangement are other positions. Otherwise as timm's `resample_abs_pos_embed`, within 8 eps
-    of the largest position: sums are the same, in another order (see `fastvit.grids`).
+    the same values in another arrangement are other positions. Otherwise as timm's `resample_abs_pos_embed`, within 8
+    eps of the largest position: sums are the same, in another order (see `fastvit.grids`).
 
     Args:
         pos_embed: [1, R + rows · columns, D], or without the leading 1; the R prefix rows are kept as they are.
