@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit.grids import Filter, resample_grid
+
 __all__ = ["numbers_where_traced", "resample_pos_embed", "sincos_2d"]
 
 
@@ -69,7 +71,8 @@ def resample_pos_embed(
     """Resample a position table to another grid of patches; differentiable.
 
     The table's own grid returns the table itself. Any other grid is interpolated, also one with as many patches:
-    the same values in another arrangement are other positions. Otherwise as timm's `resample_abs_pos_embed`.
+    the same values in another arrangement are other positions. Otherwise as timm's `resample_abs_pos_embed`, within 8
+    eps of the largest position: sums are the same, in another order (see `fastvit.grids`).
 
     Args:
         pos_embed: [1, R + rows · columns, D], or without the leading 1; the R prefix rows are kept as they are.
@@ -111,14 +114,9 @@ def resample_pos_embed(
     if old_rows == new_rows and old_columns == new_columns:
         return pos_embed
     prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
-    image = table.reshape(1, old_rows, old_columns, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(
-        image.to(torch.promote_types(image.dtype, torch.float32)),
-        size=(new_rows, new_columns),
-        mode=interpolation,
-        antialias=antialias,
-    )
-    table = image.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)  # [1, new_rows · new_columns, D]
+    table = table.reshape(old_rows, old_columns, table.shape[2])
+    table = resample_grid(table, new_rows, new_columns, Filter(interpolation, antialias))
+    table = table.flatten(0, 1)[None].to(pos_embed.dtype)  # [1, new_rows · new_columns, D]
     return torch.cat([prefix, table], dim=1) if num_prefix_tokens else table
 
 

@@ -10,7 +10,7 @@ from timm import layers
 from timm.layers import resample_abs_pos_embed
 from timm.layers.format import Format
 from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
-from timm.models import beit, eva
+from timm.models import beit, deit, eva, vision_transformer
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from fastvit.interop.surgery import own_class
 from fastvit.interop.trunk import TrunkBlock
 from fastvit.model.layers import autocast_dtype
 from fastvit.model.patch_embed import pad_to_patches
-from fastvit.positions import numbers_where_traced
+from fastvit.positions import numbers_where_traced, resample_pos_embed
 
 __all__ = ["MIXINS", "TRUNK"]
 
@@ -212,14 +212,20 @@ class _Whole(Fused):
         return {name: table for name, table in found.items() if table is not None}
 
     def _positions(self, grid: list[int]) -> Tensor | None:
-        if self.pos_embed is None or not getattr(self, "dynamic_img_size", False):
-            return self.pos_embed
-        return resample_abs_pos_embed(
-            self.pos_embed,
-            new_size=numbers_where_traced(grid),
-            old_size=self.patch_embed.grid_size,
-            num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
-        )
+        table, own = self.pos_embed, self.patch_embed.grid_size
+        if table is None or not getattr(self, "dynamic_img_size", False):
+            return table
+        rows = 0 if self.no_embed_class else self.num_prefix_tokens
+        resample = getattr(self._host_module(), "resample_abs_pos_embed", resample_abs_pos_embed)
+        # Ours gives the same to float32's rounding, in less time, where values are computed here and now. timm's takes
+        # float32 for a table in float64 too, and somebody may have put a function in its place.
+        if torch.compiler.is_compiling() or resample is not resample_abs_pos_embed or table.dtype == torch.float64:
+            return resample(table, new_size=numbers_where_traced(grid), old_size=own, num_prefix_tokens=rows)
+        return resample_pos_embed(table, grid, own, num_prefix_tokens=rows)
+
+    def _host_module(self) -> Any:
+        """The module where the host's code finds its functions."""
+        return vision_transformer
 
 
 class _InPosEmbed(_Whole):
@@ -243,8 +249,13 @@ class VisionTransformer(_InPosEmbed):
     )
 
     def prefix_names(self) -> tuple[str, ...]:
-        is_distilled = any(full_name(base) == self.hosts[1] for base in self._own_class.__mro__)
-        return ("cls_token", "dist_token" if is_distilled else "reg_token")
+        return ("cls_token", "dist_token" if self._is_distilled() else "reg_token")
+
+    def _host_module(self) -> Any:
+        return deit if self._is_distilled() else vision_transformer
+
+    def _is_distilled(self) -> bool:
+        return any(full_name(base) == self.hosts[1] for base in self._own_class.__mro__)
 
     def _pos_embed(self, x: Any) -> Tensor:
         if not isinstance(x, Deferred):
@@ -257,6 +268,9 @@ class Eva(_InPosEmbed):
     """EVA, EVA-02, DINOv3 and the other models with rotary positions."""
 
     hosts = ("timm.models.eva.Eva",)
+
+    def _host_module(self) -> Any:
+        return eva
 
     def _pos_embed(self, x: Any) -> Any:
         if not isinstance(x, Deferred):

@@ -16,6 +16,7 @@ import fastvit
 from fastvit import guards
 from fastvit.interop import acceleration, planning
 from fastvit.interop.host import normalised
+from fastvit.peers import import_peer
 from tests.interop.subjects import (
     LIBRARIES,
     MEAN,
@@ -283,6 +284,29 @@ def test_replaced_method(name: str, in_class: bool, monkeypatch: pytest.MonkeyPa
     # A patch embedding is one call still where its class alone was changed, or another's method around it.
     launches = 0 if method == "forward" or "timm" not in name else 1
     expect_the_library_s(name, model, untouched, launches)
+
+
+RESAMPLING = {
+    "timm-vit-dynamic-size": "vision_transformer",
+    "timm-eva-dynamic-size": "eva",
+}
+
+
+@pytest.mark.parametrize("name", RESAMPLING)
+def test_replaced_resampling(name: str, monkeypatch: pytest.MonkeyPatch):
+    """The function that the host's own code would find in its module."""
+    model, untouched = pair(name)
+    module: Any = import_peer(f"timm.models.{RESAMPLING[name]}")
+    own = module.resample_abs_pos_embed
+    images = normalised(raw_images(size=48), MEAN, STD)
+    before = entry(name).outputs(untouched, images)
+    expect_close(entry(name).outputs(model, images), before)
+    monkeypatch.setattr(module, "resample_abs_pos_embed", lambda *args, **kwargs: 2 * own(*args, **kwargs))
+    want = entry(name).outputs(untouched, images)
+    assert not torch.allclose(want[0], before[0])
+    launched()
+    expect_close(entry(name).outputs(model, images), want)
+    assert launched() == 1
 
 
 def one_row(table: Tensor) -> Tensor:

@@ -41,6 +41,15 @@ def test_sincos_by_hand():
     assert sincos_2d((2, 3), 8, temperature=20.0).ne(sincos_2d((2, 3), 8)).any()
 
 
+def expect_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """To the rounding of float32 sums, which in bfloat16 may fall to the other side."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    eps = torch.finfo(ours.dtype).eps
+    assert (ours - theirs).abs().max() <= 8 * eps * theirs.abs().max()
+    if ours.dtype == torch.bfloat16:
+        assert (ours != theirs).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize(
@@ -53,12 +62,12 @@ def test_resampling_is_that_of_timm(dtype, prefix, old, new, timm):
     ours = resample_pos_embed(table, new, old, num_prefix_tokens=prefix)
     theirs = resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=prefix)
     assert ours.dtype == dtype
-    assert torch.equal(ours, theirs)
+    expect_close(ours, theirs)
     assert torch.equal(ours[:, :prefix], table[:, :prefix])
     assert torch.equal(resample_pos_embed(table[0], new, old, num_prefix_tokens=prefix), ours[0])
     if old[0] == old[1]:
         assert torch.equal(resample_pos_embed(table, new, num_prefix_tokens=prefix), ours)
-        assert torch.equal(
+        expect_close(
             resample_pos_embed(table, new, num_prefix_tokens=prefix, interpolation="bilinear", antialias=False),
             resample_abs_pos_embed(
                 table, list(new), num_prefix_tokens=prefix, interpolation="bilinear", antialias=False

@@ -1,0 +1,304 @@
+"""Tables of positions resampled to other grids, as images are, by a small matrix for each axis.
+
+Every mode of `torch.nn.functional.interpolate` is linear in the image and treats one axis after the other. A table P of
+h × w positions on another grid is therefore A_h · P · A_wᵀ, and its gradient the same product with both matrices
+transposed. The matrices are what torch itself makes of an identity, made once for a size. What results differs from
+`interpolate` by the rounding of sums, less than 8 eps of the largest position. A position that is not finite makes all
+others so, not its neighbours alone.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit.checks import FLOAT_DTYPES, check_dtype, check_tensor, require, shape_of
+from fastvit.guards import is_transformed
+
+__all__ = ["Filter", "axis_matrix", "resample_grid", "resample_grids"]
+
+MODES = ("nearest", "nearest-exact", "area", "bilinear", "bicubic", "lanczos")
+CORNERED = ("bilinear", "bicubic")
+ANTIALIASED = (*CORNERED, "lanczos")
+_COMPUTED = (torch.float32, torch.float64)
+MOST_MATRICES = 256  # of a side of 64 some 4 MB together
+
+
+class Filter(NamedTuple):
+    """How values between grid points are found, in the words of `torch.nn.functional.interpolate`."""
+
+    interpolation: str = "bicubic"
+    antialias: bool = True
+    align_corners: bool | None = None
+
+
+class _Axis(NamedTuple):
+    """All that a matrix depends on."""
+
+    new: int
+    old: int
+    filter: Filter
+    scale: float | None
+    device: torch.device
+    dtype: torch.dtype
+    stream: int  # what another stream of a GPU has made may not be there yet
+
+
+def axis_matrix(
+    new: int,
+    old: int,
+    *,
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    align_corners: bool | None = None,
+    scale: float | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The matrix that resamples one axis of an image: `matrix @ values` has `new` values for `old`.
+
+    Args:
+        interpolation, antialias, align_corners: as `torch.nn.functional.interpolate` takes them.
+        scale: the factor that coordinates are scaled by, where `interpolate` is given a `scale_factor`; old · scale,
+            rounded down, must be `new`. None: by size.
+        device: None: torch's default.
+        dtype: float32, or float64 for tables of float64.
+
+    Returns:
+        [new, old], without a gradient. It is shared with other callers: not to be written to.
+
+    Raises:
+        TypeError, ValueError: an argument that can't be; the message names it.
+    """
+    new, old = _size("new", new), _size("old", old)
+    check_dtype("dtype", dtype, _COMPUTED)
+    how = _checked_filter(interpolation, antialias, align_corners)
+    scale = None if scale is None else _checked_scale("scale", scale, new, old)
+    # A device without a number is what its next tensor gets.
+    device = torch.empty(0, device=device).device
+    return _matrix(new, old, how, scale, device, dtype)
+
+
+def resample_grid(
+    table: Tensor,
+    rows: int,
+    columns: int,
+    how: Filter,
+    scale: tuple[float, float] | None = None,
+) -> Tensor:
+    """A table [h, w, D] on a grid of `rows` × `columns`: [rows, columns, D], in float32, or float64 for float64.
+
+    Its own grid is the table itself, unless a scale is given. Arguments are the caller's to check.
+    """
+    old_rows, old_columns, _ = table.shape
+    if table.dtype not in _COMPUTED:
+        table = table.float()
+    if not _may_keep() or type(table) not in (Tensor, torch.nn.Parameter):
+        # Traced or transformed: torch's own step, which tools know, works for sizes that are symbols, and bakes no
+        # matrix of one size into a graph.
+        image = table[None].permute(0, 3, 1, 2)
+        image = F.interpolate(image, mode=how.interpolation, **_options(how, (rows, columns), scale))
+        return image[0].permute(1, 2, 0)
+    rows, columns, device, dtype = operator.index(rows), operator.index(columns), table.device, table.dtype
+    by_row = by_column = None
+    if rows != old_rows or scale is not None:
+        by_row = _matrix(rows, old_rows, how, None if scale is None else scale[0], device, dtype)
+    if columns != old_columns or scale is not None:
+        by_column = _matrix(columns, old_columns, how, None if scale is None else scale[1], device, dtype)
+    if by_row is None and by_column is None:
+        return table
+    product = _Product.apply if table.requires_grad and torch.is_grad_enabled() else _product
+    return product(table, by_row, by_column)
+
+
+def resample_grids(
+    table: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    align_corners: bool | None = None,
+    scales: Sequence[tuple[float, float]] | None = None,
+) -> Tensor:
+    """The positions of images of many sizes, one image behind the other; differentiable in `table`.
+
+    Each size is resampled once, however many images have it, and nothing waits for the device. The same call gives the
+    same bits, forward and backward.
+
+    Args:
+        table: [h, w, D], the learned positions.
+        sizes: rows and columns of patches of each image, as numbers of Python; constants of a compiled program.
+        interpolation, antialias, align_corners: as `torch.nn.functional.interpolate` takes them. timm's NaFlexViT has
+            ("bicubic", True, None), SigLIP 2 ("bilinear", True, None), DINOv2 ("bicubic", False, None), Qwen3-VL
+            ("bilinear", False, True).
+        scales: the two factors of each image, for models that give `interpolate` a `scale_factor`; None: by size, where
+            an image of h × w has the table as it is.
+
+    Returns:
+        [Σ rows · columns, D], in the dtype of the table; interpolated in float32, or float64 for a float64 table.
+
+    Raises:
+        TypeError, ValueError: an argument that can't be; the message names it.
+    """
+    check_tensor("table", table)
+    if table.dim() != 3 or table.shape[0] < 1 or table.shape[1] < 1:
+        raise ValueError(f"table: expected shape [rows, columns, D], got {shape_of(table)}")
+    check_dtype("table", table.dtype, FLOAT_DTYPES)
+    how = _checked_filter(interpolation, antialias, align_corners)
+    images = _images(table, sizes, scales)
+    if not images:
+        return table.flatten(0, 1)[:0]
+    copies: dict[Any, list[Tensor]] = {}
+    for image, count in Counter(images).items():
+        size, scale = image
+        grid = table if scale is None and size == table.shape[:2] else resample_grid(table, *size, how, scale)
+        # A view an image: its gradient is one stack and one sum for all images of a size, in a fixed order.
+        copies[image] = list(grid.flatten(0, 1).to(table.dtype).expand(count, -1, -1).unbind(0))
+    return torch.cat([copies[image].pop() for image in images])
+
+
+class _Product(torch.autograd.Function):
+    """`_product` with a gradient.
+
+    A function of its own, rather than torch's two products, because its backward is to have the precision of the
+    forward too where it runs under autocast. Further derivatives are torch's of the products in `backward`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, by_row: Tensor | None, by_column: Tensor | None) -> Tensor:
+        ctx.save_for_backward(by_row, by_column)
+        return _product(table, by_row, by_column)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        by_row, by_column = (None if matrix is None else matrix.mT for matrix in ctx.saved_tensors)
+        return _product(gradients[0], by_row, by_column), None, None
+
+
+def _product(table: Tensor, by_row: Tensor | None, by_column: Tensor | None) -> Tensor:
+    """by_row · table · by_columnᵀ, [h, w, D] to [rows, columns, D]; None stands for an identity."""
+    device, dtype = table.device, table.dtype
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return _product(table, by_row, by_column)
+    if dtype == torch.float32 and _rounds_products(device):
+        exact = (None if matrix is None else matrix.double() for matrix in (by_row, by_column))
+        return _product(table.double(), *exact).to(dtype)
+    height, width, dim = table.shape
+    if by_row is not None:
+        height = by_row.shape[0]
+        table = torch.mm(by_row, table.reshape(table.shape[0], width * dim)).view(height, width, dim)  # [rows, w, D]
+    return table if by_column is None else torch.bmm(by_column.expand(height, -1, -1), table)  # [rows, columns, D]
+
+
+def _rounds_products(device: torch.device) -> bool:
+    """Whether torch may multiply float32 at TF32's or bfloat16's precision here, as it never does in `interpolate`."""
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return device.type in ("cuda", "cpu") and backend.matmul.fp32_precision not in ("none", "ieee")
+
+
+def _may_keep() -> bool:
+    """Whether a tensor that is made now is one for later calls too: values, which nothing traces or transforms."""
+    return not torch.compiler.is_compiling() and not is_transformed() and not torch._C._len_torch_dispatch_stack()
+
+
+def _matrix(new: int, old: int, how: Filter, scale: float | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+    stream = 0
+    keeps = _may_keep()
+    if device.type == "cuda" and keeps:
+        # What a graph under capture computes is there when it is replayed, and what it reads must not be freed.
+        keeps = not torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream(device).cuda_stream
+    axis = _Axis(new, old, how, scale, device, dtype, stream)
+    return _kept(axis) if keeps else _made(axis)
+
+
+@lru_cache(maxsize=MOST_MATRICES)  # threads that ask for the same one at a time may each make it; they are equal
+def _kept(axis: _Axis) -> Tensor:
+    # Whoever asks first, the tensor serves all later calls: no inference tensor, none with a history, and none of a
+    # class that a mode of the caller's puts in its place.
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+        return _made(axis)
+
+
+def _made(axis: _Axis) -> Tensor:
+    # A square image, in which nothing changes along the other axis; torch (2.13 too) antialiases one of a single column
+    # wrongly on a CPU.
+    scale = None if axis.scale is None else (axis.scale, 1.0)
+    how = axis.filter
+    identity = torch.eye(axis.old, dtype=axis.dtype, device=axis.device)[None, None]
+    image = F.interpolate(identity, mode=how.interpolation, **_options(how, (axis.new, axis.old), scale))
+    return image[0, 0]
+
+
+def _options(how: Filter, size: tuple[int, int], scale: tuple[float, float] | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"antialias": how.antialias, "align_corners": how.align_corners}
+    return {**options, "size": size} if scale is None else {**options, "scale_factor": scale}
+
+
+def _images(table: Tensor, sizes: Any, scales: Any) -> list[tuple[tuple[int, int], tuple[float, float] | None]]:
+    """Size and scale of each image, checked."""
+    found = [(_size("sizes", rows), _size("sizes", columns)) for rows, columns in _pairs("sizes", sizes)]
+    if scales is None:
+        return [(size, None) for size in found]
+    factors = _pairs("scales", scales)
+    require(len(factors) == len(found), f"scales: {len(factors)} of them for {len(found)} sizes")
+    images: list[tuple[tuple[int, int], tuple[float, float] | None]] = []
+    for size, (by_row, by_column) in zip(found, factors, strict=True):
+        by_row = _checked_scale("scales", by_row, size[0], table.shape[0])
+        images.append((size, (by_row, _checked_scale("scales", by_column, size[1], table.shape[1]))))
+    return images
+
+
+def _pairs(name: str, values: Any) -> list[tuple[Any, Any]]:
+    """A pair for each image."""
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a pair of Python numbers an image, got {type(values).__name__}{_ADVICE}")
+    for value in values:
+        if isinstance(value, Tensor) or not isinstance(value, Sequence):
+            raise TypeError(f"{name}: expected pairs of Python numbers, got {type(value).__name__}{_ADVICE}")
+        if len(value) != 2:  # what is written in words only where it is wrong costs nothing, and can be traced
+            raise ValueError(f"{name}: {value!r} is no pair, rows and columns")
+    return [(value[0], value[1]) for value in values]
+
+
+_ADVICE = "; of a tensor take .tolist(), where waiting for its device does no harm"
+
+
+def _size(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected whole numbers of Python, got {value!r}")
+    size = operator.index(value)
+    if size < 1:
+        raise ValueError(f"{name}: {size} must be at least 1")
+    return size
+
+
+def _checked_scale(name: str, scale: Any, new: int, old: int) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{name}: expected factors as numbers of Python, got {scale!r}")
+    found = math.floor(old * scale) if math.isfinite(scale) else None
+    if found != new:
+        raise ValueError(f"{name}: a factor of {scale} makes {found} of {old}, not {new}")
+    return float(scale)
+
+
+def _checked_filter(interpolation: str, antialias: bool, align_corners: bool | None) -> Filter:
+    """The filter, with one spelling for what is the same."""
+    require(interpolation in MODES, f"interpolation: {interpolation!r} is not one of {', '.join(MODES)}")
+    if antialias not in (False, True) or align_corners not in (None, False, True):
+        raise TypeError(f"antialias, align_corners: expected truth values, got {antialias!r} and {align_corners!r}")
+    has_filter, has_corners = interpolation in ANTIALIASED, interpolation in CORNERED
+    require(has_filter or not antialias, f"antialias: {interpolation} has none; only {', '.join(ANTIALIASED)} have")
+    require(has_corners or not align_corners, f"align_corners: only {' and '.join(CORNERED)} take it")
+    require(antialias or interpolation != "lanczos", "antialias: lanczos is nothing without it")
+    return Filter(interpolation, bool(antialias), True if align_corners else None)
