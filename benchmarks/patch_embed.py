@@ -86,6 +86,8 @@ def plan(size: str, device: torch.device) -> Plan:
             cases.append((Shape("B", batch), ON_GPU[0], "channels_last", "none"))
         else:
             cases.append((Shape("S", batch), "uint8 to float32", "channels_last", "some"))
+            alone = [Shape(shape.model, 1) for shape in shapes]
+            cases += [(shape, precision, "NCHW", "some") for precision in ON_CPU[:2] for shape in alone]
     else:
         for shape in _published(on_gpu):
             for precision in ON_GPU if on_gpu else ON_CPU:

@@ -6,15 +6,17 @@
     python -m fastvit.benchmarks.record --render
 
 Writes benchmarks/results/<machine>/<suite>.jsonl, one file a suite, then benchmarks/RESULTS.md from all files there,
-those of other machines included. The suite traffic, which is counted and the same on every machine, is run only where
-it is named, and goes into results/counted. With --from the rows are those of a file that `make gpu` has
-written, with --render only the page is. Run it on a machine that does nothing else.
+those of other machines included, and README.md's table of the ops for the processor. The suite traffic, which is counted
+and the same on every machine, is run only where it is named, and goes into results/counted. With --from the rows are
+those of a file that `make gpu` has written, with --render only the pages are. Run it on a machine that does nothing
+else.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,6 +111,35 @@ Bytes per token value and block, products and attention apart, and in brackets t
     return text + "\n".join(lines) + "\n"
 
 
+NATIVE = "fastvit:native"
+MARKS = "<!-- recorded -->\n", "<!-- /recorded -->\n"  # around the table in README.md
+
+
+def summary(files: Sequence[tuple[str, str, Sequence[Row]]]) -> str:
+    """README.md's table: of each suite that the ops for the processor were measured in, how much longer the best rival
+    took, over its cases in float32 and uint8."""
+    lines = ["| machine | suite | cases | least | median | most |", "|---|---|---|---|---|---|"]
+    for _, suite, rows in files:
+        ratios = [
+            row.headline for row in rows if row.provider == NATIVE and row.headline and row.dtype.endswith("float32")
+        ]
+        if ratios:
+            capability = rows[0].versions.get("capability", "")
+            cells = [f"{rows[0].device}, {capability}", f"`{suite}`", str(len(ratios))]
+            cells += [_ratio(function(ratios)) for function in (min, statistics.median, max)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_summary(page: str, table: str) -> str:
+    """A page with the table between its marks."""
+    before, mark, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise ValueError("README.md: the marks of the recorded table are gone")
+    return f"{before}{mark}{table}{end}{after}"
+
+
 def _progress(done: int, total: int, title: str) -> None:
     print(f"{done}/{total} {title}", file=sys.stderr, flush=True)
 
@@ -161,7 +192,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     unknown = [name for name in options.suites if name not in (*SUITES, TRAFFIC)]
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}; known: {', '.join(SUITES)}, {TRAFFIC}")
-    results = folder / "results"
+    results, readme = folder / "results", folder.parent / "README.md"
     counted = results / COUNTED / f"{TRAFFIC}.jsonl"
     if TRAFFIC in options.suites:
         others = traffic.cases(["timm"], ["Ti", "B", "L"], ["plain"], ["float32"])
@@ -179,6 +210,8 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     page = folder / "RESULTS.md"
     text = render(recorded) + (render_traffic(traffic.read_json_lines(counted)) if counted.exists() else "")
     page.write_text(text, encoding="utf-8")
+    if readme.exists():
+        readme.write_text(with_summary(readme.read_text(encoding="utf-8"), summary(recorded)), encoding="utf-8")
     print(f"Wrote {page.name} from {len(recorded)} files")
     return int(missing > 0 and not options.source)
 

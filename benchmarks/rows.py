@@ -160,7 +160,9 @@ def versions(device_type: str) -> dict[str, str]:
         found["driver"] = driver.partition("\n")[0]
         found["nvcc"] = _compiler_of_extension()
     else:
-        found["capability"] = torch.backends.cpu.get_cpu_capability()
+        # The processor may have been told to do with less than it has.
+        by_setting = any(os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "FASTVIT_CPU_ISA"))
+        found["capability"] = torch.backends.cpu.get_cpu_capability() + (" by setting" if by_setting else "")
     return found
 
 

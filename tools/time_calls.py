@@ -1,10 +1,13 @@
 """How long a call keeps the host: of the C++/CUDA extension, everything but the kernels, which are not launched; of an
-accelerated model, the look before each call at whether it still is what it was; and of a transformer block, all of it.
+accelerated model, the look before each call at whether it still is what it was; and of a transformer block among
+others, all of it, beside the library's own in turns.
 
-    python tools/time_calls.py
+    python tools/time_calls.py [blocks]
 
 Needs no GPU: the binding is built for the CPU over launches that do nothing. On a GPU the stream, the device guard and
-the launches themselves, some microseconds each, come on top. `torch.add` of as many values is there to compare with.
+the launches themselves, some microseconds each, come on top: of these an accelerated block has fewer (`fastvit bench
+traffic`). `torch.add` of as many values is there to compare with. Times are those of the thread, the least of many
+rounds.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import copy
 import functools
 import statistics
 import sys
+import time
 import timeit
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +26,13 @@ from build_extension import WORK, build, find_toolchain, host_library
 
 from fastvit import functional
 from fastvit.guards import why_no_projection
-from fastvit.interop import accelerate, restore
+from fastvit.interop import accelerate
 from fastvit.interop.host import fused
-from fastvit.interop.trunk import TrunkBlock
 from fastvit.peers import import_peer, peer_missing
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 ROUNDS, CALLS = 15, 2000
+DEPTH, ROUNDS_IN_TURNS, CALLS_IN_TURNS = 6, 40, 20
 
 
 def main() -> int:
@@ -41,9 +45,15 @@ def main() -> int:
     torch.ops.load_library(str(library))
     torch.set_num_threads(1)
     pretend_to_be_cuda()
-    for name, call in {**calls(), **guards(), **blocks()}.items():
-        median, least = microseconds(call)
-        print(f"{name:38} {median:7.2f} us median, {least:7.2f} us least")
+    if sys.argv[1:] != ["blocks"]:
+        for name, call in {**calls(), **guards()}.items():
+            median, least = microseconds(call)
+            print(f"{name:38} {median:7.2f} us median, {least:7.2f} us least")
+    print(f"\na block of {DEPTH}, us of the host: the library's -> accelerated")
+    for library, modes in blocks().items():
+        for mode, (theirs, ours) in modes.items():
+            before, after = (1e6 * seconds / DEPTH for seconds in in_turns(theirs, ours))
+            print(f"{library:14} {mode:22} {before:7.1f} -> {after:7.1f}   {after / before:.2f}")
     return 0
 
 
@@ -67,46 +77,88 @@ def accelerated_models(**options: Any) -> dict[str, torch.nn.Module]:
     return {name: accelerate(build(), **options) for name, build in MODELS.items() if not peer_missing(name)}
 
 
-def _timm() -> torch.nn.Module:
-    size = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
+def _timm(depth: int = 1) -> torch.nn.Module:
+    size = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": depth, "num_heads": 1}
     return import_peer("timm").create_model("vit_tiny_patch16_224", **size)  # type: ignore[no-any-return]
 
 
-def _torchvision() -> torch.nn.Module:
-    return import_peer("torchvision").models.VisionTransformer(32, 16, 1, 1, 8, 32)  # type: ignore[no-any-return]
+def _torchvision(depth: int = 1) -> torch.nn.Module:
+    return import_peer("torchvision").models.VisionTransformer(32, 16, depth, 1, 8, 32)  # type: ignore[no-any-return]
 
 
-def _transformers() -> torch.nn.Module:
-    config = {"image_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+def _transformers(depth: int = 1) -> torch.nn.Module:
+    config = {"image_size": 32, "hidden_size": 8, "num_hidden_layers": depth, "num_attention_heads": 1}
     library = import_peer("transformers")
     return library.ViTModel(library.ViTConfig(**config, intermediate_size=32))  # type: ignore[no-any-return]
 
 
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+MODELS: dict[str, Callable[..., torch.nn.Module]] = {
     "timm": _timm,
     "torchvision": _torchvision,
     "transformers": _transformers,
 }
 
 
-def blocks() -> dict[str, Callable[[], Any]]:
-    """A block of a model of each library, forward and backward, on hardly any data: as the library has it, and by the
-    trunk's ops, which do nothing here. Kernels of PyTorch that are as small as that take about as long as a launch."""
-    found: dict[str, Callable[[], Any]] = {}
-    for library, model in accelerated_models(backend="cuda").items():
-        ours = next(module for module in model.modules() if isinstance(module, TrunkBlock)).train()
-        theirs = next(module for module in restore(copy.deepcopy(model)).modules() if type(module) is ours._own_class)
-        for name, block in ((f"block, {library}", theirs), (f"block, {library}, accelerated", ours)):
-            found[name] = functools.partial(step_of, block, torch.randn(1, 5, 8, requires_grad=True))
-    return found
+def blocks() -> dict[str, dict[str, tuple[Callable[[], Any], Callable[[], Any]]]]:
+    """Of each library that is here what blocks do one after another, by the library's code and accelerated, on hardly
+    any data: as the library has it, and by the trunk's ops, which do nothing here. Kernels of PyTorch that are as small
+    as that take about as long as a launch."""
+    found = {}
+    for library, build_model in MODELS.items():
+        if peer_missing(library):
+            continue
+        theirs = build_model(DEPTH).train()
+        ours = accelerate(copy.deepcopy(theirs), backend="cuda")
+        pair = [sequence_of(model) for model in (theirs, ours)]
+        x = torch.randn(1, 5, 8, requires_grad=True)
+        found[library] = {
+            mode: tuple(functools.partial(function, model, x) for model in pair)
+            for mode, function in {
+                "forward, no gradients": without_gradients,
+                "forward": forward_of,
+                "forward and backward": step_of,
+            }.items()
+        }
+    return found  # type: ignore[return-value]
 
 
-def step_of(block: torch.nn.Module, x: torch.Tensor) -> None:
+def sequence_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that has the blocks."""
+    part: Any = next(module for module in model.modules() if len(module._modules) == DEPTH)
+    return part  # type: ignore[no-any-return]
+
+
+def forward_of(blocks: Any, x: torch.Tensor) -> torch.Tensor:
     """Under autocast, as models are trained."""
     with torch.autocast("cpu", torch.bfloat16):
-        result = block(x)
-    result = result[0] if isinstance(result, tuple) else result
-    torch.autograd.grad(result, [x, *block.parameters()], torch.ones_like(result))
+        if isinstance(blocks, torch.nn.Sequential):
+            return blocks(x)  # type: ignore[no-any-return]
+        for block in blocks:
+            found = block(x)
+            x = found[0] if isinstance(found, tuple) else found
+    return x
+
+
+def without_gradients(blocks: Any, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        forward_of(blocks, x)
+
+
+def step_of(blocks: Any, x: torch.Tensor) -> None:
+    result = forward_of(blocks, x)
+    torch.autograd.grad(result, [x, *blocks.parameters()], torch.ones_like(result))
+
+
+def in_turns(*functions: Callable[[], Any]) -> list[float]:
+    """The least seconds of a call of each."""
+    least = [float("inf")] * len(functions)
+    for _ in range(ROUNDS_IN_TURNS):
+        for place, function in enumerate(functions):
+            start = time.thread_time()
+            for _ in range(CALLS_IN_TURNS):
+                function()
+            least[place] = min(least[place], (time.thread_time() - start) / CALLS_IN_TURNS)
+    return least
 
 
 def pretend_to_be_cuda() -> None:

@@ -27,6 +27,22 @@ def test_recording_writes_rows_and_page(tmp_path: Path) -> None:
     assert f"## {rows[0].device}" in page and "### add_position" in page
 
 
+def test_the_readme_has_the_table_of_the_recorded_rows(tmp_path: Path, four_rows: list[Row]) -> None:
+    folder, page = tmp_path / "benchmarks", tmp_path / "README.md"
+    ours = [replace(row, provider=record.NATIVE) for row in four_rows if row.is_ours]
+    write_json_lines(ours, folder / "results" / "some-cpu" / "patch_embed.jsonl")
+    page.write_text("above\n" + "".join(record.MARKS) + "below\n")
+    assert record.main(["--render"], folder) == 0
+    assert "| `patch_embed` | 1 | **0.80x** | **0.80x** | **0.80x** |" in page.read_text()
+    assert page.read_text().startswith("above\n") and page.read_text().endswith("below\n")
+    root = Path(record.__file__).resolve().parents[1]
+    paths = [path for path in sorted(root.glob("benchmarks/results/*/*.jsonl")) if path.parent.name != record.COUNTED]
+    table = record.summary([(path.parent.name, path.stem, read_json_lines(path)) for path in paths])
+    assert table in (root / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="the marks of the recorded table are gone"):
+        record.with_summary("no marks", table)
+
+
 def test_a_campaign_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its rows stand in one file; of a case that several stages measured, the last one's count."""
     gpu = {"device": "NVIDIA H100", "commit": "0123456789ab"}
