@@ -6,7 +6,7 @@
     python -m fastvit.benchmarks.record --render
 
 Writes benchmarks/results/<machine>/<suite>.jsonl, one file a suite, then benchmarks/RESULTS.md from all files there,
-those of other machines included, and README.md's table of the ops for the processor. The suite traffic, which is counted
+those of other machines included, and the table in README.md of the ops for the processor. The suite traffic, counted
 and the same on every machine, is run only where it is named, and goes into results/counted. With --from the rows are
 those of a file that `make gpu` has written, with --render only the pages are. Run it on a machine that does nothing
 else.
