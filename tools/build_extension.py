@@ -100,7 +100,7 @@ def find_toolchain(*, cuda: bool = True) -> tuple[Toolchain | None, list[str]]:
     """The tools, or None and a phrase for each one that is missing; without `cuda`, none of CUDA is looked for."""
     cxx, ninja, torch = _cxx(), _ninja(), _torch()
     found = {
-        "a C++ compiler (c++, g++, clang++ or $CXX)": cxx,
+        "C++ compiler (c++, g++, clang++ or $CXX)": cxx,
         "ninja (pip install ninja)": ninja,
         "torch with its headers (pip isolates builds from it unless it is given --no-build-isolation)": torch,
     }

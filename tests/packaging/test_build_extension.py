@@ -126,7 +126,7 @@ def nothing_here(tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: None)
 
 
-EVERYTHING = ("a C++ compiler", "ninja (pip install ninja)", "torch with its headers", "nvcc (of the CUDA toolkit")
+EVERYTHING = ("C++ compiler", "ninja (pip install ninja)", "torch with its headers", "nvcc (of the CUDA toolkit")
 
 
 def test_auto_says_what_was_missing(tool: Any, nothing_here: None, tmp_path: Path) -> None:
