@@ -71,5 +71,5 @@ def test_what_does_not_compile_is_an_error_only_where_it_was_asked_for(
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build_extension, "_cxx", lambda: None)
     assert "there was no C++ compiler" in build_native.build_native(tmp_path, {})
-    with pytest.raises(BuildError, match="FASTVIT_BUILD_NATIVE=1, but there is no a C"):
+    with pytest.raises(BuildError, match="FASTVIT_BUILD_NATIVE=1, but there is no C\\+\\+"):
         build_native.build_native(tmp_path, {"FASTVIT_BUILD_NATIVE": "1"})
