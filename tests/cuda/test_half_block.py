@@ -77,16 +77,16 @@ def strided(grad: Tensor, form: str) -> Tensor:
     return grad.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-@pytest.mark.parametrize("form", ["expanded", "sliced", "transposed"])
-@few()
-def test_gradients_of_any_strides(case: Case, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@few(branches=("none", "before"))
+def test_gradients_of_any_strides(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = ("expanded", "sliced", "transposed", "sliced")
     given = leaves_of(case)
     wanted = [tensor for tensor in given.values() if tensor.requires_grad]
 
     def run() -> list[Tensor | None]:
         results = in_one(case, given, "cuda")
         torch.manual_seed(3)
-        grads = [strided(torch.randn_like(result), form) for result in results]
+        grads = [strided(torch.randn_like(r), form) for r, form in zip(results, forms, strict=False)]
         return list(torch.autograd.grad(results, wanted, grads, allow_unused=True))
 
     expect_same_bits(*both_ways(monkeypatch, run), case)
@@ -97,7 +97,7 @@ def test_results_that_nobody_reads_and_frozen_parameters(case: Case, monkeypatch
     count = 4 if case.kind == "heads" else 2
     names = [name for name, tensor in leaves_of(case).items() if tensor.requires_grad]
     reads: list[list[int]] = [[place] for place in range(count)] + [[*range(1, count)]]
-    choices = [(read, names) for read in reads] + [([*range(count)], [name]) for name in names]
+    choices = [(read, names) for read in reads] + [([*range(count)], [name]) for name in names[::3]]
     for read, trained in choices:
         given = leaves_of(case, requires_grad=False)
         for name in trained:
