@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvit import functional
 from fastvit.cpu.linear import linear as apply_linear
-from fastvit.guards import attribute, full_name, why_not_plain, why_not_plain_parameters, why_observed
+from fastvit.guards import attribute, forward_of, full_name, why_not_plain, why_not_plain_parameters, why_observed
 from fastvit.half_block import Products
 from fastvit.stream import MOST_READY, Normed, Result, Setup
 
@@ -121,7 +121,7 @@ def _can_wait(x: Tensor, weight: Tensor, setup: Setup) -> bool:
 
 def is_dropping(dropout: Any) -> bool:
     """Whether this dropout does something, or may."""
-    if dropout is None or type(dropout) is nn.Identity:
+    if dropout is None or (type(dropout) is nn.Identity and not why_observed(dropout)):
         return False
     return bool(why_not_plain(dropout, nn.Dropout)) or (dropout.p > 0 and dropout.training)
 
@@ -273,7 +273,7 @@ def _why_not_in_one(layers: MLPLayers) -> str:
     if not _act_of(layers.act):
         return "has an activation of another kind"
     for part in (*layers.between, layers.dropout):
-        if is_dropping(part) or (type(part) is nn.Identity and why_observed(part)):
+        if is_dropping(part):
             return "has a part that does something"
     return why_not_linear(layers.first) or why_not_linear(layers.last)
 
@@ -376,7 +376,7 @@ def _why_no_attention(module: Any) -> str:
 def _why_watched(module: Any) -> str:
     """Why somebody would see that tokens come in autocast's dtype, which its layers give them anyway; "" if nobody."""
     for name, part in module._modules.items():
-        if part is None or type(part).forward in _norms:
+        if part is None or forward_of(type(part)) in _norms:
             continue
         if type(part) not in (nn.Linear, nn.Dropout, nn.Identity):
             return f"has a {name} that is a {full_name(type(part))}"
@@ -386,7 +386,7 @@ def _why_watched(module: Any) -> str:
 
 
 def _why_not_known(module: Any, known: Any) -> str:
-    if type(module).forward not in known:
+    if forward_of(type(module)) not in known:
         return f"is a {full_name(type(module))}"
     return why_observed(module) or why_not_plain_parameters(module)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "Snapshot",
     "attribute",
+    "forward_of",
     "full_name",
     "is_transformed",
     "warn_once",
@@ -114,57 +116,79 @@ _HOOKS = operator.itemgetter("_forward_pre_hooks", "_forward_hooks", "_backward_
 _UNREAD = frozenset(vars(nn.Module())) - {"training"} | {"fastvit_kept"}  # what torch has, and who keeps a snapshot
 
 
+_FORM = operator.attrgetter("__class__", "dtype", "shape")  # that of another device no op takes
+
+
 class Snapshot:
     """What the modules of a tree were, down to each attribute, hook and parameter, to see in microseconds whether they
     still are: what was found out about them then holds now.
 
-    An attribute that is changed from within, such as a list, is not seen, nor are buffers, nor the values of
-    parameters but for their dtype and shape. What nn.Identity has besides hooks does nothing.
+    An attribute that is changed from within, such as a list, is not seen, nor are the values of parameters and buffers
+    but for their class, dtype and shape. What nn.Identity has besides hooks does nothing. The module itself is not
+    held, which may hold its snapshot: its memory is free as soon as nobody else has it.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        active = [inner for inner in modules if type(inner) is not nn.Identity]
-        self._modules, self._attributes = modules, [vars(inner) for inner in modules]
-        self._lengths, self._classes = [*map(len, self._attributes)], [*map(type, modules)]
+        _, *inner = modules = [*module.modules()]
+        self._is_readable = not any(isinstance(part, torch.jit.ScriptModule) for part in modules)
+        if not self._is_readable:
+            return  # what those are lies in C++
+        active = [part for part in inner if type(part) is not nn.Identity]
+        self._inner, self._inner_attributes = inner, [*map(vars, inner)]
+        self._lengths, self._classes = [*map(len, map(vars, modules))], [*map(type, modules)]
         self._kinds: list[Any] = [*dict.fromkeys(self._classes)]
         self._forwards = [kind.forward for kind in self._kinds]
-        read = [["training", *(name for name in vars(inner) if name not in _UNREAD)] for inner in active]
-        self._readers = [(operator.itemgetter(*names), vars(inner)) for names, inner in zip(read, active, strict=True)]
-        self._holders = [vars(inner) for inner in active if inner._parameters or inner._modules]
-        self._contents, self._values = self._contents_now(), self._values_now()
+        self._reader, self._readers = _reader(module), [(_reader(part), vars(part)) for part in active]
+        self._holders = [vars(part) for part in active if part._parameters or part._modules]
+        self._buffers = [part._buffers for part in (module, *active) if part._buffers]
+        self._contents, self._values = self._contents_now(vars(module)), self._values_now(vars(module))
         self._is_comparable = not any(isinstance(value, Tensor) for values in self._values for value in values)
-        self._parameters = [value for value in self._contents if isinstance(value, Tensor)]
-        self._forms = self._forms_now()
+        self._tensors = [value for value in self._contents if isinstance(value, Tensor)]
+        self._forms = [*map(_FORM, self._tensors)]
 
-    def holds(self) -> bool:
+    def holds(self, module: nn.Module) -> bool:
         """Whether nothing has changed."""
-        if any(map(any, map(_HOOKS, self._attributes))) or [*map(len, self._attributes)] != self._lengths:
+        if not self._is_readable:
             return False
-        if [*map(type, self._modules)] != self._classes or [kind.forward for kind in self._kinds] != self._forwards:
+        attributes = vars(module)
+        every = [attributes, *self._inner_attributes]
+        if any(map(any, map(_HOOKS, every))) or [*map(len, every)] != self._lengths:
             return False
-        contents = self._contents_now()
+        classes = [type(module), *map(type, self._inner)]
+        if classes != self._classes or [kind.forward for kind in self._kinds] != self._forwards:
+            return False
+        contents = self._contents_now(attributes)
         if len(contents) != len(self._contents) or not all(map(operator.is_, contents, self._contents)):
             return False
         try:
-            values_are = self._is_comparable and self._values_now() == self._values
-            return bool(values_are) and self._forms_now() == self._forms
+            values_are = self._is_comparable and self._values_now(attributes) == self._values
+            return bool(values_are) and [*map(_FORM, self._tensors)] == self._forms
         except Exception:  # an attribute is gone, or can't be compared
             return False
 
-    def _values_now(self) -> list[Any]:
-        return [reader(attributes) for reader, attributes in self._readers]
+    def _values_now(self, attributes: dict[str, Any]) -> list[Any]:
+        return [self._reader(attributes), *[reader(others) for reader, others in self._readers]]
 
-    def _contents_now(self) -> list[Any]:
+    def _contents_now(self, attributes: dict[str, Any]) -> list[Any]:
         found: list[Any] = []
-        for attributes in self._holders:
-            found += attributes["_parameters"].values()
-            found += attributes["_modules"].values()
+        for others in (attributes, *self._holders):
+            found += others["_parameters"].values()
+            found += others["_modules"].values()
+        for buffers in self._buffers:
+            found += buffers.values()
         return found
 
-    def _forms_now(self) -> list[Any]:
-        # That of another device no op takes.
-        return [value.dtype for value in self._parameters] + [value.shape for value in self._parameters]
+
+def _reader(module: nn.Module) -> Callable[[Any], Any]:
+    return operator.itemgetter("training", *(name for name in vars(module) if name not in _UNREAD))
+
+
+def forward_of(kind: type[nn.Module]) -> Any:
+    """The `forward` of a class; None where modules alone have it, as those of torch.jit do."""
+    try:
+        return kind.forward
+    except AttributeError:
+        return None
 
 
 def is_transformed() -> bool:

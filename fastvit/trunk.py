@@ -8,6 +8,7 @@ wrapped or of another class runs as it is, and the stream becomes the tensor tha
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class Half(NamedTuple):
     branch: Run
     why_whole: str = ""  # why the branch is a module as it is, which is given what its own norm gives; "": ours
     dropout: Any = None  # None where it does nothing
-    scale: Any = None  # a module or a parameter
+    scale: Any = None  # a module or a parameter; like the next, None where it does nothing
     drop_path: Any = None
     our_norm: Norm | None = None  # with this and the next two the ops do what those modules do
     our_scale: Tensor | None = None
@@ -65,21 +66,23 @@ def half_of(block: Any, names: Names, setup: Setup, call: Callable[..., Tensor] 
 
 def settled(half: Half) -> Half:
     """With what the ops do of it."""
-    norm, scale, drop_path = half.norm, half.scale, half.drop_path
+    norm = half.norm
+    scale, drop_path = (None if _does_nothing(module) else module for module in (half.scale, half.drop_path))
     our_norm = None
     if not branches.why_not_norm(norm):
         our_norm = Norm(attribute(norm, "weight"), attribute(norm, "bias"), norm.eps, branches.is_rms(norm))
     our_scale = scale if isinstance(scale, Tensor) else None
-    if isinstance(scale, nn.Module) and not _does_nothing(scale) and not branches.why_no_scale(scale):
+    if isinstance(scale, nn.Module) and not branches.why_no_scale(scale):
         our_scale = branches.scale_of(scale)
-    is_our_drop_path = not _does_nothing(drop_path) and not branches.why_no_drop_path(drop_path)
-    return half._replace(our_norm=our_norm, our_scale=our_scale, is_our_drop_path=is_our_drop_path, ready={})
+    is_our_drop_path = drop_path is not None and not branches.why_no_drop_path(drop_path)
+    half = half._replace(scale=scale, drop_path=drop_path, ready={})
+    return half._replace(our_norm=our_norm, our_scale=our_scale, is_our_drop_path=is_our_drop_path)
 
 
 class Kept(NamedTuple):
     """The halves of a block, and what they were made for; a block has it as `fastvit_kept`. A copy has none."""
 
-    block: Any = None
+    block: weakref.ref[nn.Module] | None = None  # which would hold itself
     key: Any = None
     snapshot: Snapshot | None = None
     halves: tuple[Half, Half] | None = None
@@ -98,17 +101,17 @@ def kept(block: nn.Module, key: Any, make: Callable[[], tuple[Half, Half]]) -> t
     attributes = vars(block)
     found = attributes.get("fastvit_kept")
     # Replicas and shallow copies have that of another block.
-    if found is not None and found.block is block and found.key == key and found.snapshot.holds():
+    if found is not None and found.key == key and found.block() is block and found.snapshot.holds(block):
         return found.halves
     attributes["fastvit_kept"] = None  # since the snapshot counts the attributes
-    made = Kept(block, key, Snapshot(block), make())
+    made = Kept(weakref.ref(block), key, Snapshot(block), make())
     attributes["fastvit_kept"] = made
     assert made.halves is not None
     return made.halves
 
 
 def _does_nothing(module: Any) -> bool:
-    return module is None or type(module) is nn.Identity
+    return module is None or (type(module) is nn.Identity and not why_observed(module))
 
 
 def run_half(stream: Stream, half: Half, setup: Setup) -> Stream:
@@ -123,12 +126,12 @@ def run_half(stream: Stream, half: Half, setup: Setup) -> Stream:
     if half.dropout is not None:
         branch = Result(half.dropout(branch.whole()))
     scale, keep = half.our_scale, None
-    if scale is None and not _does_nothing(half.scale):
+    if scale is None and half.scale is not None:
         branch = Result(half.scale(branch.whole()))
     if half.is_our_drop_path:
         if half.drop_path.training:
             keep = _factors(half.drop_path, branch.tensor, scale)
-    elif not _does_nothing(half.drop_path):
+    elif half.drop_path is not None:
         whole_branch = branch.whole()
         branch = Result(half.drop_path(whole_branch if scale is None else whole_branch * scale))
         scale = None
@@ -171,7 +174,7 @@ def why_not_half(half: Half) -> str:
         (half.scale, branches.why_no_scale, "LayerScale"),
         (half.drop_path, branches.why_no_drop_path, "DropPath"),
     ):
-        if isinstance(module, nn.Module) and not _does_nothing(module):
+        if isinstance(module, nn.Module):
             reason = why_no(module)
             reasons.append(reason and f"{name} {reason}")
     return "; ".join(reason for reason in reasons if reason)

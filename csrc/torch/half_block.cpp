@@ -64,6 +64,35 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   return call_torch("aten::linear", x, weight, bias);
 }
 
+// Checks of what torch's products are given, whose own messages name nothing.
+
+void check_type(const char* name, const Tensor& tensor, ScalarType dtype, const char* as_name) {
+  require(tensor.scalar_type() == dtype, name, ": dtype ", torch::headeronly::toString(tensor.scalar_type()), ", but ",
+          as_name, " has ", torch::headeronly::toString(dtype), "; they must match");
+}
+
+// A weight of as many columns as `width`, beside `tensor`; "rows" is what its rows are called.
+void check_weight(const char* name, const Tensor& weight, const char* rows, int64_t width, const Tensor& tensor) {
+  type_of(name, weight.scalar_type(), FLOATS);
+  require(weight.dim() == 2, name, ": expected 2 dimensions [", rows, ", ...], got ", weight.dim());
+  require(weight.size(1) == width, name, ": expected [", rows, ", ", width, "], got [", weight.size(0), ", ",
+          weight.size(1), "]");
+  require(weight.get_device_index() == tensor.get_device_index(), name, ": on another device than the residual");
+}
+
+void check_vector(const char* name, const MaybeTensor& vector, int64_t width) {
+  if (!vector) return;
+  type_of(name, vector->scalar_type(), FLOATS);
+  require(vector->dim() == 1, name, ": expected 1 dimensions [D], got ", vector->dim());
+  require(vector->size(0) == width, name, ": expected [", width, "], got [", vector->size(0), "]");
+}
+
+void check_matrix(const char* name, const Tensor& matrix, int64_t rows, int64_t width) {
+  require(matrix.dim() == 2, name, ": expected 2 dimensions, got ", matrix.dim());
+  require(matrix.size(0) == rows && matrix.size(1) == width, name, ": expected [", rows, ", ", width, "], got [",
+          matrix.size(0), ", ", matrix.size(1), "]");
+}
+
 Tensor multiply(const Tensor& left, const Tensor& right) { return call_torch("aten::mm", left, right); }
 
 // add_norm's arguments, of which the branch is still to be multiplied by `before` [D, D'] where that is given; weights
@@ -79,6 +108,14 @@ std::vector<Tensor> half_block_cuda(const Tensor& residual, const MaybeTensor& b
                                     ScalarType dtype, int64_t function, double linear_term, double cubic_term) {
   require(residual.dim() == 3, "residual: expected [B, T, D], got ", residual.dim(), " dimensions");
   require(branch || !before, "before: it makes the branch, and there is none");
+  const int64_t width = residual.size(2);
+  if (before) {
+    type_of("branch", branch->scalar_type(), FLOATS);
+    require(branch->dim() == 3, "branch: expected [B, T, D'], got ", branch->dim(), " dimensions");
+    check_weight("before", *before, "D", branch->size(2), residual);
+  }
+  check_weight("first", first, "F", width, residual);
+  check_vector("first_bias", first_bias, first.size(0));
   const MaybeTensor cast_before = before ? cast(before, branch->scalar_type()) : before;
   const MaybeTensor added = before ? MaybeTensor(like(linear(rows(*branch), *cast_before, {}), *branch)) : branch;
   const auto [sum, normed, statistics] =
@@ -89,6 +126,8 @@ std::vector<Tensor> half_block_cuda(const Tensor& residual, const MaybeTensor& b
     made.insert(made.end(), {like(linear(normed_rows, cast_first, cast(first_bias, dtype)), residual), cast_first});
   } else {
     require(second.has_value(), "second: there is none behind the activation");
+    check_weight("second", *second, "D''", first.size(0), residual);
+    check_vector("last_bias", last_bias, second->size(0));
     const Tensor hidden = linear(normed_rows, cast_first, {}), cast_second = cast(*second, dtype);
     const Tensor active = bias_act_cuda(hidden, first_bias, {}, {}, function, linear_term, cubic_term, {}, dtype);
     const Tensor result = linear(active, cast_second, cast(last_bias, dtype));
@@ -121,6 +160,22 @@ std::vector<Tensor> half_block_backward_cuda(
     const Tensor& cast_first, const MaybeTensor& hidden, const MaybeTensor& active, const MaybeTensor& cast_second,
     const MaybeTensor& cast_before, bool rms, ScalarType residual_dtype, int64_t function, double linear_term,
     double cubic_term, bool needs_before, bool needs_first, bool needs_second) {
+  require(sum.dim() == 3, "sum: expected [B, T, D], got ", sum.dim(), " dimensions");
+  require(function != NO_FUNCTION ? !d_k && !d_v : d_k.has_value() == d_v.has_value(),
+          "d_k: it comes with d_v, and without an activation");
+  const int64_t row_count = sum.size(0) * sum.size(1), width = sum.size(2);
+  check_weight("first", first, "F", width, sum);
+  check_matrix("cast_first", cast_first, first.size(0), width);
+  check_matrix("normed", normed, row_count, width);
+  check_type("normed", normed, cast_first.scalar_type(), "cast_first");
+  if (before) {
+    require(branch.has_value(), "branch: it has a weight before it, and is missing");
+    require(x && cast_before, "x, cast_before: they come with before, and one of them is missing");
+    check_weight("before", *before, "D", x->dim() ? x->size(x->dim() - 1) : 0, sum);
+    check_matrix("cast_before", *cast_before, width, before->size(1));
+    check_type("cast_before", *cast_before, branch->scalar_type(), "branch");
+    check_type("x", *x, branch->scalar_type(), "branch");
+  }
   const auto weight_gradient_of = [&](bool is_needed, const Tensor& grad, const Tensor& given, const Tensor& parameter) {
     if (!is_needed) return torch::stable::new_empty(statistics, {0});
     return cast(multiply(transposed(grad), given), parameter.scalar_type());
@@ -128,15 +183,25 @@ std::vector<Tensor> half_block_backward_cuda(
   std::vector<Tensor> of_products;
   MaybeTensor d_packed(d_result);
   if (d_k) {
-    require(d_v && function == NO_FUNCTION, "d_k: it comes with d_v, and without an activation");
     const auto [d_qkv, sums] = split_heads_backward_cuda(d_result, *d_k, *d_v, first_bias.has_value());
     d_packed = d_qkv;
     if (first_bias) of_products.push_back(cast(sums, first_bias->scalar_type()));
   }
+  require(d_packed->dim() > 0, "d_result: expected [B, T, F], got no dimensions");
   const Tensor d_rows = rows(*d_packed);
   MaybeTensor d_hidden(d_rows);
-  if (function != NO_FUNCTION) {
+  if (function == NO_FUNCTION) {
+    check_matrix("d_result", d_rows, row_count, first.size(0));
+    check_type("d_result", d_rows, cast_first.scalar_type(), "cast_first");
+  } else {
     require(hidden && active && second && cast_second, "hidden, active, second: one of them is missing");
+    check_weight("second", *second, "D''", first.size(0), sum);
+    check_matrix("cast_second", *cast_second, second->size(0), first.size(0));
+    check_matrix("hidden", *hidden, row_count, first.size(0));
+    check_matrix("active", *active, row_count, first.size(0));
+    check_matrix("d_result", d_rows, row_count, second->size(0));
+    check_type("d_result", d_rows, cast_second->scalar_type(), "cast_second");
+    check_type("active", *active, cast_second->scalar_type(), "cast_second");
     const Tensor d_active = multiply(d_rows, *cast_second);
     const auto [d_x, d_up, sums] =
         bias_act_backward_cuda(d_active, *hidden, first_bias, {}, {}, function, linear_term, cubic_term, {});
@@ -154,9 +219,11 @@ std::vector<Tensor> half_block_backward_cuda(
   const bool is_apart = scale || keep || (branch && branch->scalar_type() != residual_dtype);
   const Tensor& d_branch = is_apart ? d_apart : d_residual;
   const Tensor branch_rows = before ? rows(d_branch) : d_branch;
+  const MaybeTensor x_rows = before ? MaybeTensor(rows(*x)) : MaybeTensor();
+  if (before) check_matrix("x", *x_rows, row_count, before->size(1));
   if (branch) found.push_back(before ? like(multiply(branch_rows, *cast_before), sum) : d_branch);
   append_rows(found, d_vectors, {&gain, &norm_bias, &bias, &scale});
-  if (before) found.push_back(weight_gradient_of(needs_before, branch_rows, rows(*x), *before));
+  if (before) found.push_back(weight_gradient_of(needs_before, branch_rows, *x_rows, *before));
   found.insert(found.end(), of_products.begin(), of_products.end());
   return found;
 }
