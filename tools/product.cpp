@@ -65,7 +65,9 @@ double kernel() {
   Room<float> a(TILE_ROWS * (STEPS + 16)), b(STEPS * TILE_COLUMNS);
   Tile tile;
   const double took = seconds([&] {
-    for (int64_t time = 0; time < TIMES; time++) multiply<Operand>(a.data, STEPS + 16, 1, b.data, STEPS, true, &tile[0][0]);
+    for (int64_t time = 0; time < TIMES; time++) {
+      multiply<Operand>(a.data, STEPS + 16, 1, b.data, STEPS, true, &tile[0][0]);
+    }
   });
   return 2e-9 * TIMES * STEPS * TILE_ROWS * TILE_COLUMNS * Operand::VALUES / took;
 }
@@ -84,15 +86,17 @@ double product(int64_t rows, int64_t length, int64_t width) {
     return reinterpret_cast<void*>((address + 255) / 256 * 256);
   };
   const auto read = [&](const Element* matrix) {
-    return [=](int64_t row, Element* to) { std::memcpy(static_cast<void*>(to), matrix + row * length, length * sizeof(Element)); };
+    return [=](int64_t row, Element* to) {
+      std::memcpy(static_cast<void*>(to), matrix + row * length, length * sizeof(Element));
+    };
   };
   const double took = seconds([&] {
     const Panels panels = pack_turned<Operand>(width, length, queue, read(right.data()));
-    multiply_rows<Operand>(rows, length, panels, read(left.data()), [&](Tile& tile, int64_t row, int64_t count, int64_t column) {
-      for (int64_t i = 0; i < count; i++) {
-        std::memcpy(result.data() + (row + i) * width + column, tile[i], least(TILE_COLUMNS, width - column) * sizeof(float));
-      }
-    });
+    const auto write = [&](const Tile& tile, int64_t row, int64_t count, int64_t column) {
+      const std::size_t bytes = least(TILE_COLUMNS, width - column) * sizeof(float);
+      for (int64_t i = 0; i < count; i++) std::memcpy(result.data() + (row + i) * width + column, tile[i], bytes);
+    };
+    multiply_rows<Operand>(rows, length, panels, read(left.data()), write);
   });
   return 2e-9 * rows * length * width / took;
 }

@@ -154,7 +154,8 @@ void append_rows(std::vector<Tensor>& found, const Tensor& matrix, std::initiali
 // first_bias (of an activation, or of heads) and second that are there; of size 0 for a weight whose gradient is not needed
 std::vector<Tensor> half_block_backward_cuda(
     const MaybeTensor& d_sum, const Tensor& d_result, const MaybeTensor& d_k, const MaybeTensor& d_v,
-    const Tensor& sum, const MaybeTensor& branch, const MaybeTensor& bias, const MaybeTensor& scale, const MaybeTensor& keep, const Tensor& weight,
+    const Tensor& sum, const MaybeTensor& branch, const MaybeTensor& bias, const MaybeTensor& scale,
+    const MaybeTensor& keep, const Tensor& weight,
     const MaybeTensor& norm_bias, const Tensor& statistics, const MaybeTensor& before, const Tensor& first,
     const MaybeTensor& first_bias, const MaybeTensor& second, const MaybeTensor& x, const Tensor& normed,
     const Tensor& cast_first, const MaybeTensor& hidden, const MaybeTensor& active, const MaybeTensor& cast_second,
@@ -238,11 +239,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTVIT_NAMESPACE, m) {
       "float eps, bool rms, ScalarType sum_dtype, ScalarType dtype, int function, float linear, float cubic) "
       "-> Tensor[]");
   m.def(
-      "half_block_backward_cuda(Tensor? d_sum, Tensor d_result, Tensor? d_k, Tensor? d_v, Tensor sum, Tensor? branch, Tensor? bias, "
-      "Tensor? scale, Tensor? keep, Tensor weight, Tensor? norm_bias, Tensor statistics, Tensor? before, Tensor first, "
-      "Tensor? first_bias, Tensor? second, Tensor? x, Tensor normed, Tensor cast_first, Tensor? hidden, "
-      "Tensor? active, Tensor? cast_second, Tensor? cast_before, bool rms, ScalarType residual_dtype, int function, "
-      "float linear, float cubic, bool needs_before, bool needs_first, bool needs_second) -> Tensor[]");
+      "half_block_backward_cuda(Tensor? d_sum, Tensor d_result, Tensor? d_k, Tensor? d_v, Tensor sum, Tensor? branch, "
+      "Tensor? bias, Tensor? scale, Tensor? keep, Tensor weight, Tensor? norm_bias, Tensor statistics, Tensor? "
+      "before, Tensor first, Tensor? first_bias, Tensor? second, Tensor? x, Tensor normed, Tensor cast_first, Tensor? "
+      "hidden, Tensor? active, Tensor? cast_second, Tensor? cast_before, bool rms, ScalarType residual_dtype, int "
+      "function, float linear, float cubic, bool needs_before, bool needs_first, bool needs_second) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FASTVIT_NAMESPACE, FASTVIT_DISPATCH_KEY, m) {
