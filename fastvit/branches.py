@@ -59,6 +59,7 @@ class Branch(NamedTuple):
 
 
 # By the `forward` of a class, which subclasses share that have none of their own:
+_of_torch = {nn.Linear.forward, nn.Dropout.forward}
 _norms: dict[Forward, bool] = {nn.LayerNorm.forward: False, nn.RMSNorm.forward: True}  # whether it is an RMS norm
 _scales: dict[Forward, str] = {}  # LayerScale: the name of its parameter
 _drop_paths: set[Forward] = set()  # they multiply samples by random factors
@@ -123,7 +124,7 @@ def is_dropping(dropout: Any) -> bool:
     """Whether this dropout does something, or may."""
     if dropout is None or (type(dropout) is nn.Identity and not why_observed(dropout)):
         return False
-    return bool(why_not_plain(dropout, nn.Dropout)) or (dropout.p > 0 and dropout.training)
+    return bool(_why_not_of_torch(dropout, nn.Dropout)) or (dropout.p > 0 and dropout.training)
 
 
 def attend_packed(
@@ -328,7 +329,13 @@ def why_not_norm(norm: Any) -> str:
 
 def why_not_linear(linear: Any) -> str:
     """Why a linear layer is more than a product with plain parameters, "" if it is just that."""
-    return why_not_plain(linear, nn.Linear) or why_not_plain_parameters(linear)
+    return _why_not_of_torch(linear, nn.Linear) or why_not_plain_parameters(linear)
+
+
+def _why_not_of_torch(module: nn.Module, kind: type[nn.Module]) -> str:
+    """Why this is more than torch's class, "" if it is that."""
+    reason = why_not_plain(module, kind)
+    return reason or ("" if kind.forward in _of_torch else "has a forward that was replaced in its class")
 
 
 def why_no_scale(module: Any) -> str:

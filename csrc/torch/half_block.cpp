@@ -147,20 +147,20 @@ void append_rows(std::vector<Tensor>& found, const Tensor& matrix, std::initiali
   }
 }
 
-// The gradients of sum and result, or, with d_k and d_v, of queries, keys and values of which the result consists, whose
-// bias has a gradient then; add_norm_backward's arguments, of which `branch` is read with a scale alone; what the
-// forward multiplied by `before`, and before as it cast it; normed, the parameters, and what else the forward made → the
-// gradients of those of residual, branch (or what `before` multiplied), weight, norm_bias, bias, scale, before, first,
-// first_bias (of an activation, or of heads) and second that are there; of size 0 for a weight whose gradient is not needed
+// The gradients of sum and result, or, with d_k and d_v, of queries, keys and values of which the result consists,
+// whose bias has a gradient then; add_norm_backward's arguments, of which `branch` is read with a scale alone; what the
+// forward multiplied by `before`, and before as it cast it; normed, the parameters, and what else the forward made →
+// the gradients of those of residual, branch (or what `before` multiplied), weight, norm_bias, bias, scale, before,
+// first, first_bias (of an activation, or of heads) and second that are there; of size 0 for a weight whose gradient is
+// not needed
 std::vector<Tensor> half_block_backward_cuda(
-    const MaybeTensor& d_sum, const Tensor& d_result, const MaybeTensor& d_k, const MaybeTensor& d_v,
-    const Tensor& sum, const MaybeTensor& branch, const MaybeTensor& bias, const MaybeTensor& scale,
-    const MaybeTensor& keep, const Tensor& weight,
-    const MaybeTensor& norm_bias, const Tensor& statistics, const MaybeTensor& before, const Tensor& first,
-    const MaybeTensor& first_bias, const MaybeTensor& second, const MaybeTensor& x, const Tensor& normed,
-    const Tensor& cast_first, const MaybeTensor& hidden, const MaybeTensor& active, const MaybeTensor& cast_second,
-    const MaybeTensor& cast_before, bool rms, ScalarType residual_dtype, int64_t function, double linear_term,
-    double cubic_term, bool needs_before, bool needs_first, bool needs_second) {
+    const MaybeTensor& d_sum, const Tensor& d_result, const MaybeTensor& d_k, const MaybeTensor& d_v, const Tensor& sum,
+    const MaybeTensor& branch, const MaybeTensor& bias, const MaybeTensor& scale, const MaybeTensor& keep,
+    const Tensor& weight, const MaybeTensor& norm_bias, const Tensor& statistics, const MaybeTensor& before,
+    const Tensor& first, const MaybeTensor& first_bias, const MaybeTensor& second, const MaybeTensor& x,
+    const Tensor& normed, const Tensor& cast_first, const MaybeTensor& hidden, const MaybeTensor& active,
+    const MaybeTensor& cast_second, const MaybeTensor& cast_before, bool rms, ScalarType residual_dtype,
+    int64_t function, double linear_term, double cubic_term, bool needs_before, bool needs_first, bool needs_second) {
   require(sum.dim() == 3, "sum: expected [B, T, D], got ", sum.dim(), " dimensions");
   require(function != NO_FUNCTION ? !d_k && !d_v : d_k.has_value() == d_v.has_value(),
           "d_k: it comes with d_v, and without an activation");
@@ -177,7 +177,8 @@ std::vector<Tensor> half_block_backward_cuda(
     check_type("cast_before", *cast_before, branch->scalar_type(), "branch");
     check_type("x", *x, branch->scalar_type(), "branch");
   }
-  const auto weight_gradient_of = [&](bool is_needed, const Tensor& grad, const Tensor& given, const Tensor& parameter) {
+  const auto weight_gradient_of = [&](bool is_needed, const Tensor& grad, const Tensor& given,
+                                      const Tensor& parameter) {
     if (!is_needed) return torch::stable::new_empty(statistics, {0});
     return cast(multiply(transposed(grad), given), parameter.scalar_type());
   };

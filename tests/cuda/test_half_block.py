@@ -236,6 +236,16 @@ def test_a_bad_argument_is_named(ops: Any, function: Callable, changes: dict[str
         function(ops, **changes)
 
 
+def test_a_gradient_has_its_parameters_dtype(ops: Any) -> None:
+    """Vectors are summed in float32, and matrices multiplied in the dtype of the products."""
+    changes = {name: torch.ones(SHAPES[name], dtype=BF16) for name in ("bias", "scale", "norm_bias", "first_bias")}
+    changes |= {name: torch.ones(SHAPES[name], dtype=torch.half) for name in ("weight", "before", "first", "second")}
+    found = call_backward(ops, **changes)
+    order = ("weight", "norm_bias", "bias", "scale", "before", "first", "first_bias", "second")
+    assert [grad.dtype for grad in found] == [F32, F32, *(changes[name].dtype for name in order)]
+    assert [grad.shape for grad in found[2:]] == [SHAPES[name] for name in order]
+
+
 def test_fields_are_as_the_library_has_them() -> None:
     """What Python keeps for the backward is what the library's backward is given, in its order."""
     schema = torch.ops.fastvit.half_block_backward_cuda.default._schema

@@ -2,134 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import gc
-import io
-import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.utils.flop_counter import FlopCounterMode
 
-import fastvit
-from fastvit import guards, stream, tuning
-from fastvit.backend import use_backend
-from fastvit.interop.trunk import TrunkBlock
-from fastvit.model.layers import Block
-from tests.interop.subjects import expect_close, expect_same_gradients, gradients, launched
-from tests.interop.test_changed_after import replica
-from tests.interop.test_trunk import dinov2, timm_vit, torchvision_vit
-from tests.interop.zoo import randomise, tensors
+from fastvit import guards
+from tests.interop.kept import TOKENS, WIDTH, blocks, expect_the_same, part, replaced
 
-WIDTH, TOKENS, BF16 = 48, 17, torch.bfloat16
-OURS = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 3, "num_classes": 5}
-MODELS: dict[str, Callable[[], Any]] = {
-    "timm": lambda: timm_vit(init_values=0.3, drop_path_rate=0.3),
-    "timm, plain": timm_vit,
-    "torchvision": torchvision_vit,
-    "transformers": lambda: dinov2(drop_path_rate=0.3, layerscale_value=0.3),
-    "own": lambda: fastvit.VisionTransformer(**OURS, init_values=0.3, drop_path_rate=0.3),
-}
-# The first of each that a block has.
-PARTS = {
-    "attention": ("attn", "self_attention", "attention"),
-    "first": ("mlp.fc1", "mlp.0"),
-    "act": ("mlp.act", "mlp.1", "mlp.activation"),
-    "last": ("mlp.fc2", "mlp.3"),
-    "norm": ("norm2", "ln_2"),
-    "drop": ("mlp.drop2", "mlp.4"),
-}
-pays = [True]  # whether our own model's blocks run by the ops
-
-
-@pytest.fixture(autouse=True)
-def _pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_pay", lambda x: pays[0])
-
-
-@functools.cache
-def build(name: str) -> Any:
-    torch.manual_seed(0)
-    model = MODELS[name]().train()
-    randomise(model)
-    return model
-
-
-@pytest.fixture(params=MODELS)
-def blocks(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
-    """A block that has run and keeps how, and an untouched one; both train."""
-    try:
-        untouched = copy.deepcopy(build(request.param))
-    except ImportError as reason:
-        pytest.skip(str(reason))
-    model = copy.deepcopy(untouched)
-    if request.param != "own":
-        model = fastvit.accelerate(model, backend="cpu")
-    path = [path for path, module in model.named_modules() if isinstance(module, (TrunkBlock, Block))][-1]
-    ours, theirs = model.get_submodule(path), untouched.get_submodule(path)
-    vars(theirs)["is_untouched"] = True
-    launched("add_norm")
-    expect_the_same(ours, theirs)
-    assert launched("add_norm") > 0 and vars(ours)["fastvit_kept"].halves is not None
-    yield ours, theirs
-
-
-def part(block: Any, what: str) -> tuple[str, Any]:
-    """Its path, and the module itself."""
-    modules = dict(block.named_modules())
-    return next(((path, modules[path]) for path in PARTS[what] if path in modules), ("", None))
-
-
-def outcome(block: Any, x: Tensor, around: Any = nullcontext) -> Any:
-    """Results, gradients of parameters and that of x; or the class of the error."""
-    pays[0] = "is_untouched" not in vars(block)
-    x = x.detach().requires_grad_(not x.is_inference())
-    torch.manual_seed(1)
-    try:
-        with around():
-            outputs = tensors([block(x)])
-        trained = [output for output in outputs if output.requires_grad]
-        found = gradients(block, [output.float() for output in trained]) if trained else {}
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return type(error)
-    finally:
-        pays[0] = True
-    return outputs, found, x.grad
-
-
-def expect_the_same(ours: Any, theirs: Any, x: Tensor | None = None, around: Any = nullcontext, times: int = 2) -> None:
-    x = torch.randn(3, TOKENS, WIDTH) if x is None else x
-    want = outcome(theirs, x, around)
-    for _ in range(times):
-        got = outcome(ours, x, around)
-        if isinstance(want, type) or isinstance(got, type):
-            assert isinstance(got, type) and isinstance(want, type), (got, want)
-            continue
-        assert (got[2] is None) == (want[2] is None) and got[1].keys() == want[1].keys()
-        dtypes = {tensor.dtype for tensor in (*got[0], *got[1].values())}
-        if dtypes == {torch.float32} and not torch.is_autocast_enabled("cpu") and around is nullcontext:
-            expect_close(got[0], want[0])
-            if any(bool(grad.any()) for grad in want[1].values()):
-                expect_same_gradients(got[1], want[1])
-            if want[2] is not None:
-                expect_close([got[2]], [want[2]], 1e-4)
-        else:
-            expect_close([t.float() for t in got[0]], [t.float() for t in want[0]], 2e-2)
-            assert [t.dtype for t in got[0]] == [t.dtype for t in want[0]]
-            assert all(got[1][name].dtype == grad.dtype for name, grad in want[1].items())
-            whole = sum(float(grad.float().norm()) ** 2 for grad in want[1].values()) ** 0.5
-            assert all(float((got[1][n].float() - g.float()).norm()) <= 3e-2 * whole for n, g in want[1].items())
+__all__ = ["blocks"]  # a fixture
 
 
 HOOKS: dict[str, Callable[[Any, Callable[..., Any]], Any]] = {
@@ -189,13 +75,6 @@ class Doubled(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
         return 2 * result.as_subclass(Tensor) if func is F.linear else result
-
-
-def replaced(block: Any, what: str, make: Callable[[Any], Any]) -> None:
-    path, module = part(block, what)
-    if module is not None:
-        torch.manual_seed(4)
-        block.set_submodule(path, make(module))
 
 
 def on(what: str, do: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -308,145 +187,14 @@ def test_a_change(blocks: Any, change: str) -> None:
 
 
 def test_a_forward_in_its_class(blocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for what in ("act", "first", "norm", "attention"):
-        _, module = part(blocks[0], what)
+    """Which counts for every module of the class, and no longer when it is put back."""
+    for what in ("act", "first", "norm", "attention", "drop"):
+        _, module = part(blocks[1], what)
         if module is not None:
-            own = type(module).forward
             with monkeypatch.context() as patched:
-                patched.setattr(type(module), "forward", lambda *args, own=own, **options: own(*args, **options))
+                patched.setattr(type(module), "forward", doubled(type(module).forward))
                 expect_the_same(*blocks)
-        expect_the_same(*blocks)
-
-
-def test_back_again(blocks: Any) -> None:
-    """Dtypes, modes, backends, precision and torch's choices of attention, in turn."""
-    ours, theirs = blocks
-    x, mask = torch.randn(3, TOKENS, WIDTH), torch.autocast("cpu", BF16)
-    arounds = (torch.no_grad, lambda: torch.autocast("cpu", BF16), lambda: torch.autocast("cpu", torch.float16),
-               lambda: use_backend("reference"), lambda: use_backend("cpu"), lambda: sdpa_kernel(SDPBackend.MATH),
-               torch.inference_mode, lambda: FlopCounterMode(display=False),
-               torch.profiler.profile, lambda: torch.device("cpu"))  # fmt: skip
-    for around in arounds:
-        expect_the_same(ours, theirs, x, around)
-        expect_the_same(ours, theirs, x)
-    with mask:
-        expect_the_same(ours, theirs, x.to(BF16))
-    for dtype in (torch.double, BF16):
-        for block in blocks:
-            block.to(dtype)
-        expect_the_same(ours, theirs, x.to(dtype))
-        for block in blocks:
-            block.float()
-        expect_the_same(ours, theirs, x)
-    tuning.reset()
-    expect_the_same(ours, theirs, x)
-    for module in (*blocks, *blocks):
-        module.train(not module.training)
-        expect_the_same(module, module, x, times=1)
-
-
-def test_shapes_and_dtypes_from_call_to_call(blocks: Any) -> None:
-    """More of them than are kept."""
-    for count in range(1, stream.MOST_READY + 3):
-        outcome(blocks[0], torch.randn(1, count, WIDTH), torch.no_grad)
-    for shape in ((2, 5), (1, 1), (3, 700), (0, 5), (3, TOKENS)):
-        expect_the_same(*blocks, torch.randn(*shape, WIDTH))
-    expect_the_same(*blocks, torch.randn(3, TOKENS, WIDTH, dtype=BF16))
-    expect_the_same(*blocks, torch.randn(WIDTH, TOKENS, 3).permute(2, 1, 0))
-    expect_the_same(*blocks, torch.randn(3, TOKENS, WIDTH + 1))
-
-
-def test_copies_replicas_and_pickles(blocks: Any) -> None:
-    """None goes by what another block keeps."""
-    ours, theirs = blocks
-    with torch.no_grad():
-        expect_close(outcome(replica(ours), x := torch.ones(2, TOKENS, WIDTH))[0], outcome(theirs, x)[0])
-    saved = io.BytesIO()
-    torch.save(ours, saved)
-    saved.seek(0)
-    shallow = copy.copy(ours)  # which has the same parts
-    for other in (copy.deepcopy(ours), torch.load(saved, weights_only=False), shallow, ours):
-        expect_the_same(other, theirs)
-        assert other.fastvit_kept.block() is other
-        own = copy.deepcopy(theirs)
-        for block in (other, own):
-            replaced(block, "norm", lambda _: nn.LayerNorm(WIDTH, eps=0.3))
-        expect_the_same(other, own)
-        if other is shallow:
-            theirs = own
-
-
-def test_other_parameters_for_a_call(blocks: Any) -> None:
-    x, found = torch.randn(3, TOKENS, WIDTH), []
-    for block in blocks:
-        pays[0] = block is blocks[0]
-        others = {name: 1.5 * parameter for name, parameter in block.named_parameters()}
-        torch.manual_seed(1)
-        result = tensors([torch.func.functional_call(block, others, (x,))])[0]
-        found.append([result, *torch.autograd.grad(result.square().sum(), list(block.parameters()))])
-    expect_close(found[0][:1], found[1][:1])
-    names = [name for name, _ in blocks[0].named_parameters()]
-    expect_same_gradients(*(dict(zip(names, grads[1:], strict=True)) for grads in found))
-    expect_the_same(*blocks)
-
-
-def test_without_values_and_watched(blocks: Any) -> None:
-    ours, theirs = blocks
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        assert tensors([ours(torch.randn(3, TOKENS, WIDTH))])[0].shape == (3, TOKENS, WIDTH)
-    expect_the_same(ours, theirs)
-    heard: list[Any] = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
-    outcome(ours, torch.randn(3, TOKENS, WIDTH))
-    handle.remove()
-    assert part(ours, "norm")[1] in heard
-    expect_the_same(ours, theirs)
-    ours.to("meta"), theirs.to("meta")
-    assert tensors([ours(torch.randn(3, TOKENS, WIDTH, device="meta"))])[0].is_meta
-
-
-def test_threads(blocks: Any) -> None:
-    """In several at once, each with its own precision, mode and number of tokens."""
-    ours, theirs = (block.eval() for block in blocks)
-    x = {tokens: torch.randn(2, tokens, WIDTH) for tokens in (5, TOKENS)}
-    want = {}
-    for tokens, autocast in [(t, a) for t in x for a in (False, True)]:
-        around = (lambda: torch.autocast("cpu", BF16)) if autocast else nullcontext
-        want[tokens, autocast] = outcome(ours, x[tokens], around)[0][0].detach()
-    wrong: list[Any] = []
-
-    def work(tokens: int, autocast: bool) -> None:
-        for turn in range(15):
-            with torch.set_grad_enabled(turn % 2 == 0), torch.autocast("cpu", BF16, enabled=autocast):
-                result = tensors([ours(x[tokens])])[0]
-            if not torch.equal(result, want[tokens, autocast]):
-                wrong.append((tokens, autocast))
-
-    threads = [threading.Thread(target=work, args=key) for key in want]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    expect_the_same(ours, theirs)
-
-
-def test_nothing_stays_behind(blocks: Any) -> None:
-    """Not in a block that is restored, and none in memory for what it keeps."""
-    ours, theirs = blocks
-    if isinstance(ours, TrunkBlock):
-        restored = fastvit.restore(nn.Sequential(copy.deepcopy(ours)))[0]
-        assert vars(restored).keys() == vars(theirs).keys() - {"is_untouched"} and type(restored) is type(theirs)
-    other = copy.deepcopy(ours)
-    expect_the_same(other, theirs)
-    is_alive = weakref.ref(next(iter(other.parameters())))
-    gc.collect()
-    gc.disable()
-    try:
-        del other
-        assert is_alive() is None
-    finally:
-        gc.enable()
+            expect_the_same(*blocks)
 
 
 def test_a_snapshot_of_a_buffer_and_of_attributes() -> None:

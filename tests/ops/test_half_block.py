@@ -30,7 +30,7 @@ BY = "cpu"  # where it makes no difference
 KINDS, BRANCHES, PRECISIONS = (
     ("heads", "mlp", "alone"),
     ("none", "given", "before"),
-    ("float32", "bfloat16", "autocast"),
+    ("float32", "bfloat16", "mixed", "autocast"),  # mixed: everything but the residual is float32
 )
 EXTRAS = ("scale", "keep", "bias", "norm_bias", "first_bias", "last_bias", "rms")
 # All of them, none, and each alone.
@@ -54,6 +54,8 @@ def cases(kinds: Sequence[str], branches: Sequence[str] = BRANCHES, *, few: bool
     """Those that differ; a few are two of each kind and branch: float32 with all extras, autocast with layer norm's."""
     for kind, branch, precision, extras in itertools.product(kinds, branches, PRECISIONS, CHOICES):
         chosen = {("float32", CHOICES[0]), ("autocast", CHOICES[1])}
+        if (branch, precision) == ("none", "mixed"):  # whose norm is of another dtype than the weights
+            continue
         left_out = () if branch != "none" else ("scale", "keep", "bias")
         left_out += () if kind == "mlp" else ("last_bias",)
         is_alone = len(extras) == 1
@@ -71,10 +73,11 @@ def few(**options: Any) -> Any:
 def leaves_of(case: Case, requires_grad: bool = True) -> dict[str, Tensor]:
     """Everything that there is a gradient of, and `keep`."""
     torch.manual_seed(1)
-    narrow, wide = (BF16 if case.precision == name else F32 for name in ("bfloat16", ""))
-    of_branch = wide if case.precision == "float32" else BF16
+    narrow = BF16 if case.precision == "bfloat16" else F32
+    of_residual = BF16 if case.precision in ("bfloat16", "mixed") else F32
+    of_branch = BF16 if case.precision in ("bfloat16", "autocast") else F32
     features = {"heads": 3 * D, "mlp": F_, "alone": 24}[case.kind]
-    found = {"residual": torch.randn(B, T, D, dtype=narrow), "weight": 1 + 0.3 * torch.randn(D, dtype=narrow)}
+    found = {"residual": torch.randn(B, T, D, dtype=of_residual), "weight": 1 + 0.3 * torch.randn(D, dtype=narrow)}
     if case.branch != "none":
         found["x"] = torch.randn(B, T, D, dtype=of_branch)
     if case.branch == "before":
@@ -347,5 +350,8 @@ def test_what_is_not_made_in_one() -> None:
     ):
         with pytest.raises(AssertionError, match="is not None"):
             in_one(case, given | changed, name)
+    under_autocast = Case("heads", "given", "autocast", frozenset())
+    with pytest.raises(AssertionError, match="is not None"):
+        in_one(under_autocast, leaves_of(under_autocast) | {"first": given["first"].double()}, BY)
     with torch.profiler.profile(), pytest.raises(AssertionError, match="joins"):
         in_one(case, given, BY)
