@@ -28,6 +28,7 @@ __all__ = [
     "MLPLayers",
     "Run",
     "attend_packed",
+    "attention_of",
     "branch_of",
     "has_own_branch",
     "is_dropping",
@@ -39,11 +40,13 @@ __all__ = [
     "product_of",
     "scale_of",
     "whole",
+    "whole_branch",
     "why_no_branch",
     "why_no_drop_path",
     "why_no_scale",
     "why_not_linear",
     "why_not_norm",
+    "why_watched",
 ]
 
 Forward = Callable[..., Any]
@@ -130,18 +133,24 @@ def is_dropping(dropout: Any) -> bool:
 def attend_packed(
     weight: Tensor, bias: Tensor | None, heads: int, setup: Setup, **options: Any
 ) -> Callable[[Normed], Tensor]:
-    """Self-attention [B, T, D] of the packed projection of these parameters, with options of `functional.attention`.
-    The projection adds its bias in its product, and the bias's gradient is one of what comes behind it."""
-    products = Products(weight, bias)
+    """Self-attention [B, T, D] of the packed projection of these parameters, with options of `functional.attention`."""
+    products, attend = Products(weight, bias, "", heads), attention_of(setup, **options)
+    return lambda x: attend(x, products)
+
+
+def attention_of(setup: Setup, **options: Any) -> Callable[[Normed, Products], Tensor]:
+    """Self-attention [B, T, D] of packed projections, with options of `functional.attention`. A projection adds its
+    bias in its product, and the bias's gradient is one of what comes behind it."""
     ready: dict[Any, functional.SettledAttention] = {}  # how it is run, by what it is given
 
-    def run(x: Normed) -> Tensor:
+    def run(x: Normed, products: Products) -> Tensor:
+        bias, heads = products.bias, products.heads
         if not setup.state.joins:
             return functional.attention(_projected(x, products), bias, heads, backend=setup.backend, **options)
         key = (*x.key(), torch.backends.cuda.flash_sdp_enabled())  # torch's choice, by which goes whether ours may run
         found = ready.get(key)
         if found is not None and found.of_heads is not None:
-            queries_keys_values = x.in_one(products._replace(heads=heads), found.backend)
+            queries_keys_values = x.in_one(products, found.backend)
             if queries_keys_values is not None:
                 return found.of_heads(*queries_keys_values)
         qkv = _projected(x, products)
@@ -156,11 +165,12 @@ def attend_packed(
 
 def _projected(x: Normed, products: Products) -> Tensor:
     """A product whose bias is added without a gradient."""
-    result = x.in_one(products)
+    result = x.in_one(products._replace(heads=0))
     if result is not None:
         return result[0]
-    bias = products.bias
-    return apply_linear(x.tensor(), products.first, None if bias is None else bias.detach())
+    bias, tokens = products.bias, x.tensor()
+    weight = products.weight(tokens.dtype) if products.below else products.first
+    return apply_linear(tokens, weight, None if bias is None else bias.detach())
 
 
 def _attend(
@@ -207,7 +217,8 @@ def whole(module: Any, x: Tensor, **options: Any) -> Tensor:
     return found[0] if isinstance(found, tuple) else found
 
 
-def _plan_whole(module: Any, setup: Setup, **options: Any) -> Run:
+def whole_branch(module: Any, setup: Setup, **options: Any) -> Run:
+    """A branch that runs as it is."""
     return lambda x: Result(whole(module, x.tensor(), **options))
 
 
@@ -380,7 +391,7 @@ def _why_no_attention(module: Any) -> str:
     return "" if attribute(module, "gate") is None else "has a gate"
 
 
-def _why_watched(module: Any) -> str:
+def why_watched(module: Any) -> str:
     """Why somebody would see that tokens come in autocast's dtype, which its layers give them anyway; "" if nobody."""
     for name, part in module._modules.items():
         if part is None or forward_of(type(part)) in _norms:
@@ -399,6 +410,6 @@ def _why_not_known(module: Any, known: Any) -> str:
 
 
 ATTENTION = Branch(_plan_attention, _why_no_attention)
-WHOLE = Branch(_plan_whole, _why_watched, is_whole=True)  # attention of other forms, as it is
+WHOLE = Branch(whole_branch, why_watched, is_whole=True)  # attention of other forms, as it is
 MLP = mlp("fc1", "act", "drop1", "norm", last="fc2", dropout="drop2")  # of timm's form
 SWIGLU = mlp("fc1_g", "act", "drop1", "norm", last="fc2", dropout="drop2", up="fc1_x")

@@ -35,6 +35,21 @@ class Products(NamedTuple):
     heads: int = 0  # of a product alone that is split into queries, keys and values
     second: Tensor | None = None  # [D'', F]
     last_bias: Tensor | None = None  # [D'']
+    below: tuple[Tensor, ...] = ()  # of the form of `first`, which goes on in them: one product in place of several
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """[n·F, D], of `first` and those below it, in the dtype of their product."""
+        return _stacked(self.first, self.below, dtype)
+
+
+def _stacked(first: Tensor, below: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if not below:
+        return first.to(dtype)
+    if torch.is_grad_enabled():
+        return torch.cat([weight.to(dtype) for weight in (first, *below)])
+    found = first.new_empty((1 + len(below), *first.shape), dtype=dtype)
+    torch._foreach_copy_(found.unbind(), [first, *below])
+    return found.flatten(0, 1)
 
 
 class Settings(NamedTuple):
@@ -43,7 +58,6 @@ class Settings(NamedTuple):
     norm: tuple[Any, ...]  # the arguments of `add_norm` that are no tensors
     act: str
     backend: str  # of `bias_act`, or `split_heads_backward`; "" for a product alone
-    added: Tensor | None  # the bias of a product that is alone, or split into heads
     heads: int
     forward: Any
     backward: Any
@@ -59,7 +73,7 @@ def settle(
         backend: of `fastvit::bias_act` or `fastvit::split_heads_backward`; "" for a product alone.
         autocast: its dtype where it is on.
     """
-    weights = [weight for weight in (products.first, products.second, before) if weight is not None]
+    weights = [weight for weight in (products.first, *products.below, products.second, before) if weight is not None]
     if "reference" in (norm.backend, backend):
         return None
     if torch.float64 in [weight.dtype for weight in weights] or any(weight.dim() != 2 for weight in weights):
@@ -70,8 +84,7 @@ def settle(
         return None
     by_extension = norm.backend == "cuda" and backend in ("", "cuda")
     ways = (extension.forward, extension.backward) if by_extension else (_forward, _backward)
-    added = None if products.act else products.bias
-    return Settings(norm[_TENSORS:], products.act, backend, added, products.heads, *ways)
+    return Settings(norm[_TENSORS:], products.act, backend, products.heads, *ways)
 
 
 def run(
@@ -90,11 +103,12 @@ def run(
         [B, H, T, D/H]. Differentiable, any number of times, in all tensors but `keep` and the bias of a product that
         is alone.
     """
-    first, bias, act, heads, second, last_bias = products
-    given = (*tensors, first, bias if act or heads else None, second, last_bias)
+    first, bias, act, heads, second, last_bias, below = products
     if trained:
-        return _apply(settings, *given)
-    total, _, _, result, *_ = settings.forward(settings, *given)
+        if bias is not None and not act and not heads:
+            bias = bias.detach()
+        return _apply(settings, *tensors, first, bias, second, last_bias, *below)
+    total, _, _, result, *_ = settings.forward(settings, *tensors, first, bias, second, last_bias, below)
     residual, branch, *_ = tensors
     if branch is None:
         total = residual
@@ -140,14 +154,19 @@ class Saved(NamedTuple):
     cast_before: Tensor | None
 
 
+_SAVED = len(Saved._fields)
+_FIRST, _LAST_BIAS = _TENSORS + 1, _TENSORS + 4  # places among the tensors of a node
+
+
 class _HalfBlock(torch.autograd.Function):
-    """Settings, the tensors of `add_norm`, before, first, bias, second, last_bias → sum, and result or heads."""
+    """Settings, the tensors of `add_norm`, before, first, bias, second, last_bias, those below first → sum, and result
+    or heads."""
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, *tensors: Any) -> tuple[Tensor, ...]:
-        residual, x, bias, scale, keep, weight, norm_bias, before, first, act_bias, second, last_bias = tensors
+        residual, x, bias, scale, keep, weight, norm_bias, before, first, act_bias, second, last_bias, *below = tensors
         total, normed, statistics, result, cast_first, hidden, active, cast_second, branch, cast_before = (
-            settings.forward(settings, *tensors)
+            settings.forward(settings, *tensors[:12], below)
         )
         if before is None:
             branch = x
@@ -167,7 +186,7 @@ class _HalfBlock(torch.autograd.Function):
             statistics,
             before,
             first,
-            act_bias,
+            act_bias if settings.act or settings.heads else None,
             second,
             None if before is None else x,
             normed,
@@ -177,24 +196,33 @@ class _HalfBlock(torch.autograd.Function):
             cast_second,
             cast_before,
             last_bias,
+            *below,
         )
         return (total, *split_heads(result, settings.heads)) if settings.heads else (total, result)
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor | None, *d_results: Any) -> Any:
-        *saved, last_bias = ctx.saved_tensors
-        settings, wanted = ctx.settings, ctx.needs_input_grad
+        kept = ctx.saved_tensors
+        saved, last_bias, below = kept[:_SAVED], kept[_SAVED], kept[_SAVED + 1 :]
+        settings, (_, *wanted) = ctx.settings, ctx.needs_input_grad
         backward = settings.backward
         if torch.is_grad_enabled():
-            saved, backward = _followed(Saved(*saved), settings), _backward
+            saved, backward = _followed(Saved(*saved), below, settings), _backward
         if any([grad is None for grad in d_results]):
             d_results = _completed(d_results, Saved(*saved), settings.heads)
-        found = backward(d_total, d_results, saved, settings, ctx.dtypes, wanted[1:])
+        if below:
+            wanted[_FIRST] = any([wanted[_FIRST], *wanted[_LAST_BIAS + 1 :]])
+        found = backward(d_total, d_results, saved, settings, ctx.dtypes, wanted)
         d_last_bias = None
-        if wanted[-1]:
+        if wanted[_LAST_BIAS]:
             (d_result,) = d_results
             d_last_bias = d_result.reshape(-1, d_result.shape[-1]).sum(0).to(last_bias.dtype)
-        return (None, *found, d_last_bias)
+        if not below:
+            return (None, *found, d_last_bias)
+        *of_norm, d_first, d_act_bias, d_second = found
+        parts = [None] * (1 + len(below)) if d_first is None else d_first.view(1 + len(below), -1, d_first.shape[1])
+        d_first, *d_below = parts
+        return (None, *of_norm, d_first, d_act_bias, d_second, d_last_bias, *d_below)
 
 
 # Without a look at torch.func's transforms: `why_not` has taken it.
@@ -203,7 +231,7 @@ _apply = super(torch.autograd.Function, _HalfBlock).apply
 
 def _completed(given: Sequence[Tensor | None], saved: Saved, heads: int) -> tuple[Tensor, ...]:
     """Zeros for gradients of results that nobody read."""
-    like, features = saved.normed, (saved.first if saved.second is None else saved.second).shape[0]
+    like, features = saved.normed, (saved.cast_first if saved.second is None else saved.second).shape[0]
     zeros: Any = like.new_zeros((*saved.total.shape[:-1], features))
     zeros = split_heads(zeros, heads) if heads else (zeros,)
     return tuple(zero if grad is None else grad for grad, zero in zip(given, zeros, strict=True))
@@ -211,15 +239,15 @@ def _completed(given: Sequence[Tensor | None], saved: Saved, heads: int) -> tupl
 
 def _forward(settings: Settings, *tensors: Any) -> Made:
     """By the ops one by one."""
-    *of_norm, before, first, act_bias, second, last_bias = tensors
+    *of_norm, before, first, act_bias, second, last_bias, below = tensors
     branch = of_norm[1]
     if before is not None:
         before = before.to(branch.dtype)
         branch = of_norm[1] = apply_linear(branch, before)
     total, normed, statistics = _NORM.run(*of_norm, *settings.norm)
-    first = first.to(normed.dtype)
+    first = _stacked(first, below, normed.dtype)
     if second is None:
-        result = apply_linear(normed, first, _cast(settings.added, normed))
+        result = apply_linear(normed, first, _cast(act_bias, normed))
         return Made(total, normed, statistics, result, first, branch=branch, before=before)
     hidden = apply_linear(normed, first)
     active = _ACT.run(hidden, act_bias, None, None, settings.act, None, hidden.dtype, settings.backend)
@@ -275,11 +303,11 @@ class _Kept(NamedTuple):
     branch_dtype: torch.dtype | None = None
 
 
-def _followed(saved: Saved, settings: Settings) -> Saved:
+def _followed(saved: Saved, below: Sequence[Tensor], settings: Settings) -> Saved:
     """With what the forward made of its arguments and of the sum made again, for derivatives of the gradients."""
     eps, rms, _, dtype, backend = settings.norm
     given = (saved.total, None, None, None, None, saved.weight, saved.norm_bias, eps, rms, saved.total.dtype, dtype)
-    normed, first = _NORM(*given, backend)[1], saved.first.to(dtype)
+    normed, first = _NORM(*given, backend)[1], _stacked(saved.first, below, dtype)
     saved = saved._replace(normed=normed, cast_first=first)
     if saved.second is not None:
         hidden = apply_linear(normed, first)

@@ -41,6 +41,19 @@ Tensor view(const Tensor& tensor, std::initializer_list<int64_t> sizes, std::ini
   return Tensor(handle);
 }
 
+// Matrices one below the other in one memory, each copied once.
+Tensor stack_rows(const Tensor& first, const std::vector<Tensor>& below, ScalarType dtype) {
+  if (below.empty()) return cast(first, dtype);
+  const int64_t height = first.size(0), width = first.size(1), count = 1 + static_cast<int64_t>(below.size());
+  const Tensor found = Call("first", first).empty(std::vector<int64_t>{count * height, width},
+                                                  type_of("dtype", dtype, FLOATS));
+  for (int64_t part = 0; part < count; ++part) {
+    const Tensor place = view(found, {height, width}, {width, 1}, part * height * width);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(place.get(), (part ? below[part - 1] : first).get(), 0));
+  }
+  return found;
+}
+
 // A tensor [..., D] as the matrix of its rows, or of a copy of them that is contiguous.
 Tensor rows(const Tensor& tensor) {
   if (tensor.dim() == 2) return tensor;
@@ -96,7 +109,7 @@ void check_matrix(const char* name, const Tensor& matrix, int64_t rows, int64_t 
 Tensor multiply(const Tensor& left, const Tensor& right) { return call_torch("aten::mm", left, right); }
 
 // add_norm's arguments, of which the branch is still to be multiplied by `before` [D, D'] where that is given; weights
-// first [F, D] and second [D'', F] with their biases, the first being the activation's, or, without a function, that of
+// first [F, D], which goes on in those below it, and second [D'', F] with their biases, the first being the activation's, or, without a function, that of
 // a product that is then alone → sum, normed, statistics, the result, and first in dtype; with a function what it was
 // given, what it gave, and second in dtype; with `before` the branch, and before in its dtype. What is neither sum,
 // result nor branch is made of rows: [N, D], N being the rows of the residual
@@ -104,7 +117,7 @@ std::vector<Tensor> half_block_cuda(const Tensor& residual, const MaybeTensor& b
                                     const MaybeTensor& scale, const MaybeTensor& keep, const Tensor& weight,
                                     const MaybeTensor& norm_bias, const MaybeTensor& before, const Tensor& first,
                                     const MaybeTensor& first_bias, const MaybeTensor& second,
-                                    const MaybeTensor& last_bias, double eps, bool rms, ScalarType sum_dtype,
+                                    const MaybeTensor& last_bias, std::vector<Tensor> below, double eps, bool rms, ScalarType sum_dtype,
                                     ScalarType dtype, int64_t function, double linear_term, double cubic_term) {
   require(residual.dim() == 3, "residual: expected [B, T, D], got ", residual.dim(), " dimensions");
   require(branch || !before, "before: it makes the branch, and there is none");
@@ -115,18 +128,23 @@ std::vector<Tensor> half_block_cuda(const Tensor& residual, const MaybeTensor& b
     check_weight("before", *before, "D", branch->size(2), residual);
   }
   check_weight("first", first, "F", width, residual);
-  check_vector("first_bias", first_bias, first.size(0));
+  for (const Tensor& weight : below) {
+    check_matrix("below", weight, first.size(0), width);
+    check_weight("below", weight, "F", width, residual);
+  }
+  const int64_t features = first.size(0) * (1 + static_cast<int64_t>(below.size()));
+  check_vector("first_bias", first_bias, features);
   const MaybeTensor cast_before = before ? cast(before, branch->scalar_type()) : before;
   const MaybeTensor added = before ? MaybeTensor(like(linear(rows(*branch), *cast_before, {}), *branch)) : branch;
   const auto [sum, normed, statistics] =
       add_norm_cuda(residual, added, bias, scale, keep, weight, norm_bias, eps, rms, sum_dtype, dtype);
-  const Tensor cast_first = cast(first, dtype), normed_rows = rows(normed);
+  const Tensor cast_first = stack_rows(first, below, dtype), normed_rows = rows(normed);
   std::vector<Tensor> made{sum, normed_rows, statistics};
   if (function == NO_FUNCTION) {
     made.insert(made.end(), {like(linear(normed_rows, cast_first, cast(first_bias, dtype)), residual), cast_first});
   } else {
     require(second.has_value(), "second: there is none behind the activation");
-    check_weight("second", *second, "D''", first.size(0), residual);
+    check_weight("second", *second, "D''", features, residual);
     check_vector("last_bias", last_bias, second->size(0));
     const Tensor hidden = linear(normed_rows, cast_first, {}), cast_second = cast(*second, dtype);
     const Tensor active = bias_act_cuda(hidden, first_bias, {}, {}, function, linear_term, cubic_term, {}, dtype);
@@ -151,7 +169,7 @@ void append_rows(std::vector<Tensor>& found, const Tensor& matrix, std::initiali
 // whose bias has a gradient then; add_norm_backward's arguments, of which `branch` is read with a scale alone; what the
 // forward multiplied by `before`, and before as it cast it; normed, the parameters, and what else the forward made →
 // the gradients of those of residual, branch (or what `before` multiplied), weight, norm_bias, bias, scale, before,
-// first, first_bias (of an activation, or of heads) and second that are there; of size 0 for a weight whose gradient is
+// first and what is below it, first_bias (of an activation, or of heads) and second that are there; of size 0 for a weight whose gradient is
 // not needed
 std::vector<Tensor> half_block_backward_cuda(
     const MaybeTensor& d_sum, const Tensor& d_result, const MaybeTensor& d_k, const MaybeTensor& d_v, const Tensor& sum,
@@ -166,7 +184,9 @@ std::vector<Tensor> half_block_backward_cuda(
           "d_k: it comes with d_v, and without an activation");
   const int64_t row_count = sum.size(0) * sum.size(1), width = sum.size(2);
   check_weight("first", first, "F", width, sum);
-  check_matrix("cast_first", cast_first, first.size(0), width);
+  require(cast_first.dim() == 2, "cast_first: expected 2 dimensions, got ", cast_first.dim());
+  const int64_t height = first.size(0), features = cast_first.size(0);  // what lies below first is in the latter alone
+  check_matrix("cast_first", cast_first, height && features && features % height == 0 ? features : height, width);
   check_matrix("normed", normed, row_count, width);
   check_type("normed", normed, cast_first.scalar_type(), "cast_first");
   if (before) {
@@ -193,14 +213,14 @@ std::vector<Tensor> half_block_backward_cuda(
   const Tensor d_rows = rows(*d_packed);
   MaybeTensor d_hidden(d_rows);
   if (function == NO_FUNCTION) {
-    check_matrix("d_result", d_rows, row_count, first.size(0));
+    check_matrix("d_result", d_rows, row_count, features);
     check_type("d_result", d_rows, cast_first.scalar_type(), "cast_first");
   } else {
     require(hidden && active && second && cast_second, "hidden, active, second: one of them is missing");
-    check_weight("second", *second, "D''", first.size(0), sum);
-    check_matrix("cast_second", *cast_second, second->size(0), first.size(0));
-    check_matrix("hidden", *hidden, row_count, first.size(0));
-    check_matrix("active", *active, row_count, first.size(0));
+    check_weight("second", *second, "D''", features, sum);
+    check_matrix("cast_second", *cast_second, second->size(0), features);
+    check_matrix("hidden", *hidden, row_count, features);
+    check_matrix("active", *active, row_count, features);
     check_matrix("d_result", d_rows, row_count, second->size(0));
     check_type("d_result", d_rows, cast_second->scalar_type(), "cast_second");
     check_type("active", *active, cast_second->scalar_type(), "cast_second");
@@ -237,7 +257,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTVIT_NAMESPACE, m) {
   m.def(
       "half_block_cuda(Tensor residual, Tensor? branch, Tensor? bias, Tensor? scale, Tensor? keep, Tensor weight, "
       "Tensor? norm_bias, Tensor? before, Tensor first, Tensor? first_bias, Tensor? second, Tensor? last_bias, "
-      "float eps, bool rms, ScalarType sum_dtype, ScalarType dtype, int function, float linear, float cubic) "
+      "Tensor[] below, float eps, bool rms, ScalarType sum_dtype, ScalarType dtype, int function, float linear, float cubic) "
       "-> Tensor[]");
   m.def(
       "half_block_backward_cuda(Tensor? d_sum, Tensor d_result, Tensor? d_k, Tensor? d_v, Tensor sum, Tensor? branch, "

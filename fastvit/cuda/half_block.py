@@ -21,11 +21,8 @@ _FUNCTIONS = {"": (-1, 0.0, 0.0), **FUNCTIONS}  # none: a product alone
 
 def forward(settings: Any, *tensors: Tensor | None) -> Sequence[Tensor | None]:
     """The fields of `fastvit.half_block.Made`."""
-    (eps, rms, sum_dtype, dtype, _), act, _, added, *_ = settings
+    (eps, rms, sum_dtype, dtype, _), act, *_ = settings
     _count("", settings)
-    if added is not None:
-        *before, _, second, last_bias = tensors
-        tensors = (*before, added, second, last_bias)
     with torch._C._DisableAutocast():
         made = call(torch.ops.fastvit.half_block_cuda, *tensors, eps, rms, sum_dtype, dtype, *_FUNCTIONS[act])
     if not act:

@@ -5,17 +5,15 @@ Everything that becomes one call lies in one module of the host, which changes i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastvit import branches, trunk
-from fastvit.guards import attribute, full_name
+from fastvit.guards import attribute
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_table
-from fastvit.interop.trunk import TrunkBlock
+from fastvit.interop.huggingface_blocks import TRUNK
 from fastvit.positions import numbers_where_traced
 
 __all__ = ["MIXINS", "TRUNK"]
@@ -283,101 +281,6 @@ class Siglip2Embeddings(Fused):
         return tokens.unflatten(1, (batch, patches))[0]
 
 
-class Layer(TrunkBlock):
-    """Blocks of all models here. Attention runs as it is, since its three projections are three layers."""
-
-    @classmethod
-    def learn(cls, module: Any) -> None:
-        for name, known in ((half.branch, _BRANCHES) for half in cls.form):
-            part = attribute(module, name)
-            family = full_name(type(part)).rpartition(".")[0]
-            if family in {host.rpartition(".")[0] for host in cls.hosts}:
-                kind = next((kind for kind in known if type(part).__name__.endswith(kind)), "")
-                if kind:
-                    branches.know(branches={type(part).forward: known[kind]})
-            for act in part._modules.values():
-                known_act = _ACTS.get(type(act).__name__)
-                if known_act and type(act).__module__ == "transformers.activations":
-                    branches.know(acts={type(act).forward: known_act})
-        for half in cls.form:
-            scale, drop_path = (attribute(module, name) if name else None for name in (half.scale, half.drop_path))
-            if isinstance(scale, nn.Module) and type(scale).__name__.endswith("LayerScale"):
-                branches.know(scales={type(scale).forward: "lambda1"})
-            if isinstance(drop_path, nn.Module) and type(drop_path).__name__.endswith("DropPath"):
-                branches.know(drop_paths=[type(drop_path).forward])
-
-
-_GATED = branches.mlp("gate_proj", "act_fn", last="down_proj", up="up_proj")
-_BRANCHES = {
-    "GatedMLP": _GATED,
-    "SwiGLUFFN": _GATED,
-    "Attention": branches.WHOLE,
-    "DINOv3ViTMLP": branches.mlp("up_proj", "act_fn", last="down_proj"),
-    "MLP": branches.mlp("fc1", "activation_fn", last="fc2"),
-}
-# The library's own activations, by the names of their classes.
-_ACTS: dict[str, Callable[[Any], str]] = {
-    "GELUActivation": lambda act: "gelu" if act.act is nn.functional.gelu else "",
-    "QuickGELUActivation": lambda _: "quick_gelu",
-    "GELUTanh": lambda act: "" if inspect.ismethod(act.act) else "gelu_tanh",
-    "PytorchGELUTanh": lambda _: "gelu_tanh",  # in older versions
-}
-
-
-def _classes(layer: str, *models: str) -> tuple[str, ...]:
-    """Full names of the block of models, each "model Prefix"."""
-    found = (model.split() for model in models)
-    return tuple(f"transformers.models.{name}.modeling_{name}.{prefix}{layer}" for name, prefix in found)
-
-
-class ViTLayer(Layer):
-    """ViT, DeiT, MAE, MSN and I-JEPA."""
-
-    hosts = _classes("Layer", "vit ViT", "deit DeiT", "vit_mae ViTMAE", "vit_msn ViTMSN", "ijepa IJepa")
-    form = (
-        trunk.Names("layernorm_before", "attention", "dropout"),
-        trunk.Names("layernorm_after", "mlp", "dropout"),
-    )
-
-
-class BeitLayer(Layer):
-    """BEiT, without relative positions of each layer's own, which its forward makes."""
-
-    hosts = _classes("Layer", "beit Beit")
-    form = (
-        trunk.Names("layernorm_before", "attention", "dropout", "lambda_1", "drop_path"),
-        trunk.Names("layernorm_after", "mlp", "dropout", "lambda_2", "drop_path"),
-    )
-
-    @classmethod
-    def refusal(cls, module: Any) -> str:
-        own = attribute(module, "relative_position_bias")
-        return super().refusal(module) or ("" if own is None else "it makes relative positions of its own")
-
-    def options(self, attention_mask: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        left_out = ("interpolate_pos_encoding", "resolution")  # for its own relative positions
-        rest = {name: value for name, value in kwargs.items() if name not in left_out}
-        return {"attention_mask": attention_mask, **rest}
-
-
-class Dinov2Layer(Layer):
-    """DINOv2, with registers or without, and DINOv3."""
-
-    hosts = _classes("Layer", "dinov2 Dinov2", "dinov2_with_registers Dinov2WithRegisters", "dinov3_vit DINOv3ViT")
-    form = (
-        trunk.Names("norm1", "attention", "", "layer_scale1", "drop_path"),
-        trunk.Names("norm2", "mlp", "", "layer_scale2", "drop_path"),
-    )
-
-
-class EncoderLayer(Layer):
-    """The towers of CLIP and SigLIP."""
-
-    hosts = _classes("EncoderLayer", "clip CLIP", "siglip Siglip", "siglip2 Siglip2")
-    form = trunk.Names("layer_norm1", "self_attn"), trunk.Names("layer_norm2", "mlp")
-
-
-TRUNK: tuple[type[TrunkBlock], ...] = (ViTLayer, BeitLayer, Dinov2Layer, EncoderLayer)
 MIXINS: tuple[type[Fused], ...] = (
     ViTEmbeddings,
     BeitEmbeddings,

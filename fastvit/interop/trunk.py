@@ -69,7 +69,8 @@ class TrunkBlock(Mixin):
 
     def _run(self, stream: Stream, setup: Setup, options: dict[str, Any], ends: bool = False) -> Stream:
         make = functools.partial(self._halves, setup, options, ends)
-        for half in make() if options else kept(self, (setup, ends), make):
+        is_plain = all(value is None for value in options.values())
+        for half in kept(self, (setup, ends, *options), make) if is_plain else make():
             stream = run_half(stream, half, setup)
         return stream
 

@@ -94,7 +94,7 @@ def test_gradients_of_any_strides(case: Case, monkeypatch: pytest.MonkeyPatch) -
 
 @few()
 def test_results_that_nobody_reads_and_frozen_parameters(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = 4 if case.kind == "heads" else 2
+    count = 4 if case.kind in of_the_ops.HEADS else 2
     names = [name for name, tensor in leaves_of(case).items() if tensor.requires_grad]
     reads: list[list[int]] = [[place] for place in range(count)] + [[*range(1, count)]]
     choices = [(read, names) for read in reads] + [([*range(count)], [name]) for name in names[::3]]
@@ -157,7 +157,16 @@ def test_saved_tensors_and_precision_are_as_op_by_op(case: Case, monkeypatch: py
 SHAPES = {"residual": (2, 5, 8), "branch": (2, 5, 8), "bias": (8,), "scale": (8,), "keep": (2,), "weight": (8,),
           "norm_bias": (8,), "before": (8, 8), "first": (16, 8), "first_bias": (16,), "second": (8, 16),
           "last_bias": (8,)}  # fmt: skip
-REST = {"eps": 1e-6, "rms": False, "sum_dtype": F32, "dtype": F32, "function": 0, "linear": 0.0, "cubic": 0.0}
+REST = {
+    "below": [],
+    "eps": 1e-6,
+    "rms": False,
+    "sum_dtype": F32,
+    "dtype": F32,
+    "function": 0,
+    "linear": 0.0,
+    "cubic": 0.0,
+}
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -200,6 +209,10 @@ BAD: Sequence[tuple[Callable, dict[str, Any], str]] = (
     (call, {"keep": ONES(3)}, "keep: expected a value a sample of residual, got [3]"),
     (call, {"weight": ONES(9)}, "weight: expected [8], got [9]"),
     (call, {"first": ONES(16, 9)}, "first: expected [F, 8], got [16, 9]"),
+    (call, {"below": [ONES(16, 7)]}, "below: expected [16, 8], got [16, 7]"),
+    (call, {"below": [ONES(15, 8)]}, "below: expected [16, 8], got [15, 8]"),
+    (call, {"below": [ONES(16, 8).double()]}, "below: dtype Double is not supported"),
+    (call, {"below": [ONES(16, 8)]}, "first_bias: expected [32], got [16]"),
     (call, {"first": ONES(16)}, "first: expected 2 dimensions [F, ...], got 1"),
     (call, {"first": ONES(16, 8).double()}, "first: dtype Double is not supported"),
     (call, {"first_bias": ONES(15)}, "first_bias: expected [16], got [15]"),

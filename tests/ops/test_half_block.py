@@ -28,10 +28,11 @@ EPS = 1e-3
 F32, BF16 = torch.float32, torch.bfloat16
 BY = "cpu"  # where it makes no difference
 KINDS, BRANCHES, PRECISIONS = (
-    ("heads", "mlp", "alone"),
+    ("heads", "packed", "mlp", "alone"),  # packed: heads of three weights
     ("none", "given", "before"),
     ("float32", "bfloat16", "mixed", "autocast"),  # mixed: everything but the residual is float32
 )
+HEADS = ("heads", "packed")
 EXTRAS = ("scale", "keep", "bias", "norm_bias", "first_bias", "last_bias", "rms")
 # All of them, none, and each alone.
 CHOICES = (frozenset(EXTRAS), frozenset(EXTRAS) - {"rms"}, frozenset(), *(frozenset({extra}) for extra in EXTRAS))
@@ -76,13 +77,15 @@ def leaves_of(case: Case, requires_grad: bool = True) -> dict[str, Tensor]:
     narrow = BF16 if case.precision == "bfloat16" else F32
     of_residual = BF16 if case.precision in ("bfloat16", "mixed") else F32
     of_branch = BF16 if case.precision in ("bfloat16", "autocast") else F32
-    features = {"heads": 3 * D, "mlp": F_, "alone": 24}[case.kind]
+    features = {"heads": 3 * D, "packed": 3 * D, "mlp": F_, "alone": 24}[case.kind]
     found = {"residual": torch.randn(B, T, D, dtype=of_residual), "weight": 1 + 0.3 * torch.randn(D, dtype=narrow)}
     if case.branch != "none":
         found["x"] = torch.randn(B, T, D, dtype=of_branch)
     if case.branch == "before":
         found["before"] = (0.3 * torch.randn(D, D)).to(narrow)
     found["first"] = (0.3 * torch.randn(features, D)).to(narrow)
+    if case.kind == "packed":
+        found["first"], found["below"], found["lowest"] = (part.clone() for part in found["first"].chunk(3))
     if case.kind == "mlp":
         found["second"] = (0.3 * torch.randn(D, F_)).to(narrow)
     sizes = {"scale": D, "bias": D, "norm_bias": D, "first_bias": features, "last_bias": D}
@@ -104,13 +107,19 @@ def in_one(case: Case, given: dict[str, Tensor], backend: str, ready: Any = None
             given["first"],
             given.get("first_bias"),
             "gelu" if case.kind == "mlp" else "",
-            H if case.kind == "heads" else 0,
+            H if case.kind in HEADS else 0,
             given.get("second"),
             given.get("last_bias"),
+            (given["below"], given["lowest"]) if case.kind == "packed" else (),
         )
         found = normed.in_one(products, "" if case.kind == "alone" else backend)
     assert found is not None
     return (normed.stream.residual, *found)
+
+
+def packed(given: dict[str, Tensor]) -> Tensor:
+    """The weight of the first product."""
+    return torch.cat([given[name] for name in ("first", "below", "lowest") if name in given])
 
 
 def one_by_one(case: Case, given: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
@@ -124,7 +133,7 @@ def one_by_one(case: Case, given: dict[str, Tensor], backend: str) -> tuple[Tens
         if case.kind == "mlp":
             active = functional.bias_act(linear(normed, given["first"]), bias, backend=backend)
             return total, linear(active, given["second"], given.get("last_bias"))
-        result = linear(normed, given["first"], None if bias is None else bias.detach())
+        result = linear(normed, packed(given), None if bias is None else bias.detach())
         return (
             (total, result)
             if case.kind == "alone"
@@ -148,8 +157,8 @@ def plainly(case: Case, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
             return total, F.linear(active, given["second"], given.get("last_bias"))
         if case.kind == "alone":
             return total, F.linear(normed, given["first"], None if bias is None else bias.detach())
-        packed = F.linear(normed, given["first"], bias)
-        return (total, *packed.reshape(B, T, 3, H, -1).permute(2, 0, 3, 1, 4))
+        made = F.linear(normed, packed(given), bias)
+        return (total, *made.reshape(B, T, 3, H, -1).permute(2, 0, 3, 1, 4))
 
 
 def loss_of(results: Sequence[Tensor]) -> Tensor:
@@ -224,8 +233,8 @@ def test_as_exact_as_pytorch(kind: str, by: str) -> None:
 @few()
 def test_results_that_nobody_reads(case: Case) -> None:
     given = leaves_of(case)
-    for count in range(1, 3 if case.kind == "heads" else 2):
-        for read in itertools.combinations(range(4 if case.kind == "heads" else 2), count):
+    for count in range(1, 3 if case.kind in HEADS else 2):
+        for read in itertools.combinations(range(4 if case.kind in HEADS else 2), count):
             found = []
             for make in (in_one, one_by_one):
                 results = make(case, given, BY)
