@@ -70,7 +70,7 @@ def _plan_attention(module: Any, setup: Setup, **options: Any) -> branches.Run:
     layers = [attribute(module, name) for name in _PROJECTIONS]
     weights, biases = ([attribute(layer, name) for layer in layers] for name in ("weight", "bias"))
     first, *rest = weights
-    below = (*rest,)
+    below, bias = (*rest,), _packing(biases, first)
     head_dim, scale = attribute(module, "head_dim"), attribute(module, names.scale)
     heads = first.shape[0] // head_dim
     others: dict[str, Any] = {} if scale == head_dim**-0.5 else {"scale": scale}
@@ -81,16 +81,19 @@ def _plan_attention(module: Any, setup: Setup, **options: Any) -> branches.Run:
     def run(x: Normed) -> Result:
         if not _pays(x.stream.residual, first, setup) or not is_sdpa():
             return as_it_is(x)
-        return project(attend(x, Products(first, _packed(biases, first), "", heads, None, None, below)))
+        return project(attend(x, Products(first, bias(), "", heads, None, None, below)))
 
     return run
 
 
-def _packed(biases: Sequence[Tensor | None], weight: Tensor) -> Tensor | None:
+def _packing(biases: Sequence[Tensor | None], weight: Tensor) -> Callable[[], Tensor | None]:
     """Biases [F] of layers with such a weight one behind the other, zeros for those that are missing."""
-    if all(bias is None for bias in biases):
-        return None
-    return torch.cat([weight.new_zeros(weight.shape[0]) if bias is None else bias for bias in biases])
+    given = [bias for bias in biases if bias is not None]
+    if not given:
+        return lambda: None
+    if len(given) == len(biases):
+        return lambda: torch.cat(given)
+    return lambda: torch.cat([weight.new_zeros(weight.shape[0]) if bias is None else bias for bias in biases])
 
 
 def _pays(tokens: Tensor, weight: Tensor, setup: Setup) -> bool:

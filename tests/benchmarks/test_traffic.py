@@ -37,8 +37,8 @@ OURS = {
     ("timm", PLAIN, "bfloat16"): (87, 36),
     ("timm", SCALED, "float32"): (116, 42),  # of which four draw masks
     ("torchvision", PLAIN, "float32"): (112, 36),
-    ("transformers vit", PLAIN, "float32"): (128, 60),
-    ("transformers dinov2", SCALED, "float32"): (176, 78),
+    ("transformers vit", PLAIN, "float32"): (120, 45),
+    ("transformers dinov2", SCALED, "float32"): (168, 63),
     ("fastvit", PLAIN, "float32"): (112, 36),
     ("fastvit", SCALED, "bfloat16"): (95, 42),
 }
