@@ -147,7 +147,7 @@ def attention_of(setup: Setup, **options: Any) -> Callable[[Normed, Products], T
         bias, heads = products.bias, products.heads
         if not setup.state.joins:
             return functional.attention(_projected(x, products), bias, heads, backend=setup.backend, **options)
-        key = (*x.key(), torch.backends.cuda.flash_sdp_enabled())  # torch's choice, by which goes whether ours may run
+        key = (*x.key(), functional.may_stand_in())
         found = ready.get(key)
         if found is not None and found.of_heads is not None:
             queries_keys_values = x.in_one(products, found.backend)

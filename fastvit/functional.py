@@ -424,8 +424,8 @@ def _attention_backend(qkv: Tensor, bias: Tensor | None, num_heads: int, request
         return ""
     if _autocast_dtype(qkv) not in (None, qkv.dtype):
         return ""  # PyTorch's would be cast
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.backends.cuda.flash_sdp_enabled():
-        return ""  # sdpa_kernel's setting, which holds on a CPU too
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not may_stand_in():
+        return ""
     forced = backends.forced(requested)
     if forced is not None and not backends.has_op(forced, "attention"):
         return ""
@@ -433,6 +433,13 @@ def _attention_backend(qkv: Tensor, bias: Tensor | None, num_heads: int, request
     problem = ("attention", _mode((qkv, bias)), qkv.dtype, parameters, qkv.dtype, (width,), False)
     name = _choose(qkv.device, (qkv, bias), qkv.dtype, requested, problem, batch * tokens * num_heads)
     return "" if name == "reference" else name
+
+
+def may_stand_in() -> bool:
+    """Whether torch's attention is its own and free to choose: by sdpa_kernel's setting, which holds on a CPU too, and
+    not replaced by another library's."""
+    is_torchs = F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    return is_torchs and torch.backends.cuda.flash_sdp_enabled()
 
 
 def _run(op: Op, arguments: tuple[Any, ...], requested: str | None, problem: tuple[Any, ...], rows: int) -> Any:

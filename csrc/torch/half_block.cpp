@@ -109,16 +109,17 @@ void check_matrix(const char* name, const Tensor& matrix, int64_t rows, int64_t 
 Tensor multiply(const Tensor& left, const Tensor& right) { return call_torch("aten::mm", left, right); }
 
 // add_norm's arguments, of which the branch is still to be multiplied by `before` [D, D'] where that is given; weights
-// first [F, D], which goes on in those below it, and second [D'', F] with their biases, the first being the activation's, or, without a function, that of
-// a product that is then alone → sum, normed, statistics, the result, and first in dtype; with a function what it was
-// given, what it gave, and second in dtype; with `before` the branch, and before in its dtype. What is neither sum,
-// result nor branch is made of rows: [N, D], N being the rows of the residual
+// first [F, D], which goes on in those below it, and second [D'', F] with their biases, the first being the
+// activation's, or, without a function, that of a product that is then alone → sum, normed, statistics, the result, and
+// first in dtype; with a function what it was given, what it gave, and second in dtype; with `before` the branch, and
+// before in its dtype. What is neither sum, result nor branch is made of rows: [N, D], N being the rows of the residual
 std::vector<Tensor> half_block_cuda(const Tensor& residual, const MaybeTensor& branch, const MaybeTensor& bias,
                                     const MaybeTensor& scale, const MaybeTensor& keep, const Tensor& weight,
                                     const MaybeTensor& norm_bias, const MaybeTensor& before, const Tensor& first,
                                     const MaybeTensor& first_bias, const MaybeTensor& second,
-                                    const MaybeTensor& last_bias, std::vector<Tensor> below, double eps, bool rms, ScalarType sum_dtype,
-                                    ScalarType dtype, int64_t function, double linear_term, double cubic_term) {
+                                    const MaybeTensor& last_bias, std::vector<Tensor> below, double eps, bool rms,
+                                    ScalarType sum_dtype, ScalarType dtype, int64_t function, double linear_term,
+                                    double cubic_term) {
   require(residual.dim() == 3, "residual: expected [B, T, D], got ", residual.dim(), " dimensions");
   require(branch || !before, "before: it makes the branch, and there is none");
   const int64_t width = residual.size(2);
@@ -169,8 +170,8 @@ void append_rows(std::vector<Tensor>& found, const Tensor& matrix, std::initiali
 // whose bias has a gradient then; add_norm_backward's arguments, of which `branch` is read with a scale alone; what the
 // forward multiplied by `before`, and before as it cast it; normed, the parameters, and what else the forward made →
 // the gradients of those of residual, branch (or what `before` multiplied), weight, norm_bias, bias, scale, before,
-// first and what is below it, first_bias (of an activation, or of heads) and second that are there; of size 0 for a weight whose gradient is
-// not needed
+// first and what is below it, first_bias (of an activation, or of heads) and second that are there; of size 0 for a
+// weight whose gradient is not needed
 std::vector<Tensor> half_block_backward_cuda(
     const MaybeTensor& d_sum, const Tensor& d_result, const MaybeTensor& d_k, const MaybeTensor& d_v, const Tensor& sum,
     const MaybeTensor& branch, const MaybeTensor& bias, const MaybeTensor& scale, const MaybeTensor& keep,
@@ -257,8 +258,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTVIT_NAMESPACE, m) {
   m.def(
       "half_block_cuda(Tensor residual, Tensor? branch, Tensor? bias, Tensor? scale, Tensor? keep, Tensor weight, "
       "Tensor? norm_bias, Tensor? before, Tensor first, Tensor? first_bias, Tensor? second, Tensor? last_bias, "
-      "Tensor[] below, float eps, bool rms, ScalarType sum_dtype, ScalarType dtype, int function, float linear, float cubic) "
-      "-> Tensor[]");
+      "Tensor[] below, float eps, bool rms, ScalarType sum_dtype, ScalarType dtype, int function, float linear, float "
+      "cubic) -> Tensor[]");
   m.def(
       "half_block_backward_cuda(Tensor? d_sum, Tensor d_result, Tensor? d_k, Tensor? d_v, Tensor sum, Tensor? branch, "
       "Tensor? bias, Tensor? scale, Tensor? keep, Tensor weight, Tensor? norm_bias, Tensor statistics, Tensor? "

@@ -110,15 +110,12 @@ def _pays(tokens: Tensor, weight: Tensor, setup: Setup) -> bool:
 
 def _asks_for_sdpa(module: Any) -> Callable[[], bool]:
     """Whether attention is torch's scaled_dot_product_attention, which a setting or a registration can change."""
-    interface = inspect.unwrap(type(module).forward).__globals__.get("ALL_ATTENTION_FUNCTIONS")
-    config = attribute(module, "config")
-    if interface is None or not hasattr(config, "_attn_implementation"):
-        return lambda: False
+    scope, config = inspect.unwrap(type(module).forward).__globals__, attribute(module, "config")
 
     def is_sdpa() -> bool:
         try:
-            function = interface.get_interface(config._attn_implementation, None)
-        except KeyError:
+            function = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(config._attn_implementation, None)
+        except (AttributeError, KeyError):
             return False
         return getattr(function, "__name__", "") == _SDPA[1] and function.__module__ == _SDPA[0]
 

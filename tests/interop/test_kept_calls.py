@@ -7,10 +7,13 @@ import gc
 import io
 import threading
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,9 +26,18 @@ from fastvit.interop.trunk import TrunkBlock
 from tests.interop.kept import BF16, TOKENS, WIDTH, blocks, expect_the_same, outcome, part, pays, replaced
 from tests.interop.subjects import expect_close, expect_same_gradients
 from tests.interop.test_changed_after import replica
+from tests.interop.test_kept import doubled
 from tests.interop.zoo import tensors
 
 __all__ = ["blocks"]  # a fixture
+
+
+@contextmanager
+def another_attention() -> Iterator[None]:
+    """In the place of torch's, as libraries of faster ones put theirs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", doubled(F.scaled_dot_product_attention))
+        yield
 
 
 def test_back_again(blocks: Any) -> None:
@@ -35,7 +47,7 @@ def test_back_again(blocks: Any) -> None:
     arounds = (torch.no_grad, lambda: torch.autocast("cpu", BF16), lambda: torch.autocast("cpu", torch.float16),
                lambda: use_backend("reference"), lambda: use_backend("cpu"), lambda: sdpa_kernel(SDPBackend.MATH),
                torch.inference_mode, lambda: FlopCounterMode(display=False), torch.profiler.profile,
-               lambda: torch.device("cpu"))  # fmt: skip
+               lambda: torch.device("cpu"), another_attention)  # fmt: skip
     for around in arounds:
         expect_the_same(ours, theirs, x, around)
         expect_the_same(ours, theirs, x)

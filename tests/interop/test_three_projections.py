@@ -119,12 +119,21 @@ def by_hand(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **o
     return F.scaled_dot_product_attention(query, key, 2 * value, scale=options["scaling"]).transpose(1, 2), None
 
 
+class Interface:
+    def get_interface(self, name: str, default: Any) -> Any:
+        return by_hand
+
+
 def of(name: str, do: Callable[[Any], Any]) -> Callable[[Any], None]:
     return lambda part: do(getattr(part, name))
 
 
+def library(part: Any) -> Any:
+    return importlib.import_module(type(part).__module__)
+
+
 def interface(part: Any) -> Any:
-    return importlib.import_module(type(part).__module__).ALL_ATTENTION_FUNCTIONS
+    return library(part).ALL_ATTENTION_FUNCTIONS
 
 
 def renamed(part: Any, *names: str) -> str:
@@ -150,6 +159,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], bool]] = {
 }
 # What changes for all attention of a class.
 OF_ALL: dict[str, Callable[[Any, Any], Any]] = {
+    "another interface": lambda part, patch: patch.setattr(library(part), "ALL_ATTENTION_FUNCTIONS", Interface()),
     "sdpa is another": lambda part, patch: patch.setitem(interface(part)._global_mapping, "sdpa", by_hand),
     "its forward": lambda part, patch: patch.setattr(type(part), "forward", doubled(type(part).forward)),
 }
