@@ -166,7 +166,7 @@ class _HalfBlock(torch.autograd.Function):
     def forward(ctx: Any, settings: Settings, *tensors: Any) -> tuple[Tensor, ...]:
         residual, x, bias, scale, keep, weight, norm_bias, before, first, act_bias, second, last_bias, *below = tensors
         total, normed, statistics, result, cast_first, hidden, active, cast_second, branch, cast_before = (
-            settings.forward(settings, *tensors[:12], below)
+            settings.forward(settings, *tensors[: _LAST_BIAS + 1], below)
         )
         if before is None:
             branch = x

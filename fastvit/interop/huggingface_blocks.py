@@ -40,6 +40,7 @@ _ATTENTIONS = {
     "cf1146fbd3ddb554": Attention("out_proj", "scale", "dropout"),  # SigLIP and SigLIP 2
 }
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_SDPA = "transformers.integrations.sdpa_attention.sdpa_attention_forward"
 
 
 @lru_cache
@@ -88,11 +89,8 @@ def _plan_attention(module: Any, setup: Setup, **options: Any) -> branches.Run:
 
 def _packing(biases: Sequence[Tensor | None], weight: Tensor) -> Callable[[], Tensor | None]:
     """Biases [F] of layers with such a weight one behind the other, zeros for those that are missing."""
-    given = [bias for bias in biases if bias is not None]
-    if not given:
+    if all(bias is None for bias in biases):
         return lambda: None
-    if len(given) == len(biases):
-        return lambda: torch.cat(given)
     return lambda: torch.cat([weight.new_zeros(weight.shape[0]) if bias is None else bias for bias in biases])
 
 
@@ -115,14 +113,11 @@ def _asks_for_sdpa(module: Any) -> Callable[[], bool]:
     def is_sdpa() -> bool:
         try:
             function = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(config._attn_implementation, None)
+            return full_name(function) == _SDPA
         except (AttributeError, KeyError):
             return False
-        return getattr(function, "__name__", "") == _SDPA[1] and function.__module__ == _SDPA[0]
 
     return is_sdpa
-
-
-_SDPA = "transformers.integrations.sdpa_attention", "sdpa_attention_forward"
 
 
 def _why_no_attention(module: Any) -> str:
