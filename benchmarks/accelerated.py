@@ -66,7 +66,7 @@ def plan_model(size: str, device: torch.device) -> Plan:
     full = size == "full"
     if device.type == "cuda":
         return _plan((LOGITS, GRADIENTS), size, device, ("S", "B", "L") if full else ("B",), 256)
-    return _plan((LOGITS, GRADIENTS), size, device, ("Ti", "S") if full else ("Ti",), 8)
+    return _plan((LOGITS, GRADIENTS), size, device, ("Ti", "S"), 8)
 
 
 def _plan(

@@ -31,7 +31,8 @@ SIMT_DEVICE void activate(const BiasAct& p, const Values& at, Values& value, Val
     }
   } else {
     SIMT_UNROLL for (int i = 0; i < EIGHT; i++) {
-      const float x = at[i], bend = p.cubic * x * x, inner = x * (p.linear + bend);
+      const float x = at[i], bounded = std::fmin(std::fabs(x), 1e19f);  // 0 · ∞ would be no number
+      const float bend = p.cubic * bounded * bounded, inner = x * (p.linear + bend);
       // Neither sigmoid nor its slope is a difference of numbers that are nearly equal.
       const float small = std::exp(-std::fabs(inner)), large = 1 / (1 + small);
       const float gate = (inner < 0 ? small : 1) * large;

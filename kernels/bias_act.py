@@ -39,14 +39,15 @@ def _activated(x, function, linear, cubic):
         value = tl.where(x < 0, 0.0, x)
         slope = tl.where(x <= 0, 0.0, 1.0)
     else:
-        square = x * x
-        inner = x * (linear + cubic * square)
+        bounded = tl.minimum(tl.abs(x), 1e19)  # 0 · ∞ would be no number
+        bend = cubic * bounded * bounded
+        inner = x * (linear + bend)
         # Neither sigmoid nor its slope is a difference of numbers that are nearly equal.
         small = tl.exp(-tl.abs(inner))
         large = 1 / (1 + small)
         gate = tl.where(inner < 0, small, 1.0) * large
         value = x * gate
-        slope = gate + x * (small * large * large) * (linear + 3 * cubic * square)
+        slope = gate + x * (small * large * large) * (linear + 3 * bend)
     return value, slope
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fastvit import native
+from fastvit import functional, native
+from fastvit.checks import ACTS
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -49,6 +50,21 @@ def wrong_conversions() -> list[str]:
     return found
 
 
+def wrong_functions() -> list[str]:
+    """Values of the activations one by one, where a norm would not see those near zero: within 2 ulp of x of the truth
+    in float64."""
+    found = []
+    sizes = torch.cat([torch.linspace(0, 12, 2**18), torch.logspace(-38, 38, 2**12)])
+    x = torch.cat([sizes, -sizes])[:, None]
+    for name in ACTS:
+        exact = functional.bias_act(x.double(), act=name, backend="reference")
+        error = (functional.bias_act(x, act=name, backend="native") - exact).abs()
+        worst = float((error / (x.double().abs() * torch.finfo(x.dtype).eps + 1e-300)).max())
+        if worst > 2:
+            found.append(f"{name}: {worst:.3g} ulp of x")
+    return found
+
+
 def main(library: str, *ops: str) -> None:
     native.LIBRARY = Path(library)
     from fastvit.validation import validate
@@ -58,7 +74,8 @@ def main(library: str, *ops: str) -> None:
         raise RuntimeError(reason)
     report = validate(["native"], ops or native.ops(), ["float32", "bfloat16"] if ops else None, quick=not ops)
     failed = [f"{row.quantity} of {row.case}, {row.dtype} {row.reason}" for row in report.failures]
-    print(json.dumps({"set": native.instruction_set(), "failed": failed, "conversions": wrong_conversions()}))
+    found = {"failed": failed, "conversions": wrong_conversions(), "functions": wrong_functions()}
+    print(json.dumps({"set": native.instruction_set(), **found}))
 
 
 if __name__ == "__main__":

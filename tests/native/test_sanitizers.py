@@ -24,4 +24,4 @@ def test_nothing_is_found(toolchain: Toolchain) -> None:
     library, target = one_set(toolchain, "native-sanitized", *FLAGS)
     # Python was not built with them, and keeps what it allocates.
     outcome = check(target, *library.info["ops"], LD_PRELOAD=" ".join(paths), ASAN_OPTIONS="detect_leaks=0")
-    assert not outcome["failed"] and not outcome["conversions"]
+    assert not outcome["failed"] and not outcome["conversions"] and not outcome["functions"]
