@@ -84,7 +84,7 @@ def plan(size: str, device: torch.device) -> Plan:
         sizes = (("S", 256), ("B", 256)) if on_gpu else (("Ti", 8), ("S", 8))
         cases = [Setup(model, batch, device, residual) for residual in residuals for model, batch in sizes]
     else:
-        names, batches = (tuple(models.NAMES), (64, 256)) if on_gpu else (("Ti", "S"), (1, 8))
+        names, batches = (tuple(models.NAMES), (64, 256)) if on_gpu else (("Ti", "S"), (8,))
         cases = [Setup(name, batch, device, dtype) for name in names for batch in batches for dtype in residuals]
     return [
         (
