@@ -48,6 +48,23 @@ struct PatchEmbedGradients {
 void patch_embed_backward(const PatchEmbedInputs& inputs, int prefix_rows, const PatchEmbedGradients& gradients,
                           const Queue& queue);
 
+// Images of any sizes, one behind the other; in PatchEmbedInputs there are no images and no `keep` then.
+struct PackedImages {
+  const View* images;     // [1, C, H_i, W_i] each, of one type
+  const int64_t* starts;  // of each the row of the table that is its first patch's position
+  int64_t count;          // at least 1
+  int64_t places;         // rows of the table, or as many as the largest image has patches
+  bool channels_last;     // how all of them lie
+};
+
+// tokens: [Σ R+N_i, D].
+void patch_embed_packed(const PatchEmbedInputs& inputs, const PackedImages& images, const View& tokens,
+                        const Queue& queue);
+
+// grad is [Σ R+N_i, D], d_rows [R+places, D]; no d_images, and none of what goes with it.
+void patch_embed_packed_backward(const PatchEmbedInputs& inputs, const PackedImages& images, int prefix_rows,
+                                 const PatchEmbedGradients& gradients, const Queue& queue);
+
 // tokens: [B, N, D], any strides; positions: [N, D] or [R+N, D]; prefix: [R, D] or none; out: [B, R+N, D].
 void add_position(const View& tokens, const View& positions, const View& prefix, const View& out, const Queue& queue);
 

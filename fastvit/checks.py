@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -43,32 +45,131 @@ def check_device(name: str, tensor: Tensor | None, other_name: str, other: Tenso
         raise ValueError(f"{name}: on device {tensor.device}, but {other_name} is on {other.device}; they must match")
 
 
+def check_weight(weight: Tensor) -> None:
+    """A convolution's, [D, C, P_h, P_w]."""
+    check_tensor("weight", weight)
+    if weight.dim() != 4:
+        raise ValueError(f"weight: expected 4 dimensions [D, C, P_h, P_w], got {weight.dim()}: {shape_of(weight)}")
+    check_dtype("weight", weight.dtype, FLOAT_DTYPES)
+    if min(weight.shape) < 1:
+        raise ValueError(f"weight: every size must be at least 1, got {shape_of(weight)}")
+
+
 def check_images_and_weight(images: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Ranks, dtypes, channels, divisibility and devices of the projection's own arguments."""
     check_tensor("images", images)
     check_tensor("weight", weight)
     if images.dim() != 4:
         raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got {images.dim()}: {shape_of(images)}")
-    if weight.dim() != 4:
-        raise ValueError(f"weight: expected 4 dimensions [D, C, P_h, P_w], got {weight.dim()}: {shape_of(weight)}")
+    check_weight(weight)
     check_dtype("images", images.dtype, IMAGE_DTYPES)
-    check_dtype("weight", weight.dtype, FLOAT_DTYPES)
-    _, channels, height, width = images.shape
-    dim, weight_channels, patch_height, patch_width = weight.shape
-    if min(dim, weight_channels, patch_height, patch_width) < 1:
-        raise ValueError(f"weight: every size must be at least 1, got {shape_of(weight)}")
-    if channels != weight_channels:
-        raise ValueError(f"images: {channels} channels, but weight expects {weight_channels}")
-    for axis, size, patch in (("height", height, patch_height), ("width", width, patch_width)):
-        if size < 1 or size % patch != 0:
-            raise ValueError(f"images: {axis} {size} is not a positive multiple of the patch {axis} {patch}")
+    _check_sides("images", images, weight)
     check_device("images", images, "weight", weight)
-    if bias is not None:
-        check_tensor("bias", bias)
-        if bias.dim() != 1 or bias.shape[0] != dim:
-            raise ValueError(f"bias: expected shape [{dim}], got {shape_of(bias)}")
-        check_dtype("bias", bias.dtype, FLOAT_DTYPES)
-        check_device("bias", bias, "weight", weight)
+    _check_bias(bias, weight)
+
+
+def check_packed_images(images: Any, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """The same of images [C, H_i, W_i] of any sizes, which are named by their index; as a list."""
+    if isinstance(images, Tensor) or not isinstance(images, Sequence):
+        raise TypeError(f"images: expected a list of [C, H, W] tensors, got {type(images).__name__}")
+    check_weight(weight)
+    for index, image in enumerate(images):
+        name = f"images[{index}]"
+        check_tensor(name, image)
+        if image.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions [C, H, W], got {image.dim()}: {shape_of(image)}")
+        check_dtype(name, image.dtype, IMAGE_DTYPES)
+        if image.dtype != images[0].dtype:
+            raise TypeError(f"{name}: dtype {image.dtype}, but images[0] has {images[0].dtype}; they must match")
+        _check_sides(name, image, weight)
+        check_device(name, image, "weight", weight)
+    _check_bias(bias, weight)
+    return list(images)
+
+
+def check_cut_patches(patches: Any, weight: Tensor, bias: Tensor | None, sizes: Any) -> list[tuple[int, int]]:
+    """Patches [ΣN_i, C·P_h·P_w] or [B, N_max, C·P_h·P_w] of images of these sizes; gives the sizes."""
+    check_tensor("images", patches)
+    check_dtype("images", patches.dtype, IMAGE_DTYPES)
+    length = math.prod(weight.shape[1:])
+    if patches.dim() not in (2, 3) or patches.shape[-1] != length:
+        raise ValueError(
+            f"images: expected patches [N, {length}] or [B, N, {length}] where sizes are given, got {shape_of(patches)}"
+        )
+    check_device("images", patches, "weight", weight)
+    _check_bias(bias, weight)
+    grids = [(whole("sizes", rows), whole("sizes", columns)) for rows, columns in pairs("sizes", sizes)]
+    counts = [rows * columns for rows, columns in grids]
+    if patches.dim() == 2:
+        if sum(counts) != patches.shape[0]:
+            raise ValueError(f"sizes: {sum(counts)} patches in all, but images has {patches.shape[0]}")
+        return grids
+    if len(counts) != patches.shape[0]:
+        raise ValueError(f"sizes: {len(counts)} of them, but images has {patches.shape[0]}")
+    for index, count in enumerate(counts):
+        if count > patches.shape[1]:
+            raise ValueError(f"sizes[{index}]: {count} patches, but images has {patches.shape[1]} of each")
+    return grids
+
+
+def check_packed_positions(pos_embed: Tensor, weight: Tensor, patches: int) -> None:
+    """A grid of positions [h, w, D], or a row for every patch of all images."""
+    check_tensor("pos_embed", pos_embed)
+    dim = weight.shape[0]
+    is_grid = pos_embed.dim() == 3 and min(pos_embed.shape[:2]) > 0
+    if not (is_grid or pos_embed.dim() == 2 and pos_embed.shape[0] == patches) or pos_embed.shape[-1] != dim:
+        raise ValueError(
+            f"pos_embed: expected a grid [rows, columns, {dim}] or a row a patch [{patches}, {dim}], "
+            f"got {shape_of(pos_embed)}"
+        )
+    check_dtype("pos_embed", pos_embed.dtype, FLOAT_DTYPES)
+    check_device("pos_embed", pos_embed, "weight", weight)
+
+
+def _check_sides(name: str, images: Tensor, weight: Tensor) -> None:
+    """Channels, and height and width, the last three dimensions."""
+    channels, *sides = images.shape[-3:]
+    if channels != weight.shape[1]:
+        raise ValueError(f"{name}: {channels} channels, but weight expects {weight.shape[1]}")
+    for axis, size, patch in zip(("height", "width"), sides, weight.shape[2:], strict=True):
+        if size < 1 or size % patch != 0:
+            raise ValueError(f"{name}: {axis} {size} is not a positive multiple of the patch {axis} {patch}")
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    if bias is None:
+        return
+    check_tensor("bias", bias)
+    dim = weight.shape[0]
+    if bias.dim() != 1 or bias.shape[0] != dim:
+        raise ValueError(f"bias: expected shape [{dim}], got {shape_of(bias)}")
+    check_dtype("bias", bias.dtype, FLOAT_DTYPES)
+    check_device("bias", bias, "weight", weight)
+
+
+def pairs(name: str, values: Any) -> list[tuple[Any, Any]]:
+    """A pair for each image."""
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a pair of Python numbers an image, got {type(values).__name__}{_ADVICE}")
+    for value in values:
+        if isinstance(value, Tensor) or not isinstance(value, Sequence):
+            raise TypeError(f"{name}: expected pairs of Python numbers, got {type(value).__name__}{_ADVICE}")
+        if len(value) != 2:  # what is written in words only where it is wrong costs nothing, and can be traced
+            raise ValueError(f"{name}: {value!r} is no pair, rows and columns")
+    return [(value[0], value[1]) for value in values]
+
+
+_ADVICE = "; of a tensor take .tolist(), where waiting for its device does no harm"
+
+
+def whole(name: str, value: Any) -> int:
+    """A number of rows or columns."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected whole numbers of Python, got {value!r}")
+    size = operator.index(value)
+    if size < 1:
+        raise ValueError(f"{name}: {size} must be at least 1")
+    return size
 
 
 def rows_of(name: str, table: Tensor | None, dim: int, like_name: str, like: Tensor) -> Tensor | None:
@@ -124,6 +225,7 @@ def check_keep_range(keep: Tensor, patches: int) -> None:
 
 MOST_VALUES = 8192  # of a token, in the trunk's ops
 MOST_FEATURES = 65536  # of a token, within an MLP
+ORDERS = ("CPP", "PPC")  # of the values of a patch
 ACTS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
 

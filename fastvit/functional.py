@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 
 from fastvit import backend as backends
 from fastvit import checks, ops, reference
+from fastvit.grids import grid_rows
 from fastvit.native.attention import MOST_TOKENS
 from fastvit.ops import Op
 from fastvit.ops.add_norm import Arguments as NormArguments
@@ -19,10 +21,10 @@ from fastvit.ops.add_norm import norm_alone
 from fastvit.ops.split_heads import SplitHeads, split
 from fastvit.tuning import FORWARD, TRAINING
 
-__all__ = ["add_norm", "add_position", "attention", "bias_act", "patch_embed", "split_heads"]
+__all__ = ["add_norm", "add_position", "attention", "bias_act", "patch_embed", "patch_embed_packed", "split_heads"]
 
-_PATCH_EMBED, _ADD_POSITION, _ADD_NORM, _BIAS_ACT, _ATTENTION = (
-    ops.OPS[name] for name in ("patch_embed", "add_position", "add_norm", "bias_act", "attention")
+_PATCH_EMBED, _PATCH_EMBED_PACKED, _ADD_POSITION, _ADD_NORM, _BIAS_ACT, _ATTENTION = (
+    ops.OPS[name] for name in ("patch_embed", "patch_embed_packed", "add_position", "add_norm", "bias_act", "attention")
 )
 
 
@@ -89,6 +91,107 @@ def patch_embed(
     rows = batch * (patches if keep is None else keep.shape[1])
     arguments = (images, weight, bias, pos_embed, prefix, keep, means, stds, compute_dtype, dtype)
     return _run(_PATCH_EMBED, arguments, backend, problem, rows)
+
+
+def patch_embed_packed(
+    images: Sequence[Tensor] | Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    order: str = "CPP",
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    align_corners: bool | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Turn images of any sizes into one sequence of tokens, image behind image, in one pass over their pixels.
+
+    What :func:`patch_embed` does, without a padded batch, a loop or a wait: the packed sequences of NaViT (Dehghani et
+    al., 2023). Images are read where they lie.
+
+    Args:
+        images: a list of [C, H_i, W_i], uint8 or float, of one dtype, each in either layout; H_i and W_i are multiples
+            of the patch. Or patches that a processor has cut: [ΣN_i, C·P_h·P_w], image behind image, or
+            [B, N_max, C·P_h·P_w] with those that are padding behind an image's own, which are not read.
+        weight: [D, C, P_h, P_w], laid out as the convolution's.
+        bias: [D].
+        sizes: rows and columns of patches of each image, numbers of Python; for cut patches alone.
+        order: of the values of a cut patch: "CPP", as the weight has them, or "PPC" (NaFlexViT, SigLIP 2).
+        pos_embed: [h, w, D], the learned positions of a grid, resampled to that of each image; or [ΣN_i, D], a row for
+            every patch.
+        prefix: [R, D] or [1, R, D], class and register tokens; they become the first R rows of every image and have no
+            position.
+        interpolation, antialias, align_corners: of the positions, as in :func:`fastvit.grids.resample_grids`.
+        mean, std: one float a channel, in the 0..1 scale: (x − mean) / std. A tensor is read once (a wait on a GPU).
+        dtype: of the tokens; default: autocast's where it is on, else the weight's.
+        backend: "reference", "cpu" or "native"; default: the best that can run here. On a GPU, for which there is no
+            kernel yet, the reference runs, an image at a time.
+
+    Returns:
+        Tokens [Σ(R+N_i), D], differentiable once in images (floats), weight, bias, pos_embed and prefix; and offsets
+        [B+1] int32 on the weight's device: image i has the rows from offsets[i] to offsets[i+1].
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in :func:`patch_embed`; the message names the image by its index.
+    """
+    if sizes is None:
+        listed = checks.check_packed_images(images, weight, bias)
+        grids = [(image.shape[1] // weight.shape[2], image.shape[2] // weight.shape[3]) for image in listed]
+    else:
+        mean, std = _of_values(mean, std, weight, order)
+        grids, listed, weight = _cut_patches(images, weight, bias, sizes, order)
+    dim = weight.shape[0]
+    prefix = checks.rows_of("prefix", prefix, dim, "weight", weight)
+    means, stds = checks.normalisation(mean, std, weight.shape[1])
+    counts = [rows * columns for rows, columns in grids]
+    table, starts = None, [0] * len(counts)
+    if pos_embed is not None:
+        checks.check_packed_positions(pos_embed, weight, sum(counts))
+        if pos_embed.dim() == 2:
+            table, starts = pos_embed, list(itertools.accumulate(counts, initial=0))[:-1]
+        else:
+            table, starts = grid_rows(pos_embed, grids, interpolation, antialias, align_corners)
+    compute_dtype = _autocast_dtype(weight) or weight.dtype
+    dtype = _token_dtype(dtype, compute_dtype)
+
+    prefix_rows = 0 if prefix is None else prefix.shape[0]
+    ends = list(itertools.accumulate((prefix_rows + count for count in counts), initial=0))
+    pixels = listed[0].dtype if listed else weight.dtype
+    problem = (pixels, compute_dtype, dtype, weight.shape, False)
+    arguments = (weight, bias, table, prefix, listed, starts, means, stds, compute_dtype, dtype)
+    tokens = _run(_PATCH_EMBED_PACKED, arguments, backend, problem, sum(counts))
+    return tokens, torch.tensor(ends, dtype=torch.int32, device=weight.device)
+
+
+def _of_values(mean: Any, std: Any, weight: Tensor, order: str) -> tuple[Any, Any]:
+    """Mean and std of each value of a cut patch, whose channels stand together or in turn."""
+    checks.require(order in checks.ORDERS, f"order: unknown {order!r}; known: {', '.join(checks.ORDERS)}")
+    checks.check_weight(weight)
+    means, stds = checks.normalisation(mean, std, weight.shape[1])
+    area = weight.shape[2] * weight.shape[3]
+    return tuple(
+        None if values is None else [v for v in values for _ in range(area)] if order == "CPP" else list(values) * area
+        for values in (means, stds)
+    )  # type: ignore[return-value]
+
+
+def _cut_patches(
+    patches: Any, weight: Tensor, bias: Tensor | None, sizes: Any, order: str
+) -> tuple[list[tuple[int, int]], list[Tensor], Tensor]:
+    """Patches as images [C·P_h·P_w, 1, N_i] whose patches are single pixels, views; and the weight for those."""
+    grids = checks.check_cut_patches(patches, weight, bias, sizes)
+    counts = [rows * columns for rows, columns in grids]
+    weight = (weight if order == "CPP" else weight.permute(0, 2, 3, 1)).flatten(1)[:, :, None, None]
+    columns = patches.transpose(-1, -2).unsqueeze(-2)  # [K, 1, N] or [B, K, 1, N]
+    if patches.dim() == 2:
+        return grids, list(columns.split(counts, -1)), weight
+    return grids, [each[..., :count] for each, count in zip(columns.unbind(0), counts, strict=True)], weight
 
 
 def add_position(
@@ -457,16 +560,16 @@ def _backend(op: Op, arguments: tuple[Any, ...], requested: str | None, problem:
         rows: of tokens, in the batch.
     """
     _tell_counter()
-    tensors = arguments[: op.tensors]
+    tensors = ops.flat(arguments[: op.tensors])
     problem = (op.name, _mode(tensors), *problem)
-    return _choose(tensors[0].device, tensors, arguments[-1], requested, problem, rows)
+    return _choose(arguments[0].device, tensors, arguments[-1], requested, problem, rows)
 
 
 def _call(op: Op, arguments: tuple[Any, ...]) -> Any:
     """By the shortest way; the backend is the last of the arguments."""
     if arguments[-1] != "reference":
         return op(*arguments)
-    if ops.is_plain(*arguments[: op.tensors]):
+    if ops.is_plain(*ops.flat(arguments[: op.tensors])):
         op.check(*arguments)
     return op.plain(*arguments)
 
@@ -478,7 +581,7 @@ def _tell_counter() -> None:
 
 def _choose(
     device: torch.device,
-    tensors: tuple[Tensor | None, ...],
+    tensors: Sequence[Tensor | None],
     dtype: torch.dtype,
     requested: str | None,
     problem: tuple[Any, ...],
@@ -501,12 +604,12 @@ def _choose(
     return "reference"
 
 
-def _any_dual(tensors: tuple[Tensor | None, ...]) -> bool:
+def _any_dual(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a tensor has a tangent, which only torch's own ops hand on."""
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def _mode(tensors: tuple[Tensor | None, ...]) -> str:
+def _mode(tensors: Sequence[Tensor | None]) -> str:
     """Whether gradients will be wanted: the fastest forward need not have the fastest backward."""
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -530,7 +633,7 @@ def _token_dtype(dtype: torch.dtype | None, default: torch.dtype, name: str = "d
     return dtype
 
 
-def _any_float64(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> bool:
+def _any_float64(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
     for tensor in tensors:
         if tensor is not None and tensor.dtype == torch.float64:
             return True

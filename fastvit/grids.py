@@ -14,14 +14,13 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.checks import FLOAT_DTYPES, check_dtype, check_tensor, require, shape_of
+from fastvit.checks import FLOAT_DTYPES, check_dtype, check_tensor, pairs, require, shape_of, whole
 from fastvit.guards import is_transformed
 
 __all__ = ["Filter", "axis_matrix", "resample_grid", "resample_grids"]
@@ -79,7 +78,7 @@ def axis_matrix(
     Raises:
         TypeError, ValueError: an argument that can't be; the message names it.
     """
-    new, old = _size("new", new), _size("old", old)
+    new, old = whole("new", new), whole("old", old)
     check_dtype("dtype", dtype, _COMPUTED)
     how = _checked_filter(interpolation, antialias, align_corners)
     scale = None if scale is None else _checked_scale("scale", scale, new, old)
@@ -166,6 +165,29 @@ def resample_grids(
     return torch.cat([copies[image].pop() for image in images])
 
 
+def grid_rows(
+    table: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    align_corners: bool | None = None,
+) -> tuple[Tensor, list[int]]:
+    """A table [h, w, D] on the grids of these sizes, each once, however many images have it.
+
+    Returns:
+        [P, D], one grid behind the other, and of each image the row that its grid begins at.
+    """
+    how = _checked_filter(interpolation, antialias, align_corners)
+    grids, first, rows = [], {}, 0
+    for size in sizes:
+        if size not in first:
+            grid = table if size == table.shape[:2] else resample_grid(table, *size, how)
+            grids.append(grid.flatten(0, 1))
+            first[size] = rows
+            rows += size[0] * size[1]
+    return torch.cat(grids) if grids else table.flatten(0, 1)[:0], [first[size] for size in sizes]
+
+
 class _Product(torch.autograd.Function):
     """`_product` with a gradient.
 
@@ -247,40 +269,16 @@ def _options(how: Filter, size: tuple[int, int], scale: tuple[float, float] | No
 
 def _images(table: Tensor, sizes: Any, scales: Any) -> list[tuple[tuple[int, int], tuple[float, float] | None]]:
     """Size and scale of each image, checked."""
-    found = [(_size("sizes", rows), _size("sizes", columns)) for rows, columns in _pairs("sizes", sizes)]
+    found = [(whole("sizes", rows), whole("sizes", columns)) for rows, columns in pairs("sizes", sizes)]
     if scales is None:
         return [(size, None) for size in found]
-    factors = _pairs("scales", scales)
+    factors = pairs("scales", scales)
     require(len(factors) == len(found), f"scales: {len(factors)} of them for {len(found)} sizes")
     images: list[tuple[tuple[int, int], tuple[float, float] | None]] = []
     for size, (by_row, by_column) in zip(found, factors, strict=True):
         by_row = _checked_scale("scales", by_row, size[0], table.shape[0])
         images.append((size, (by_row, _checked_scale("scales", by_column, size[1], table.shape[1]))))
     return images
-
-
-def _pairs(name: str, values: Any) -> list[tuple[Any, Any]]:
-    """A pair for each image."""
-    if isinstance(values, Tensor) or not isinstance(values, Sequence):
-        raise TypeError(f"{name}: expected a pair of Python numbers an image, got {type(values).__name__}{_ADVICE}")
-    for value in values:
-        if isinstance(value, Tensor) or not isinstance(value, Sequence):
-            raise TypeError(f"{name}: expected pairs of Python numbers, got {type(value).__name__}{_ADVICE}")
-        if len(value) != 2:  # what is written in words only where it is wrong costs nothing, and can be traced
-            raise ValueError(f"{name}: {value!r} is no pair, rows and columns")
-    return [(value[0], value[1]) for value in values]
-
-
-_ADVICE = "; of a tensor take .tolist(), where waiting for its device does no harm"
-
-
-def _size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, Integral, torch.SymInt)):
-        raise TypeError(f"{name}: expected whole numbers of Python, got {value!r}")
-    size = operator.index(value)
-    if size < 1:
-        raise ValueError(f"{name}: {size} must be at least 1")
-    return size
 
 
 def _checked_scale(name: str, scale: Any, new: int, old: int) -> float:

@@ -7,6 +7,7 @@ float64 it is the truth of the validator and of the tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,57 @@ def patch_embed(
         x = (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
     tokens = F.conv2d(x, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)  # [B, N, D]
     return _place(tokens, pos_embed, prefix, keep).to(dtype or weight.dtype)
+
+
+def patch_embed_packed(
+    images: Sequence[Tensor] | Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    order: str = "CPP",
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    align_corners: bool | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Images of any sizes to packed tokens; arguments and results as in
+    :func:`fastvit.functional.patch_embed_packed`."""
+    _, _, height, width = weight.shape
+    if sizes is not None:  # put the patches together again
+        assert isinstance(images, Tensor)
+        split = images.split([rows * columns for rows, columns in sizes]) if images.dim() == 2 else images
+        images = [_joined(patches, size, weight, order) for patches, size in zip(split, sizes, strict=True)]
+    tokens, first = [weight.new_empty(0, weight.shape[0], dtype=dtype)], 0
+    for image in images:
+        rows, columns = image.shape[1] // height, image.shape[2] // width
+        positions = None if pos_embed is None else pos_embed[first : first + rows * columns]
+        if pos_embed is not None and pos_embed.dim() == 3:
+            grid = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32)).permute(2, 0, 1)[None]
+            for length in (rows, columns):  # one axis at a time: of both torch 2.13 makes a single column wrongly
+                filtered: dict[str, Any] = {"antialias": antialias, "align_corners": align_corners}
+                grid = F.interpolate(grid.mT, (grid.shape[3], length), mode=interpolation, **filtered)
+            positions = grid[0].permute(1, 2, 0).flatten(0, 1)
+        given: dict[str, Any] = {"pos_embed": positions, "prefix": prefix, "mean": mean, "std": std, "dtype": dtype}
+        tokens.append(patch_embed(image[None], weight, bias, **given)[0])
+        first += rows * columns
+    ends = torch.tensor([len(own) for own in tokens]).cumsum(0).to(weight.device, torch.int32)
+    return torch.cat(tokens), ends
+
+
+def _joined(patches: Tensor, size: tuple[int, int], weight: Tensor, order: str) -> Tensor:
+    """[N, C·P_h·P_w], or more of them than N, to the image [C, H, W]."""
+    (rows, columns), (_, channels, height, width) = size, weight.shape
+    cut = patches[: rows * columns]
+    if order == "CPP":
+        cut = cut.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
+    else:
+        cut = cut.view(rows, columns, height, width, channels).permute(4, 0, 2, 1, 3)
+    return cut.reshape(channels, rows * height, columns * width)
 
 
 def add_position(

@@ -106,6 +106,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     in the test's name, or the file's OP, or patch_embed."""
     if "backend" in metafunc.fixturenames:
         named = [op for op in OPS if op in metafunc.function.__name__]
-        op = named[0] if named else getattr(metafunc.module, "OP", "patch_embed")
+        op = max(named, key=len) if named else getattr(metafunc.module, "OP", "patch_embed")
         names = [name for name in runnable_backends() if not why_missing(name, op)]
         metafunc.parametrize("backend", names)

@@ -1,211 +1,22 @@
-// patch_embed as a product whose one operand is read from the images: a few patches at a time become rows, whose
-// products with the prepared weight start the finished tokens. The backward sums over the patches in the same way.
-#include <cstring>
-
-#include "../ops.h"
+// patch_embed: a batch of images of one size.
+#include "embedding.h"
 #include "isa.h"
-#include "patches.h"
-#include "product.h"
-#include "threads.h"
-#include "vector.h"
 
 namespace fastvit::FASTVIT_ISA {
 
-namespace {
-
-constexpr int64_t COLUMNS = 64;  // of sums over rows in no order, for each task
-
-// Row d of the weight, scaled, rounded and in the order of the pixels. Returns its bias.
-template <class Element>
-float prepare_row(const PatchEmbedInputs& inputs, const Patches& patches, int64_t d, Element* row) {
-  const int64_t length = patches.length(), start = d * length, *sources = patches.sources();
-  const float *scale = patches.weight_scale(), *shift = patches.bias_shift();
-  Floats correction{};
-  with_type(inputs.weight.type, [&](auto type) {
-    const auto* weight = elements<decltype(type)>(inputs.weight) + start;
-    decltype(type) gathered[LANES] = {};
-    each_vector(length, [&](int64_t k, auto n) {
-      for (int64_t i = 0; sources && i < n; i++) gathered[i] = weight[sources[k + i]];
-      const Floats values = (sources ? load(gathered, n) : load(weight + k, n)) * load(scale + k);
-      store(row + k, values);
-      // Of the rounded weight: rounding it then costs nothing on an image of the mean's colour.
-      correction += rounded_to<Element>(values) * load(shift + k, n);
-    });
-  });
-  const float bias = inputs.bias ? load(pointer_to<Any>(inputs.bias) + d, 1)[0] : 0;
-  return patches.has_bias_shift() ? bias + sum(correction) : bias;  // infinite weights times 0 are no number
-}
-
-// The tokens: where each row of patches goes, and what is added to it.
-class Tokens {
- public:
-  Tokens(const PatchEmbedInputs& inputs, const Patches& patches, const View& tokens, const float* bias)
-      : inputs_(inputs), patches_(patches), tokens_(tokens), bias_(bias), length_(tokens.sizes[1]),
-        width_(tokens.sizes[2]) {
-    prefix_rows_ = length_ - patches.kept();
-    skipped_ = inputs.positions ? prefix_rows_ + patches.patches() - inputs.positions.sizes[0] : 0;
-  }
-
-  void write_prefix() const {
-    with_type(tokens_.type, [&](auto type) {
-      auto* to = writable<decltype(type)>(tokens_);
-      for (int64_t image = 0; image < tokens_.sizes[0]; image++) {
-        for (int64_t row = 0; row < prefix_rows_; row++) {
-          each_vector(width_, [&](int64_t i, auto n) {
-            const Floats value = load(pointer_to<Any>(inputs_.prefix) + row * width_ + i, n) + position(row, i, n);
-            store(to + (image * length_ + row) * width_ + i, value, n);
-          });
-        }
-      }
-    });
-  }
-
-  // A tile of products of `rows` patches from `row` on.
-  void write(const Tile& tile, int64_t row, int64_t rows, int64_t column) const {
-    const int64_t width = least(TILE_COLUMNS, width_ - column);
-    with_type(tokens_.type, [&](auto type) {
-      for (int64_t i = 0; i < rows; i++) {
-        const int64_t image = (row + i) / patches_.kept(), patch = patches_.number(row + i);
-        const int64_t token = image * length_ + prefix_rows_ + (row + i) % patches_.kept();
-        auto* to = writable<decltype(type)>(tokens_) + token * width_ + column;
-        each_vector(width, [&](int64_t j, auto n) {
-          Floats value = load(&tile[i][j]) + load(bias_ + column + j);
-          if (patch < 0) value = all(__builtin_nanf(""));
-          else value += position(prefix_rows_ + patch, column + j, n);
-          store(to + j, value, n);
-        });
-      }
-    });
-  }
-
- private:
-  Floats position(int64_t row, int64_t column, int64_t count) const {
-    if (!inputs_.positions || row < skipped_) return Floats{};
-    return load(pointer_to<Any>(inputs_.positions) + (row - skipped_) * width_ + column, count);
-  }
-
-  const PatchEmbedInputs& inputs_;
-  const Patches& patches_;
-  const View& tokens_;
-  const float* bias_;
-  int64_t length_, width_, prefix_rows_, skipped_;
-};
-
-template <class Operand>
-void embed(const PatchEmbedInputs& inputs, const View& out, const Queue& queue) {
-  const Patches patches(inputs, queue);
-  const int64_t width = inputs.weight.sizes[0], length = patches.length();
-  float* bias = queue.scratch<float>("bias", up(width, TILE_COLUMNS) * TILE_COLUMNS);
-  const Panels weight = pack_turned<Operand>(
-      width, length, queue, [&](int64_t d, auto* to) { bias[d] = prepare_row(inputs, patches, d, to); });
-  const Tokens tokens(inputs, patches, out, bias);
-  tokens.write_prefix();
-  multiply_rows<Operand>(
-      patches.rows(), length, weight, [&](int64_t row, auto* to) { patches.read(row, 0, length, to); },
-      [&](const Tile& tile, int64_t row, int64_t count, int64_t column) { tokens.write(tile, row, count, column); });
-}
-
-// The backward
-
-// What the sums over unnormalised pixels are of normalised ones, in the weight's order and type.
-void write_weight_gradient(const Patches& patches, const View& d_weight, int64_t d, int64_t pixel, int64_t count,
-                           const float* sums, float d_bias) {
-  const float *shift = patches.bias_shift() + pixel, *scale = patches.weight_scale() + pixel;
-  const int64_t* sources = patches.sources();
-  with_type(d_weight.type, [&](auto type) {
-    auto* to = writable<decltype(type)>(d_weight) + d * patches.length();
-    decltype(type) values[LANES];
-    each_vector(count, [&](int64_t k, auto n) {
-      Floats total = load(sums + k);
-      if (patches.has_bias_shift()) total += load(shift + k) * d_bias;
-      total *= load(scale + k);
-      if (!sources) return store(to + pixel + k, total, n);
-      store(values, total);
-      for (int64_t i = 0; i < n; i++) to[sources[pixel + k + i]] = values[i];
-    });
-  });
-}
-
-template <class Operand>
-void differentiate_weight(const Patches& patches, const View& grad, const float* d_bias, const View& d_weight,
-                          const Queue& queue) {
-  const int64_t width = grad.sizes[2], kept = patches.kept(), prefix_rows = grad.sizes[1] - kept;
-  sum_products<Operand>(
-      patches.rows(), width, patches.length(),
-      [&](int64_t row, int64_t first, int64_t end, auto* to) {
-        const int64_t token = row / kept * grad.sizes[1] + prefix_rows + row % kept;
-        const bool is_there = patches.number(row) >= 0;
-        each_vector(end - first, [&](int64_t i, auto n) {
-          store(to + i, is_there ? load(pointer_to<Any>(grad) + token * width + first + i, n) : Floats{});
-        });
-      },
-      [&](int64_t row, int64_t first, int64_t end, auto* to) { patches.read(row, first, end, to); },
-      [&](int64_t d, int64_t pixel, int64_t count, const float* sums) {
-        write_weight_gradient(patches, d_weight, d, pixel, count, sums, d_bias[d]);
-      },
-      queue);
-}
-
-// The gradient of every row of the table, where each image has kept patches of its own.
-void sum_kept(const View& grad, const Patches& patches, float* d_rows) {
-  const int64_t width = grad.sizes[2], prefix_rows = grad.sizes[1] - patches.kept(), images = grad.sizes[0];
-  parallel(up(width, COLUMNS), COLUMNS * images * grad.sizes[1], [&](int64_t first, int64_t end) {
-    const int64_t start = first * COLUMNS, columns = least(end * COLUMNS, width) - start;
-    for (int64_t row = 0; row < prefix_rows + patches.patches(); row++) {
-      std::memset(d_rows + row * width + start, 0, columns * sizeof(float));
-    }
-    for (int64_t token = 0; token < images * grad.sizes[1]; token++) {
-      const int64_t place = token % grad.sizes[1] - prefix_rows;
-      const int64_t patch = place < 0 ? place : patches.number(token / grad.sizes[1] * patches.kept() + place);
-      if (place >= 0 && patch < 0) continue;
-      float* to = d_rows + (prefix_rows + patch) * width + start;
-      each_vector(columns, [&](int64_t i, auto n) {
-        store(to + i, load(to + i, n) + load(pointer_to<Any>(grad) + token * width + start + i, n), n);
-      });
-    }
-  });
-}
-
-// d_bias: the patches' rows of d_rows, summed.
-void sum_rows(const float* d_rows, int64_t rows, int64_t width, float* d_bias) {
-  parallel(up(width, COLUMNS), COLUMNS * rows, [&](int64_t first, int64_t end) {
-    const int64_t start = first * COLUMNS, columns = least(end * COLUMNS, width) - start;
-    each_vector(columns, [&](int64_t i, auto n) {
-      Floats total{};
-      for (int64_t row = 0; row < rows; row++) total += load(d_rows + row * width + start + i, n);
-      store(d_bias + start + i, total, n);
-    });
-  });
-}
-
-}  // namespace
-
 void patch_embed(const PatchEmbedInputs& inputs, const View& tokens, const Queue& queue) {
-  with_operand(inputs.compute, [&](auto operand) { embed<decltype(operand)>(inputs, tokens, queue); });
+  const Patches patches(inputs, inputs.prefix ? inputs.prefix.sizes[0] : 0, queue);
+  with_operand(inputs.compute, [&](auto operand) { embed<decltype(operand)>(inputs, patches, tokens, queue); });
 }
 
-// Without the gradient of images, which are seldom trained: fastvit/native/patch_embed.py has it from PyTorch.
+// Without the gradient of images: fastvit/native/patch_embed.py has it from PyTorch.
 void patch_embed_backward(const PatchEmbedInputs& inputs, int prefix_rows, const PatchEmbedGradients& gradients,
                           const Queue& queue) {
+  const Patches patches(inputs, prefix_rows, queue);
   const View& grad = gradients.grad;
-  const Patches patches(inputs, queue);
-  const int64_t width = inputs.weight.sizes[0], rows = prefix_rows + patches.patches();
-
-  View d_rows = gradients.d_rows;
-  if (!d_rows) {
-    d_rows.is_given = true, d_rows.data = queue.scratch<float>("d_rows", rows * width), d_rows.dimensions = 2;
-    d_rows.sizes[0] = rows, d_rows.sizes[1] = width;
-  }
-  if (inputs.keep) {
-    sum_kept(grad, patches, writable<float>(d_rows));
-  } else {
+  differentiate(inputs, patches, gradients, queue, [&](const View& d_rows) {
+    if (inputs.keep) return sum_by_position(grad, grad.sizes[2], patches, writable<float>(d_rows));
     add_position_backward(grad, d_rows, queue);
-  }
-  float* d_bias = gradients.d_bias ? writable<float>(gradients.d_bias) : queue.scratch<float>("d_bias", width);
-  sum_rows(elements<float>(d_rows) + prefix_rows * width, patches.patches(), width, d_bias);
-  if (!gradients.d_weight) return;
-  with_operand(inputs.compute, [&](auto operand) {
-    differentiate_weight<decltype(operand)>(patches, grad, d_bias, gradients.d_weight, queue);
   });
 }
 

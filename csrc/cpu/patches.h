@@ -8,27 +8,19 @@ namespace fastvit::FASTVIT_ISA {
 
 class Patches {
  public:
-  Patches(const PatchEmbedInputs& inputs, const Queue& queue)
-      : images_(inputs.images), keep_(elements<int64_t>(inputs.keep)) {
-    const int64_t* patch = inputs.weight.sizes;
-    channels_ = patch[1], area_ = patch[2] * patch[3], length_ = channels_ * area_;
-    height_ = patch[2], width_ = patch[3];
-    grid_width_ = images_.sizes[3] / width_;
-    patches_ = images_.sizes[2] / height_ * grid_width_;
-    kept_ = inputs.keep ? inputs.keep.sizes[1] : patches_;
-    channels_last_ = !is_nchw(images_);
-    runs_ = channels_last_ ? height_ : channels_ * height_;
-    run_ = length_ / runs_;
-    sources_ = queue.scratch<int64_t>("places of values", length_);
-    for (int64_t k = 0; k < length_; k++) sources_[k] = channels_last_ ? k % channels_ * area_ + k / channels_ : k;
-    for (float*& row : constants_) row = queue.scratch<float>("constants", padded_length());
-    for (int64_t k = 0; k < padded_length(); k++) {
-      const int64_t channel = k < length_ ? sources_[k] / area_ : 0;
-      for (int i = 0; i < 4; i++) constants_[i][k] = elements<float>(inputs.constants)[i * channels_ + channel];
-      if (images_.type == Type::UINT8) constants_[WEIGHT_SCALE][k] *= INVERSE_FACTOR;
-      normalises_ = normalises_ || constants_[PIXEL_SHIFT][k] != 0 || constants_[PIXEL_SCALE][k] != 1;
-      has_bias_shift_ = has_bias_shift_ || constants_[BIAS_SHIFT][k] != 0;
-    }
+  // Of a batch of images of one size, of which `keep` may choose patches.
+  Patches(const PatchEmbedInputs& inputs, int64_t prefix_rows, const Queue& queue)
+      : Patches(inputs, inputs.images, !is_nchw(inputs.images), prefix_rows, 1, queue) {
+    keep_ = elements<int64_t>(inputs.keep);
+    add(inputs.images, inputs.keep ? inputs.keep.sizes[1] : -1, 0);
+    places_ = groups_[0].patches;
+  }
+
+  // Of images of any sizes, one behind the other.
+  Patches(const PatchEmbedInputs& inputs, const PackedImages& packed, int64_t prefix_rows, const Queue& queue)
+      : Patches(inputs, packed.images[0], packed.channels_last, prefix_rows, packed.count, queue) {
+    for (int64_t i = 0; i < packed.count; i++) add(packed.images[i], -1, packed.starts[i]);
+    places_ = packed.places;
   }
 
   static bool is_nchw(const View& images) { return images.sizes[3] == 1 || images.strides[3] == 1; }
@@ -39,9 +31,9 @@ class Patches {
 
   int64_t length() const { return length_; }                   // values of a patch
   int64_t padded_length() const { return length_ + LANES; }    // so that whole vectors may be read
-  int64_t patches() const { return patches_; }                 // of an image
-  int64_t kept() const { return kept_; }                       // of an image that are projected
-  int64_t rows() const { return images_.sizes[0] * kept_; }    // of all images
+  int64_t rows() const { return rows_; }                       // patches of all images that are projected
+  int64_t places() const { return places_; }                   // rows of the table of positions
+  int64_t prefix_rows() const { return prefix_rows_; }         // tokens of an image before its patches
 
   // Where the values of a row are in the weight's [C, P_h, P_w]; null where they have the same order.
   const int64_t* sources() const { return channels_last_ ? sources_ : nullptr; }
@@ -50,41 +42,105 @@ class Patches {
   const float* bias_shift() const { return constants_[BIAS_SHIFT]; }
   bool has_bias_shift() const { return has_bias_shift_; }
 
-  // Which patch of its image a row is; -1 where `keep` has no such patch.
-  int64_t number(int64_t row) const {
-    if (!keep_) return row % kept_;
-    return keep_[row] >= 0 && keep_[row] < patches_ ? keep_[row] : -1;
+  // Images of one size, in memory of their own.
+  struct Group {
+    const View* images;
+    int64_t grid_width, patches, kept;            // of an image
+    int64_t first_row, first_token, first_place;  // of all that come before
+  };
+
+  // What a row is: a patch of its image, the token that it becomes, and the row of the table that is its position.
+  struct Place {
+    const Group* group;
+    int64_t image, patch, token, position;
+    bool is_there;  // else `keep` names no patch
+  };
+
+  Place place(int64_t row) const {
+    const Group& group = group_of(row);
+    const int64_t within = row - group.first_row, image = within / group.kept, number = within % group.kept;
+    const int64_t patch = keep_ ? keep_[row] : number, token = first_token(group, image) + prefix_rows_ + number;
+    return {&group, image, patch, token, group.first_place + patch, patch >= 0 && patch < group.patches};
+  }
+
+  // Calls use(token) with the first token of every image.
+  template <class Use>
+  void each_image(const Use& use) const {
+    for (const Group* group = groups_; group < groups_ + count_; group++) {
+      for (int64_t image = 0; image < group->images->sizes[0]; image++) use(first_token(*group, image));
+    }
   }
 
   // Values first to end of a row, normalised and rounded to Element; zeros for a row that is no patch. Up to LANES - 1
   // places behind them are written too.
   template <class Element>
   void read(int64_t row, int64_t first, int64_t end, Element* to) const {
-    const int64_t patch = number(row);
-    if (patch < 0) {
+    const Place at = place(row);
+    if (!at.is_there) {
       for (int64_t k = first; k < end; k += LANES) store(to + k - first, Floats{});
       return;
     }
-    const int64_t place = row / kept_ * images_.strides[0] + patch / grid_width_ * height_ * images_.strides[2] +
-                          patch % grid_width_ * width_ * images_.strides[3];
-    switch (images_.type) {
-      case Type::UINT8: return read_from<uint8_t>(place, first, end, to);
-      case Type::FLOAT32: return read_from<float>(place, first, end, to);
-      case Type::BFLOAT16: return read_from<bfloat16>(place, first, end, to);
-      default: return read_from<float16>(place, first, end, to);
+    const View& images = *at.group->images;
+    const int64_t start = at.image * images.strides[0] + at.patch / at.group->grid_width * height_ * images.strides[2] +
+                          at.patch % at.group->grid_width * width_ * images.strides[3];
+    switch (images.type) {
+      case Type::UINT8: return read_from<uint8_t>(images, start, first, end, to);
+      case Type::FLOAT32: return read_from<float>(images, start, first, end, to);
+      case Type::BFLOAT16: return read_from<bfloat16>(images, start, first, end, to);
+      default: return read_from<float16>(images, start, first, end, to);
     }
   }
 
  private:
+  Patches(const PatchEmbedInputs& inputs, const View& like, bool channels_last, int64_t prefix_rows, int64_t most,
+          const Queue& queue)
+      : prefix_rows_(prefix_rows), channels_last_(channels_last), groups_(queue.scratch<Group>("groups", most)) {
+    const int64_t* patch = inputs.weight.sizes;
+    channels_ = patch[1], area_ = patch[2] * patch[3], length_ = channels_ * area_;
+    height_ = patch[2], width_ = patch[3];
+    run_ = length_ / (channels_last_ ? height_ : channels_ * height_);
+    sources_ = queue.scratch<int64_t>("places of values", length_);
+    for (int64_t k = 0; k < length_; k++) sources_[k] = channels_last_ ? k % channels_ * area_ + k / channels_ : k;
+    for (float*& row : constants_) row = queue.scratch<float>("constants", padded_length());
+    for (int64_t k = 0; k < padded_length(); k++) {
+      const int64_t channel = k < length_ ? sources_[k] / area_ : 0;
+      for (int i = 0; i < 4; i++) constants_[i][k] = elements<float>(inputs.constants)[i * channels_ + channel];
+      if (like.type == Type::UINT8) constants_[WEIGHT_SCALE][k] *= INVERSE_FACTOR;
+      normalises_ = normalises_ || constants_[PIXEL_SHIFT][k] != 0 || constants_[PIXEL_SCALE][k] != 1;
+      has_bias_shift_ = has_bias_shift_ || constants_[BIAS_SHIFT][k] != 0;
+    }
+  }
+
+  // kept: of an image; -1 for all of its patches.
+  void add(const View& images, int64_t kept, int64_t first_place) {
+    const int64_t grid_width = images.sizes[3] / width_, patches = images.sizes[2] / height_ * grid_width;
+    kept = kept < 0 ? patches : kept;
+    groups_[count_++] = {&images, grid_width, patches, kept, rows_, tokens_, first_place};
+    rows_ += images.sizes[0] * kept, tokens_ += images.sizes[0] * (prefix_rows_ + kept);
+  }
+
+  const Group& group_of(int64_t row) const {
+    int64_t first = 0, end = count_;  // it is one of these
+    while (end - first > 1) {
+      const int64_t middle = (first + end) / 2;
+      (groups_[middle].first_row <= row ? first : end) = middle;
+    }
+    return groups_[first];
+  }
+
+  int64_t first_token(const Group& group, int64_t image) const {
+    return group.first_token + image * (prefix_rows_ + group.kept);
+  }
+
   template <class Pixel, class Element>
-  void read_from(int64_t place, int64_t first, int64_t end, Element* to) const {
-    const Pixel* pixels = elements<Pixel>(images_) + place;
-    const Pixel* last_whole = elements<Pixel>(images_) + static_cast<int64_t>(images_.extent() / sizeof(Pixel)) - LANES;
+  void read_from(const View& images, int64_t start, int64_t first, int64_t end, Element* to) const {
+    const Pixel* pixels = elements<Pixel>(images) + start;
+    const Pixel* last_whole = elements<Pixel>(images) + static_cast<int64_t>(images.extent() / sizeof(Pixel)) - LANES;
     const float *shift = constants_[PIXEL_SHIFT], *scale = constants_[PIXEL_SCALE];
     int64_t run = first / run_, within = first % run_;
     for (int64_t k = first; k < end; run++, within = 0) {
       const int64_t row_of_run = run % height_, channel = run / height_;
-      const Pixel* from = pixels + row_of_run * images_.strides[2] + (channels_last_ ? 0 : channel * images_.strides[1]);
+      const Pixel* from = pixels + row_of_run * images.strides[2] + (channels_last_ ? 0 : channel * images.strides[1]);
       const int64_t count = least(run_ - within, end - k);
       for (int64_t i = 0; i < count; i += LANES) {
         const Pixel* at = from + within + i;
@@ -100,12 +156,13 @@ class Patches {
   // The weight scale of uint8 images has 256 in it, for the sake of fp16, which is never multiplied here.
   static constexpr float INVERSE_FACTOR = 1.0f / 256;
 
-  const View& images_;
-  const int64_t* keep_;
-  int64_t channels_, area_, length_, height_, width_, grid_width_, patches_, kept_, runs_, run_;
+  const int64_t* keep_ = nullptr;  // of every row
+  int64_t prefix_rows_, channels_, area_, length_, height_, width_, run_, places_ = 0;
   bool channels_last_, normalises_ = false, has_bias_shift_ = false;
   int64_t* sources_;
   float* constants_[4];  // of each value of a row
+  Group* groups_;
+  int64_t count_ = 0, rows_ = 0, tokens_ = 0;
 };
 
 }  // namespace fastvit::FASTVIT_ISA

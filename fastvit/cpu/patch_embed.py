@@ -41,24 +41,24 @@ class Operands:
     @classmethod
     def choose(
         cls,
-        images: Tensor,
-        weight: Tensor,
+        pixels: torch.dtype,
+        patches: int,
+        dim: int,
         mean: Channels,
         std: Channels,
-        keep: Tensor | None,
         compute: torch.dtype,
         out: torch.dtype,
     ) -> Operands:
-        """`out` is the dtype of the tokens, or of their gradient."""
+        """For so many patches in all; `out` is the dtype of the tokens, or of their gradient."""
         in_bfloat16 = compute == out == torch.bfloat16 and gemm.has_bfloat16_units()
         dtype = torch.bfloat16 if in_bfloat16 else torch.float32
-        is_uint8 = images.dtype == torch.uint8
+        is_uint8 = pixels == torch.uint8
         if dtype == torch.float32:
-            folded = prefers_folding(images.shape[0] * kept_patches(images, weight, keep), weight.shape[0])
+            folded = prefers_folding(patches, dim)
         else:
             # Float pixels that must be rounded are normalised first, as eager PyTorch does: rounding both them and a
             # scaled weight would be less exact. Raw pixels are integers, which bfloat16 holds exactly.
-            folded = is_uint8 or images.dtype == dtype
+            folded = is_uint8 or pixels == dtype
         return cls(dtype, is_uint8, mean, std, folded)
 
     @property
@@ -130,11 +130,12 @@ def forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """[B, C, H, W] → [B, R+N, D]; arguments as in `fastvit.functional.patch_embed`, already checked."""
-    operands = Operands.choose(images, weight, mean, std, keep, compute_dtype, dtype)
-    matrix, full_bias = operands.matrix(weight, bias)
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     patches = patch_count(images, weight)
     kept = kept_patches(images, weight, keep)
+    projected = images.shape[0] * kept
+    operands = Operands.choose(images.dtype, projected, weight.shape[0], mean, std, compute_dtype, dtype)
+    matrix, full_bias = operands.matrix(weight, bias)
     tokens = images.new_empty((images.shape[0], prefix_rows + kept, weight.shape[0]), dtype=dtype)
     if prefix is not None:
         write_prefix(tokens, prefix, pos_embed, patches)
@@ -158,7 +159,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of images, weight, bias and of every position row; size 0 where not needed."""
     need_images, need_weight, need_bias, need_rows = needs
-    operands = Operands.choose(images, weight, mean, std, keep, compute_dtype, grad.dtype)
+    projected = images.shape[0] * kept_patches(images, weight, keep)
+    operands = Operands.choose(images.dtype, projected, weight.shape[0], mean, std, compute_dtype, grad.dtype)
     nothing = grad.new_empty(0, dtype=torch.float32)
     rows = d_bias = nothing
     if need_weight or need_bias or need_rows:
@@ -169,7 +171,7 @@ def backward(
     if need_weight:
         d_weight = _weight_gradient(patch_grad, images, weight, keep, d_bias, operands)
     if need_images:
-        d_images = _image_gradient(patch_grad, images, weight, std, keep, operands.dtype)
+        d_images = image_gradient(patch_grad, images, weight, std, keep, operands.dtype)
     return (
         images.new_empty(0) if d_images is None else d_images,
         weight.new_empty(0) if d_weight is None else d_weight,
@@ -226,17 +228,29 @@ def _weight_gradient(
     patch_grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, d_bias: Tensor, operands: Operands
 ) -> Tensor:
     """dW [D, C, P_h, P_w] in the weight's dtype: what the weight takes up of mean and std is applied to the sum."""
-    dim, channels = weight.shape[:2]
-    total = None  # [D, K]
+    total = add_weight_gradient(None, patch_grad, images, weight, keep, operands)
+    return finish_weight_gradient(total, weight, d_bias, operands)
+
+
+def add_weight_gradient(
+    total: Tensor | None, patch_grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, operands: Operands
+) -> Tensor | None:
+    """[D, K], of the operands as they are multiplied, added to that of other images."""
     for chunk, rows in operands.chunks(images, weight, keep):
-        columns = patch_grad[chunk].reshape(-1, dim).to(operands.dtype).t()  # [D, b·N]
+        columns = patch_grad[chunk].reshape(-1, weight.shape[0]).to(operands.dtype).t()  # [D, b·N]
         if operands.dtype == torch.float32:
             total = gemm.add_product(total, columns, rows.t())
         else:  # a product in bfloat16 is rounded; the sum of the chunks is not
             part = gemm.add_product(None, columns, rows.t()).float()
             total = part if total is None else total.add_(part)
+    return total
+
+
+def finish_weight_gradient(total: Tensor | None, weight: Tensor, d_bias: Tensor, operands: Operands) -> Tensor:
+    """[D, K] → dW, which takes up what the weight had of mean and std."""
     if total is None:
         return weight.new_zeros(weight.shape)
+    dim, channels = weight.shape[:2]
     if operands.folded and operands.normalises:
         _unscale(total.view(dim, channels, -1), d_bias, *operands.pixel_mean_and_std(channels))
     return total.view(weight.shape).to(weight.dtype)
@@ -250,7 +264,7 @@ def _unscale(total: Tensor, d_bias: Tensor, means: Sequence[float], stds: Sequen
         total /= total.new_tensor(stds)[:, None]
 
 
-def _image_gradient(
+def image_gradient(
     patch_grad: Tensor, images: Tensor, weight: Tensor, std: Channels, keep: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """dX in the images' shape and dtype; patches that were not kept have none."""

@@ -52,7 +52,7 @@ def run_forward(
     """`forward` through `op`: the library's, or the emulated one."""
     patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
     _check_sizes(images, weight, max(patches, 0 if keep is None else keep.shape[1]), prefix)
-    constants = _constants(mean, std, images, compute_dtype)
+    constants = constants_of(mean, std, images.shape[1], images, compute_dtype)
     return call(
         op,
         images,
@@ -84,7 +84,7 @@ def run_backward(
     """`backward` through `op`: the library's, or the emulated one."""
     need_images, need_weight, _, _ = needs
     product_grad = grad.to(compute_dtype) if need_images or need_weight else grad
-    constants = _constants(mean, std, images, compute_dtype)
+    constants = constants_of(mean, std, images.shape[1], images, compute_dtype)
     of_images = constants
     if need_images:
         stds = None if std is None else tuple(std)
@@ -113,9 +113,12 @@ def run_backward(
     return d_images, *results[1:]
 
 
-def _constants(mean: Normalisation, std: Normalisation, images: Tensor, compute_dtype: torch.dtype) -> Tensor:
+def constants_of(
+    mean: Normalisation, std: Normalisation, channels: int, images: Tensor, compute_dtype: torch.dtype
+) -> Tensor:
+    """[4, C] float32 on the images' device: the rows of fastvit/kernels/normalisation.py."""
     means, stds = (None if values is None else tuple(values) for values in (mean, std))
-    constants = _channel_constants(means, stds, images.shape[1], images.dtype, compute_dtype)
+    constants = _channel_constants(means, stds, channels, images.dtype, compute_dtype)
     return constants_on_device(constants, images.device)
 
 

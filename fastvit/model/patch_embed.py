@@ -147,6 +147,23 @@ class PatchEmbed(nn.Module):
             tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return tokens.to(dtype)
 
+    def packed(
+        self, images: Sequence[Tensor], pos_embed: Tensor | None, prefix: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Images [C, H_i, W_i] of any sizes to [Σ R+N_i, D] where `may_fuse` allows and there is no norm; the positions
+        are a grid [rows, columns, D], which is resampled to that of each image."""
+        weight, bias = attribute(self.proj, "weight"), self.proj.bias
+        is_raw = any(image.dtype == torch.uint8 for image in images)
+        mean, std = (self.mean, self.std) if is_raw else (None, None)
+        height, width = self.patch_size
+        if self.dynamic_img_pad and any(image.shape[1] % height or image.shape[2] % width for image in images):
+            images = [pad_to_patches(normalised(image[None], mean, std), self.patch_size)[0] for image in images]
+            mean, std = None, None  # a mean is no whole grey level
+        if is_raw and self.copy_images and weight.requires_grad and torch.is_grad_enabled():
+            images = [image.clone() for image in images]
+        options: dict[str, Any] = {"pos_embed": pos_embed, "prefix": prefix, "mean": mean, "std": std, "dtype": dtype}
+        return functional.patch_embed_packed(images, weight, bias, **options)[0]
+
     def _call(self, images: Tensor, **arguments: Any) -> Tensor:
         proj, is_raw = attribute(self, "proj"), images.dtype == torch.uint8
         weight = attribute(proj, "weight")

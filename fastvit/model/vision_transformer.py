@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit.checks import check_tensor, require, shape_of
 from fastvit.guards import attribute, full_name, why_not_plain, why_not_plain_tensor, why_observed
+from fastvit.model import packed
 from fastvit.model.arguments import check_arguments, check_pool
 from fastvit.model.checkpoints import check_state_dict
 from fastvit.model.initialisation import initialise, trunc_normal_
@@ -478,8 +479,13 @@ class VisionTransformer(nn.Module):
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Images [B, C, H, W] to logits [B, num_classes]."""
+    def forward(
+        self, x: Tensor | list[Tensor] | tuple[Tensor, ...], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Images [B, C, H, W], or a list of images of any sizes, to logits [B, num_classes]."""
+        if isinstance(x, (list, tuple)):
+            require(attn_mask is None and not is_causal, "attn_mask, is_causal: a list of images takes neither")
+            return self.forward_packed(x)
         return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -491,6 +497,23 @@ class VisionTransformer(nn.Module):
             for block in self.blocks:
                 x = self._run_block(block, x, attn_mask, is_causal)
         return self.norm(self._leave_residual(x))
+
+    def forward_packed(self, images: Sequence[Tensor]) -> Tensor:
+        """Images [C, H_i, W_i] of any sizes to logits [B, num_classes], in one sequence without padding.
+
+        Each has the result it would have alone, to rounding, and so have the gradients: positions resampled to its
+        own grid, as with `dynamic_img_size`, class and register tokens, attention and pooling of its own. Dropout and
+        stochastic depth draw other numbers than a batch would.
+
+        Raises:
+            ValueError, TypeError: as :func:`fastvit.functional.patch_embed_packed`; a model without pooling.
+        """
+        return packed.logits(self, images)
+
+    def forward_features_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The normed tokens of the last block [Σ(R+N_i), D], and offsets [B+1] int32: image i has the rows from
+        offsets[i] to offsets[i+1]."""
+        return packed.features(self, images)
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         """All blocks one after another."""

@@ -28,7 +28,7 @@ def forward(
 ) -> Tensor:
     """[B, C, H, W] → [B, R+N, D]; arguments as in `fastvit.functional.patch_embed`, already checked. An index in `keep`
     that is out of range gives a row of NaN."""
-    op, compute = torch.ops.fastvit_native.patch_embed_cuda, _multiplied(compute_dtype)
+    op, compute = torch.ops.fastvit_native.patch_embed_cuda, multiplied(compute_dtype)
     return run_forward(op, _no_tf32, images, weight, bias, pos_embed, prefix, keep, mean, std, compute, dtype)
 
 
@@ -53,12 +53,12 @@ def backward(
     if need_images:
         only_images = True, False, False, False
         d_images = plain.backward(grad, *given, compute_dtype, prefix_rows, only_images)[0]
-    op, compute = torch.ops.fastvit_native.patch_embed_backward_cuda, _multiplied(compute_dtype)
+    op, compute = torch.ops.fastvit_native.patch_embed_backward_cuda, multiplied(compute_dtype)
     found = run_backward(op, _no_tf32, grad, *given, compute, prefix_rows, (False, *rest))
     return d_images, *found[1:]
 
 
-def _multiplied(compute_dtype: torch.dtype) -> torch.dtype:
+def multiplied(compute_dtype: torch.dtype) -> torch.dtype:
     """What products are made of: bfloat16 where the processor multiplies it, else float32, which is faster there."""
     has_units = compute_dtype == torch.bfloat16 and instruction_set() == "avx512bf16"
     return torch.bfloat16 if has_units else torch.float32

@@ -10,12 +10,12 @@ import pkgutil
 
 from fastvit.ops.decompositions import decompositions
 from fastvit.ops.flops import tell_counter
-from fastvit.ops.registry import OPS, Op, is_plain
+from fastvit.ops.registry import OPS, Op, flat, is_plain
 
 for _file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_file.name}")
 # An op, rather than the file of its name, is what users look for here.
 globals().update({name: op.call for name, op in OPS.items()})
 
-__all__ = ["OPS", "Op", "decompositions", "is_plain", "tell_counter"]
+__all__ = ["OPS", "Op", "decompositions", "flat", "is_plain", "tell_counter"]
 __all__ += list(OPS)

@@ -18,11 +18,13 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 Channels: TypeAlias = Sequence[float] | None  # a value a channel
 Needs: TypeAlias = tuple[bool, bool, bool, bool]  # which of four gradients are wanted
+Given: TypeAlias = Tensor | list[Tensor] | None  # for a tensor argument
 
 # What a schema calls an argument of a declaration, by its annotation.
 _SCHEMA_TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
+    "list[Tensor]": "Tensor[]",
     "Channels": "float[]?",
     "Needs": "bool[4]",
     "torch.dtype": "ScalarType",
@@ -30,6 +32,7 @@ _SCHEMA_TYPES = {
     "bool | None": "bool?",
     "float": "float",
     "int": "SymInt",
+    "list[int]": "SymInt[]",
     "str": "str",
 }
 
@@ -39,7 +42,7 @@ class Op:
     """An op, as the layers above know it."""
 
     name: str
-    tensors: int  # so many of its arguments are tensors; they come first
+    tensors: int  # so many of its arguments are tensors, or lists of them; they come first
     call: Any  # torch.ops.fastvit.NAME
     run: Callable[..., Any]  # what that runs in the end, for calls that nothing watches on the way (see `is_plain`)
     check: Callable[..., None]  # of values that are only looked at where that needs no wait
@@ -50,7 +53,7 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it by the shortest way: through torch's dispatcher only where something watches, see `is_plain`."""
-        tensors = arguments[: self.tensors]
+        tensors = flat(arguments[: self.tensors])
         if not is_plain(*tensors):
             return self.call(*arguments)
         if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -139,6 +142,8 @@ def differentiate(
         return (*found, *(None,) * (count - len(found)))
 
     torch.library.register_autograd(f"{NAMESPACE}::{op.name}", backward, setup_context=setup, lib=LIBRARY)
+    if "list[Tensor]" in _annotations(arguments):
+        return  # in which a function of autograd looks for no tensors
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = op.run(*inputs)
@@ -217,6 +222,14 @@ def _no_vmap(name: str) -> Callable:
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """The precision of an op is in its arguments: autocast, still on around it, must not change what runs inside."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def flat(arguments: Sequence[Given]) -> list[Tensor | None]:
+    """The tensors of arguments, with those of lists one by one."""
+    found: list[Tensor | None] = []
+    for argument in arguments:
+        found.extend(argument) if isinstance(argument, (list, tuple)) else found.append(argument)
+    return found
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

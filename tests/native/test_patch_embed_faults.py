@@ -12,17 +12,18 @@ from tests.native.planted import Fault
 # Small ones of each kind, and one of several blocks of rows, parts of the outputs and panels of the pixels.
 NAMES = (
     "raw photograph, ImageNet normalisation", "keep, repeated patches, raw", "fp32 images, normalised",
-    "cropped view, five channels, patch 7", "width 63, channels last, no bias",
+    "cropped view, five channels, patch 7", "width 63, channels last, no bias", "three sizes, raw, class token",
+    "sizes that repeat",
 )  # fmt: skip
 PARTS = PatchEmbedCase("parts", batch=5, width=460, grid=(6, 6), patch=(8, 8), images="uint8", normalise=True)
+OPS = ("patch_embed", "patch_embed_packed", "add_position")
 CASES = tuple(
     (case, dtype)
     for dtype in (torch.float32, torch.bfloat16)
-    for case in (*(case for case in cases_for("patch_embed", large=False) if case.name in NAMES), PARTS)
+    for case in (*(case for op in OPS for case in cases_for(op, large=False) if case.name in NAMES), PARTS)
 )
 
-OPS = ("patch_embed", "add_position")
-EMBED, PATCHES, PRODUCT = "patch_embed.cpp", "patches.h", "product.h"
+EMBED, PATCHES, PRODUCT = "embedding.h", "patches.h", "product.h"
 FAULTS = (
     Fault("the bias dropped", EMBED, "load(bias_ + column + j)", "Floats{}"),
     Fault("the mean dropped", EMBED, "bias + sum(correction)", "bias"),
@@ -31,11 +32,17 @@ FAULTS = (
     Fault("a gradient without its scale", EMBED, "total *= load(scale + k);", "total *= all(1.0f);"),
     Fault("a gradient without the mean", EMBED, "load(shift + k) * d_bias", "all(0.0f)"),
     Fault("a kept patch at its place in the list", EMBED,
-          "patches.number(token / grad.sizes[1] * patches.kept() + place)", "place"),
+          "patches.prefix_rows() + place.position, place.token",
+          "patches.prefix_rows() + row % patches.places(), place.token"),
     Fault("the first patch for any that is kept", PATCHES,
-          "keep_[row] >= 0 && keep_[row] < patches_ ? keep_[row] : -1", "int64_t{0}"),
+          "keep_ ? keep_[row] : number", "keep_ ? int64_t{0} : number"),
+    Fault("the positions of the first image for all", PATCHES, "group.first_place + patch", "patch"),
+    Fault("no room for the prefix of earlier images", PATCHES, "images.sizes[0] * (prefix_rows_ + kept)",
+          "images.sizes[0] * kept"),
+    Fault("an image's first patch in the one before", PATCHES, "groups_[middle].first_row <= row",
+          "groups_[middle].first_row < row"),
     Fault("pixels that are not normalised", PATCHES, "(values - load(shift + k + i)) * load(scale + k + i)", "values"),
-    Fault("rows of one channel", PATCHES, "channel * images_.strides[1]", "0"),
+    Fault("rows of one channel", PATCHES, "channel * images.strides[1]", "0"),
     Fault("a value of the image's last run left out", PATCHES, "load(at, count - i)", "load(at, count - i - 1)"),
     Fault("sums that start anew in each chain", PRODUCT, "s > 0", "false"),
     Fault("sums of the last block of rows alone", PRODUCT, "row > 0", "false"),

@@ -31,6 +31,11 @@ def results(op: str) -> list[torch.Tensor]:
         weight, table = torch.randn(WIDTH, 3, 8, 8, requires_grad=True), torch.randn(64, WIDTH, requires_grad=True)
         options = {"pos_embed": table, "mean": [0.5] * 3, "std": [0.2] * 3, "backend": "native"}
         found, given = [functional.patch_embed(images, weight, vectors[0], **options)], [weight, vectors[0], table]
+    elif op == "patch_embed_packed":
+        images = [torch.randint(256, (3, 8 * (1 + i % 5), 8 * (1 + i % 7)), dtype=torch.uint8) for i in range(30)]
+        weight, table = torch.randn(WIDTH, 3, 8, 8, requires_grad=True), torch.randn(4, 6, WIDTH, requires_grad=True)
+        found = [functional.patch_embed_packed(images, weight, vectors[0], pos_embed=table, backend="native")[0]]
+        given = [weight, vectors[0], table]
     elif op == "add_position":
         table = torch.randn(ROWS[1], WIDTH, requires_grad=True)
         found, given = [functional.add_position(x, table, backend="native")], [x, table]
@@ -50,7 +55,7 @@ def results(op: str) -> list[torch.Tensor]:
     return [*found, *gradients]
 
 
-@pytest.mark.parametrize("op", ["patch_embed", "add_position", "add_norm", "attention", "bias_act", "split_heads"])
+@pytest.mark.parametrize("op", native.ops())
 def test_the_same_bits_with_any_number(op: str) -> None:
     torch.set_num_threads(1)
     alone = results(op)

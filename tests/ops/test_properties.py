@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastvit.validation import AddPositionCase, Case, PatchEmbedCase
+from fastvit.validation.ops.patch_embed_packed import PackedCase
 from fastvit.validation.runner import backend_candidate, check_case
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -53,6 +54,29 @@ def add_position_cases(draw: st.DrawFn) -> AddPositionCase:
     )
 
 
+@st.composite
+def packed_cases(draw: st.DrawFn) -> PackedCase:
+    cut = draw(st.booleans())
+    layouts = ["packed", "padded"] if cut else ["nchw", "channels_last", "mixed", "cropped"]
+    return PackedCase(
+        name=f"example {draw(st.integers(0, 1_000_000))}",
+        sizes=tuple(draw(st.lists(st.tuples(small, small), max_size=5))),
+        channels=draw(st.integers(1, 4)),
+        patch=draw(st.tuples(*(st.sampled_from([1, 2, 3, 7, 8, 14]),) * 2)),
+        width=draw(st.sampled_from([1, 7, 16, 48, 63, 193])),
+        images=draw(st.sampled_from(["same", "uint8", "float32", "bfloat16"])),
+        layout=draw(st.sampled_from(layouts)),
+        order=draw(st.sampled_from(["CPP", "PPC"])),
+        bias=draw(st.booleans()),
+        prefix=draw(st.sampled_from([0, 1, 5])),
+        positions=draw(st.sampled_from(["none", "grid", "rows"])),
+        grid=draw(st.tuples(small, small)),
+        filter=draw(st.sampled_from([("bicubic", True, None), ("bilinear", False, True), ("bilinear", True, None)])),
+        normalise=draw(st.booleans()),
+        parameters=draw(st.sampled_from(["same", "masters", "mixed"])),
+    )
+
+
 def hold(case: Case, backend: str, dtype: str, device: str) -> None:
     rows = check_case(backend_candidate(backend, device), case, dtype)
     assert rows and not [row for row in rows if row.status != "passed"], "\n".join(map(str, rows))
@@ -67,4 +91,10 @@ def test_patch_embed(case: PatchEmbedCase, backend: str, dtype: str, device: str
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(case=add_position_cases())
 def test_add_position(case: AddPositionCase, backend: str, dtype: str, device: str) -> None:
+    hold(case, backend, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(case=packed_cases())
+def test_patch_embed_packed(case: PackedCase, backend: str, dtype: str, device: str) -> None:
     hold(case, backend, dtype, device)

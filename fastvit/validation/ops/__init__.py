@@ -55,9 +55,20 @@ def arguments(op: str, inputs: Inputs, tensors: Tensors) -> tuple[list[Any], dic
     `backend`."""
     parameters = dict(inspect.signature(getattr(functional, op)).parameters)
     del parameters["backend"]
-    values = {name: tensors[name] if name in tensors else getattr(inputs, name) for name in parameters}
+    values = {name: _value(name, inputs, tensors) for name in parameters}
     names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
     return [values.pop(name) for name in names], values
+
+
+def _value(name: str, inputs: Inputs, tensors: Tensors) -> Any:
+    if name in tensors:
+        return tensors[name]
+    return getattr(inputs, name) if hasattr(inputs, name) else tensors_of(name, tensors)
+
+
+def tensors_of(name: str, tensors: Tensors) -> list[Tensor]:
+    """What an argument that is a list has, in a case's tensors "name[0]", "name[1]", ...; or the one of this name."""
+    return [tensor for key, tensor in tensors.items() if key.partition("[")[0] == name and tensor is not None]
 
 
 def call(function: Callable[..., Outputs], op: str, inputs: Inputs, tensors: Tensors, **more: Any) -> Outputs:
@@ -67,8 +78,9 @@ def call(function: Callable[..., Outputs], op: str, inputs: Inputs, tensors: Ten
 
 
 def results_of(outputs: Outputs) -> tuple[Tensor, ...]:
-    """The results of a call, however many."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    """The results of a call that have gradients, however many."""
+    results = outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(result for result in results if result.is_floating_point())
 
 
 def truth(op: str, inputs: Inputs, tensors: Tensors) -> Outputs:

@@ -1,0 +1,197 @@
+"""Images of any sizes through a Vision Transformer at once, packed as NaViT packs them (Dehghani et al., 2023).
+
+The tokens of all images are one sequence [ΣT, D], to which norms, linear layers and MLPs do what they do to a batch.
+Attention alone looks at several tokens, and stays within an image. The images stand in the order of their numbers of
+tokens, so that those with as many are a batch [B, T, D], a view, wherever one is needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
+
+from fastvit.checks import check_tensor, shape_of
+from fastvit.guards import attribute, why_not_plain
+from fastvit.model.layers import Attention, Block, DropPath, PatchDropout
+
+__all__ = ["Packing", "features", "logits"]
+
+
+class Packing(NamedTuple):
+    """Which tokens of a packed sequence belong to which image."""
+
+    order: tuple[int, ...]  # the images as they stand in it, by their places in the list that was given
+    groups: tuple[tuple[int, int], ...]  # how many images follow each other that have so many tokens
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Packing:
+        """For images with so many tokens."""
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        runs = itertools.groupby(lengths[i] for i in order)
+        return cls(tuple(order), tuple((len(list(run)), length) for length, run in runs))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the images, in order."""
+        return [length for images, length in self.groups for _ in range(images)]
+
+    def batches(self, x: Tensor) -> Iterator[Tensor]:
+        """[ΣT, ...] as batches [B, T, ...] of images with as many tokens."""
+        for part, (images, length) in zip(x.split([b * t for b, t in self.groups]), self.groups, strict=True):
+            yield part.unflatten(0, (images, length))
+
+    def given(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """What there is of each image, in the order that they were given in."""
+        placed = dict(zip(self.order, found, strict=True))
+        return [placed[i] for i in range(len(placed))]
+
+
+def logits(model: Any, images: Sequence[Tensor]) -> Tensor:
+    """See `VisionTransformer.forward_packed`."""
+    if not model.global_pool and model.attn_pool is None:
+        raise ValueError("global_pool: '' gives tokens, not features of an image; forward_features_packed has those")
+    x, packing = _tokens(model, images)
+    pooled = [model.pool(batch) for batch in packing.batches(x)]
+    features = torch.cat(pooled) if pooled else x
+    out = model.head(model.head_drop(model.fc_norm(features)))
+    places = torch.tensor(packing.order, dtype=torch.int64, device=out.device)
+    return torch.zeros_like(out).index_copy(0, places, out)
+
+
+def features(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See `VisionTransformer.forward_features_packed`."""
+    x, packing = _tokens(model, images)
+    own = packing.given(x.split(packing.lengths))
+    ends = itertools.accumulate((len(tokens) for tokens in own), initial=0)
+    return torch.cat([x[:0], *own]), torch.tensor(list(ends), dtype=torch.int32, device=x.device)
+
+
+def _tokens(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+    """The normed tokens of the last block."""
+    x, packing = _embed(model, _checked(images))
+    for block in model.blocks if packing.groups else ():
+        run = _run_block if _is_plain(block) else _run_batches
+        if model.grad_checkpointing:
+            x = checkpoint(run, block, x, packing, use_reentrant=False)
+        else:
+            x = run(block, x, packing)
+    return model.norm(model._leave_residual(x)), packing
+
+
+def _checked(images: Any) -> list[Tensor]:
+    if isinstance(images, Tensor) or not isinstance(images, Sequence):
+        raise TypeError(f"images: expected a list of [C, H, W] tensors, got {type(images).__name__}")
+    for index, image in enumerate(images):
+        check_tensor(f"images[{index}]", image)
+        if image.dim() != 3:
+            message = f"expected 3 dimensions [C, H, W], got {image.dim()}: {shape_of(image)}"
+            raise ValueError(f"images[{index}]: {message}")
+    return list(images)
+
+
+def _embed(model: Any, images: list[Tensor]) -> tuple[Tensor, Packing]:
+    """What enters the first block."""
+    embed = attribute(model, "patch_embed")
+    may_pack = bool(images) and model._is_one_call(embed, images[0]) and isinstance(embed.norm, nn.Identity)
+    if not may_pack:  # an image at a time, by the model's own steps
+        found = [model._embed(image[None])[0] for image in images]
+        packing = Packing.of([len(tokens) for tokens in found])
+        like = model.head.weight if not found and isinstance(model.head, nn.Linear) else torch.empty(0)
+        nothing = like.new_empty(0, model.embed_dim)
+        return torch.cat([found[i] for i in packing.order]) if found else nothing, packing
+    grids = [embed.dynamic_feat_size(image.shape[1:]) for image in images]
+    packing = Packing.of([model.num_prefix_tokens + rows * columns for rows, columns in grids])
+    table, prefix = _positions(model, embed), model._prefix()
+    rows = model._positioned_prefix_tokens
+    if table is not None and prefix is not None and rows:
+        prefix = prefix + model.pos_embed[:, :rows]
+    dtype = model._token_dtype(images[0].device, embed.proj.weight.dtype)
+    x = embed.packed([images[i] for i in packing.order], table, prefix, dtype)
+    x = x if table is None else model.pos_drop(x)
+    x, packing = _with_patches_dropped(model.patch_drop, x, packing)
+    if isinstance(model.norm_pre, nn.Identity):
+        return model.norm_pre(x), packing
+    x = model.norm_pre(model._leave_residual(x))
+    return (x if model.residual_dtype is None else x.to(model.residual_dtype)), packing
+
+
+def _positions(model: Any, embed: Any) -> Tensor | None:
+    """The table of the patches' positions on the model's own grid, [rows, columns, D]."""
+    if model.pos_embed is None:
+        return None
+    return model.pos_embed[0, model._positioned_prefix_tokens :].unflatten(0, tuple(embed.grid_size))
+
+
+def _with_patches_dropped(drop: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+    if not isinstance(drop, PatchDropout) or not drop.training or not drop.prob:
+        return drop(x), packing
+    kept = [drop(batch) for batch in packing.batches(x)]
+    groups = tuple((batch.shape[0], batch.shape[1]) for batch in kept)
+    return torch.cat([batch.flatten(0, 1) for batch in kept]), packing._replace(groups=groups)
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether a block and its attention are the ones that are written out here, and nobody watches them."""
+    if _has_any_global_hook() or why_not_plain(block, Block) or why_not_plain(attribute(block, "attn"), Attention):
+        return False
+    drops = (attribute(block, name) for name in ("drop_path1", "drop_path2"))
+    return all(isinstance(drop, nn.Identity) or not why_not_plain(drop, DropPath) for drop in drops)
+
+
+def _run_batches(block: nn.Module, x: Tensor, packing: Packing) -> Tensor:
+    """Any block, on one batch after another of images with as many tokens."""
+    return torch.cat([block(batch).flatten(0, 1) for batch in packing.batches(x)])
+
+
+def _run_block(block: Block, x: Tensor, packing: Packing) -> Tensor:
+    """[ΣT, D] to [ΣT, D]: `Block.forward`, but for attention within each image, and depth that is dropped by image."""
+    branch = block.ls1(_attend(block.attn, block.norm1(block._branch_input(x)), packing))
+    x = block._add(x, _drop_path(block.drop_path1, branch, packing))
+    branch = block.ls2(block.mlp(block.norm2(block._branch_input(x))))
+    return block._add(x, _drop_path(block.drop_path2, branch, packing))
+
+
+def _attend(attention: Any, x: Tensor, packing: Packing) -> Tensor:
+    """`Attention.forward` within each image."""
+    heads = attention.num_heads, attention.head_dim
+    q, k, v = attention.qkv(x).unflatten(-1, (3, *heads)).unbind(1)  # each [ΣT, heads, D/heads]
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    if x.is_cuda and not dropout and v.dtype in (torch.float16, torch.bfloat16):
+        out = _attend_at_once(q.to(v.dtype), k.to(v.dtype), v, packing)
+    else:
+        found = []
+        for batch in zip(*(packing.batches(each) for each in (q, k, v)), strict=True):
+            of_q, of_k, of_v = (each.transpose(1, 2) for each in batch)  # [B, heads, T, D/heads]
+            own = F.scaled_dot_product_attention(of_q, of_k, of_v, dropout_p=dropout)
+            found.append(own.transpose(1, 2).flatten(0, 1))
+        out = torch.cat(found)
+    return attention.proj_drop(attention.proj(attention.norm(out.flatten(1))))
+
+
+def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """By torch's kernel for sequences of many lengths, which a GPU has, for half precision and without dropout."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = packing.lengths
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
+    longest = max(lengths)
+    out = varlen_attn(q, k, v, ends, ends, longest, longest)
+    assert isinstance(out, Tensor)  # nothing more was asked for
+    return out
+
+
+def _drop_path(drop: Any, branch: Tensor, packing: Packing) -> Tensor:
+    if not isinstance(drop, DropPath) or not drop.training or not drop.drop_prob:
+        return drop(branch)
+    lengths = packing.lengths
+    factors = drop(branch.new_ones(len(lengths), 1))  # drawn for each image
+    counts = torch.tensor(lengths, device=branch.device)
+    return branch * factors.repeat_interleave(counts, 0, output_size=len(branch))

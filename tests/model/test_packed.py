@@ -1,0 +1,194 @@
+"""Lists of images of any sizes: each has the result, and gives the gradients, that it would alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvit
+from fastvit.backend import launch_counts
+from fastvit.model.layers import Block, DropPath, GluMlp
+
+SIZES = [(32, 48), (16, 16), (48, 32), (32, 48), (64, 32), (16, 80)]
+
+
+def make(**options: Any) -> fastvit.VisionTransformer:
+    torch.manual_seed(0)
+    small = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+    model = fastvit.VisionTransformer(**{**small, "dynamic_img_size": True, **options}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # of no scale that hides an error
+            parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.dim() < 2 else 0.15))
+    return model
+
+
+def images(uint8: bool = False, sizes: list[tuple[int, int]] = SIZES) -> list[Tensor]:
+    if uint8:
+        return [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
+    return [torch.randn(3, *size) for size in sizes]
+
+
+def gradients(model: nn.Module, out: Tensor, grad: Tensor) -> list[Tensor]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(out, parameters, grad, allow_unused=True)
+    return [torch.zeros(1) if each is None else each for each in found]
+
+
+def hold(model: fastvit.VisionTransformer, given: list[Tensor]) -> None:
+    """One packed sequence against the images one by one."""
+    alone = torch.cat([model(image[None]) for image in given])
+    at_once = model(given)
+    torch.testing.assert_close(at_once, alone, rtol=1e-5, atol=2e-5)
+    grad = torch.randn_like(alone)
+    for ours, theirs in zip(gradients(model, at_once, grad), gradients(model, alone, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()) + 1e-7)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "average": {"global_pool": "avg", "class_token": False},
+    "attention pooling": {"global_pool": "map", "class_token": False},
+    "registers without positions": {"reg_tokens": 4, "no_embed_class": True},
+    "registers with positions": {"reg_tokens": 2, "pool_include_prefix": True, "global_pool": "avgmax"},
+    "sines and cosines": {"pos_embed": "sincos"},
+    "no positions": {"pos_embed": "", "class_token": False, "global_pool": "max"},
+    "norms everywhere": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "pre_norm": True},
+    "LayerScale, SwiGLU": {"init_values": 0.1, "mlp_layer": GluMlp},
+    "norm between projection and position": {"embed_norm_layer": nn.LayerNorm},
+    "padded images": {"dynamic_img_pad": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_image_has_the_result_that_it_has_alone(name: str) -> None:
+    sizes = [(30, 48), (17, 16), *SIZES] if name == "padded images" else SIZES
+    hold(make(**VARIANTS[name]), images(sizes=sizes))
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_pad": True}, {"copy_images": True}])
+def test_raw_images(options: dict[str, Any]) -> None:
+    sizes = [*SIZES, (33, 20)] if "dynamic_img_pad" in options else SIZES
+    hold(make(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), **options), images(uint8=True, sizes=sizes))
+
+
+def test_the_embedding_is_one_call() -> None:
+    before = launch_counts()
+    make()(images())
+    made = {key: count - before.get(key, 0) for key, count in launch_counts().items() if "patch_embed" in key[0]}
+    assert [op for (op, _), count in made.items() if count] == ["patch_embed_packed"] and sum(made.values()) == 1
+
+
+def _hooked(model: fastvit.VisionTransformer) -> None:
+    model.patch_embed.register_forward_hook(lambda _, __, out: 2 * out)
+    model.blocks[0].attn.register_forward_hook(lambda _, __, out: out + 1)
+    model.blocks[1].register_forward_hook(lambda _, __, out: out - 1)
+
+
+class OwnBlock(Block):
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return super().forward(x, **options) + x.mean(1, keepdim=True)
+
+
+def _own_block(model: fastvit.VisionTransformer) -> None:
+    model.blocks[1].__class__ = OwnBlock
+
+
+@pytest.mark.parametrize("change", [_hooked, _own_block])
+def test_what_was_changed_runs_as_it_is(change: Callable[[fastvit.VisionTransformer], None]) -> None:
+    model = make()
+    change(model)
+    hold(model, images())
+
+
+def test_features_come_in_the_order_of_the_images() -> None:
+    model, given = make(reg_tokens=1), images()
+    tokens, offsets = model.forward_features_packed(given)
+    assert offsets.tolist() == [0, 8, 11, 19, 27, 37, 44]
+    for i, image in enumerate(given):
+        torch.testing.assert_close(
+            tokens[offsets[i] : offsets[i + 1]], model.forward_features(image[None])[0], rtol=1e-5, atol=2e-5
+        )
+
+
+def test_under_autocast_and_with_checkpoints() -> None:
+    model, given = make(), images()
+    plain = gradients(model, model(given), torch.ones(6, 7))
+    model.set_grad_checkpointing()
+    for ours, theirs in zip(gradients(model, model(given), torch.ones(6, 7)), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        at_once, alone = model(given), torch.cat([model(image[None]) for image in given])
+    assert at_once.dtype == alone.dtype and (at_once - alone).norm() < 0.02 * alone.norm()
+
+
+def test_depth_is_dropped_image_by_image() -> None:
+    model, given = make(drop_path_rate=0.5).train(), images()
+    for block in model.blocks:
+        block.drop_path1, block.drop_path2 = DropPath(0.5), DropPath(0.5)
+        block.norm1.register_forward_hook(lambda _, __, out: torch.ones_like(out))  # the branch is the same for all
+    block = model.blocks[0]
+    before: list[Tensor] = []
+    behind: list[Tensor] = []
+    block.norm1.register_forward_pre_hook(lambda _, given: before.append(given[0]))
+    block.norm2.register_forward_pre_hook(lambda _, given: behind.append(given[0]))
+    for _ in range(40):
+        model.forward_features_packed(given)
+    kept = set()
+    for start, end in zip(before, behind, strict=True):
+        by_image = (end - start).norm(dim=1).split(sorted(1 + h * w // 256 for h, w in SIZES))
+        assert all(bool((each == 0).all() or (each > 0).all()) for each in by_image)
+        kept.add(tuple(bool(each[0] > 0) for each in by_image))
+    assert len(kept) > 10
+
+
+def test_patches_are_dropped_image_by_image() -> None:
+    model = make(patch_drop_rate=0.5).train()
+    tokens, offsets = model.forward_features_packed(images())
+    assert offsets.diff().tolist() == [1 + max(1, h * w // 512) for h, w in SIZES] and offsets[-1] == len(tokens)
+
+
+def test_it_trains() -> None:
+    model, given, labels = make().train(), images(uint8=True), torch.arange(6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(50):
+        loss = nn.functional.cross_entropy(model(given), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_no_images() -> None:
+    model = make()
+    assert model([]).shape == (0, 7)
+    tokens, offsets = model.forward_features_packed([])
+    assert tokens.shape == (0, 48) and offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "kind", "message"),
+    [
+        ({}, [torch.randn(3, 32, 32), torch.randn(1, 3, 32, 32)], ValueError, r"images\[1\]: expected 3 dimensions"),
+        ({}, [torch.randn(3, 32, 32), torch.randn(3, 40, 32)], ValueError, r"images\[1\]: height 40 is not a positive"),
+        ({}, [torch.randn(3, 32, 32), torch.randn(4, 32, 32)], ValueError, r"images\[1\]: 4 channels, but weight"),
+        ({}, [torch.randn(3, 32, 32), None], TypeError, r"images\[1\]: expected a torch.Tensor, got NoneType"),
+        ({"global_pool": ""}, [torch.randn(3, 32, 32)], ValueError, "global_pool: '' gives tokens"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], given: list[Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        make(**options)(given)
+    with pytest.raises(ValueError, match="attn_mask, is_causal"):
+        make(**options)(given, is_causal=True)
+
+
+def test_a_copy_does_the_same() -> None:
+    model, given = make(), images()
+    assert torch.equal(copy.deepcopy(model)(given), model(given))

@@ -1,0 +1,182 @@
+"""patch_embed_packed: what torch expects of an op, the ops that it stands for, wrong arguments, and no wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastvit import functional
+from fastvit.backend import launch_counts
+from fastvit.grids import resample_grids
+
+OP = "patch_embed_packed"
+OPS = torch.ops.fastvit
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+SIZES = [(2, 3), (1, 1), (3, 2), (2, 3)]
+D, C, P = 24, 3, 4
+NORMALISATION = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
+
+
+def make(device: str, *, uint8: bool = False, sizes: list[tuple[int, int]] = SIZES) -> dict[str, Any]:
+    def image(rows: int, columns: int) -> Tensor:
+        shape = (C, rows * P, columns * P)
+        drawn = torch.randint(256, shape, dtype=torch.uint8) if uint8 else torch.randn(shape)
+        return drawn.to(device)
+
+    tensors = {"weight": torch.randn(D, C, P, P), "bias": torch.randn(D), "pos_embed": torch.randn(3, 2, D)}
+    tensors["prefix"] = torch.randn(2, D)
+    leaves = {name: tensor.to(device).requires_grad_() for name, tensor in tensors.items()}
+    return {"images": [image(*size) for size in sizes], **leaves}
+
+
+def cut(images: list[Tensor], order: str) -> list[Tensor]:
+    """[N_i, C·P·P] of each, as processors cut them."""
+    grids = [image.unflatten(2, (-1, P)).unflatten(1, (-1, P)) for image in images]  # [C, r, P, c, P]
+    places = (1, 3, 0, 2, 4) if order == "CPP" else (1, 3, 2, 4, 0)
+    return [grid.permute(places).flatten(2).flatten(0, 1) for grid in grids]
+
+
+@pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
+def test_opcheck(backend: str, device: str, uint8: bool) -> None:
+    t = make(device, uint8=uint8)
+    images = [image.requires_grad_(not uint8) for image in t["images"]]
+    table, starts = t["pos_embed"].detach().flatten(0, 1).requires_grad_(), [0, 5, 0, 0]
+    rest = (*NORMALISATION.values(), torch.float32)
+    arguments = (t["weight"], t["bias"], table, t["prefix"], images, starts, *rest, torch.float32, backend)
+    torch.library.opcheck(OPS.patch_embed_packed.default, arguments, test_utils=CHECKS)
+    grad = torch.randn(OPS.patch_embed_packed(*arguments).shape, device=device)
+    plain = [image.detach() for image in images]
+    arguments = (grad, t["weight"].detach(), plain, starts, *rest, 2, 6, [not uint8, True, True, True], backend)
+    torch.library.opcheck(OPS.patch_embed_packed_backward.default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
+def test_it_is_that_of_each_image(backend: str, device: str, uint8: bool) -> None:
+    t = make(device, uint8=uint8)
+    tokens, offsets = functional.patch_embed_packed(**t, **NORMALISATION, backend=backend)
+    assert offsets.tolist() == [0, 8, 11, 19, 27] and offsets.dtype == torch.int32
+    leaves = [t[name] for name in ("weight", "bias", "pos_embed", "prefix")]
+    grad = torch.randn_like(tokens)
+    found = torch.autograd.grad(tokens, leaves, grad)
+    one_by_one = [
+        functional.patch_embed(
+            image[None], t["weight"], t["bias"], pos_embed=resample_grids(t["pos_embed"], [size]),
+            prefix=t["prefix"], **NORMALISATION, backend=backend,
+        )[0]
+        for image, size in zip(t["images"], SIZES, strict=True)
+    ]  # fmt: skip
+    torch.testing.assert_close(tokens, torch.cat(one_by_one), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found, torch.autograd.grad(torch.cat(one_by_one), leaves, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    counts = launch_counts()
+    assert counts["patch_embed_packed", backend] == counts["patch_embed_packed_backward", backend] == 1
+
+
+@pytest.mark.parametrize("order", ["CPP", "PPC"])
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+def test_cut_patches_are_the_images(backend: str, device: str, order: str, padded: bool) -> None:
+    t = make(device)
+    expected, offsets = functional.patch_embed_packed(**t, **NORMALISATION, backend=backend)
+    rows = cut(t.pop("images"), order)
+    patches = torch.cat(rows)
+    if padded:
+        patches = torch.full((len(rows), 9, C * P * P), torch.nan, device=device)
+        for place, own in zip(patches, rows, strict=True):
+            place[: len(own)] = own
+    options = {"sizes": SIZES, "order": order, "backend": backend, **NORMALISATION}
+    tokens, same_offsets = functional.patch_embed_packed(patches, **t, **options)
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(offsets, same_offsets)
+
+
+def test_only_what_is_asked_for_has_a_gradient(backend: str, device: str) -> None:
+    t = make(device)
+    first, *others = t["images"]
+    first.requires_grad_()
+    tokens, _ = functional.patch_embed_packed(**t, backend=backend)
+    tokens.sum().backward()
+    assert first.grad is not None and first.grad.shape == first.shape and all(each.grad is None for each in others)
+    tokens, _ = functional.patch_embed_packed(t["images"], t["weight"].detach(), bias=t["bias"], backend=backend)
+    (d_bias,) = torch.autograd.grad(tokens.sum(), t["bias"])
+    torch.testing.assert_close(d_bias, torch.full_like(d_bias, 19))
+
+
+def test_no_images(backend: str, device: str) -> None:
+    t = make(device, sizes=[])
+    tokens, offsets = functional.patch_embed_packed(**t, backend=backend)
+    assert tokens.shape == (0, D) and offsets.tolist() == [0]
+    assert torch.autograd.grad(tokens.sum(), t["weight"])[0].eq(0).all()
+
+
+def test_values_are_never_waited_for(backend: str) -> None:
+    # Of a fake tensor no value can be read, as one of a GPU can't without waiting for it.
+    with FakeTensorMode():
+        t = make("cpu", uint8=True)
+        tokens, offsets = functional.patch_embed_packed(**t, **NORMALISATION, backend=backend)
+        assert tokens.shape == (27, D) and offsets.shape == (5,)
+        tokens.sum().backward()
+
+
+def test_compiled_whole_and_once_for_all_sizes(backend: str, device: str) -> None:
+    graphs: list[Any] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def embed(images: list[Tensor], weight: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.patch_embed_packed(images, weight, pos_embed=positions, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(embed, fullgraph=True, dynamic=True, backend=count)
+    for sizes in (SIZES, [(5, 2), (3, 4), (2, 6), (4, 4)], [(3, 5), (6, 2), (5, 7), (2, 4)]):
+        t = make(device, sizes=sizes)
+        given = t["images"], t["weight"], torch.randn(sum(r * c for r, c in sizes), D, device=device)
+        torch.testing.assert_close(compiled(*given), embed(*given))
+    assert len(graphs) <= 2  # an image of a single patch is one of its own kind
+
+
+def test_flops_are_those_of_the_convolutions(device: str) -> None:
+    t = make(device)
+    with FlopCounterMode(display=False) as counter:
+        functional.patch_embed_packed(**t)[0].sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 19 * D * C * P * P)  # forward, and the weight's gradient
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"images": torch.randn(2, C, 8, 8)}, TypeError, r"images: expected a list of \[C, H, W\] tensors, got Tensor"),
+    ({"images": [torch.randn(C, 8, 8), None]}, TypeError, r"images\[1\]: expected a torch.Tensor, got NoneType"),
+    ({"images": [torch.randn(1, C, 8, 8)]}, ValueError, r"images\[0\]: expected 3 dimensions \[C, H, W\], got 4"),
+    ({"images": [torch.randn(C, 8, 8), torch.randn(1, 8, 8)]}, ValueError, r"images\[1\]: 1 channels, but weight"),
+    ({"images": [torch.randn(C, 8, 8), torch.randn(C, 8, 3)]}, ValueError,
+     r"images\[1\]: width 3 is not a positive multiple of the patch width 4"),
+    ({"images": [torch.randn(C, 8, 8), torch.zeros(C, 8, 8, dtype=torch.uint8)]}, TypeError,
+     r"images\[1\]: dtype torch.uint8, but images\[0\] has torch.float32"),
+    ({"images": [torch.randn(C, 8, 8, device="meta")]}, ValueError, r"images\[0\]: on device meta, but weight is on"),
+    ({"pos_embed": torch.randn(1, 5, 6, D)}, ValueError, r"pos_embed: expected a grid \[rows, columns, 24\] or a row"),
+    ({"pos_embed": torch.randn(7, D)}, ValueError, r"or a row a patch \[4, 24\], got \[7, 24\]"),
+    ({"pos_embed": torch.randn(2, 3, D), "interpolation": "cubic"}, ValueError, "interpolation: 'cubic' is not one of"),
+    ({"images": torch.randn(4, 48), "sizes": [(2, 3)]}, ValueError, "sizes: 6 patches in all, but images has 4"),
+    ({"images": torch.randn(2, 4, 48), "sizes": [(2, 2), (1, 5)]}, ValueError,
+     r"sizes\[1\]: 5 patches, but images has 4 of each"),
+    ({"images": torch.randn(2, 4, 48), "sizes": [(2, 2)]}, ValueError, "sizes: 1 of them, but images has 2"),
+    ({"images": torch.randn(4, 47), "sizes": [(2, 2)]}, ValueError, r"images: expected patches \[N, 48\]"),
+    ({"images": torch.randn(4, 48), "sizes": torch.tensor([[2, 2]])}, TypeError,
+     "sizes: expected a pair of Python numbers an image, got Tensor; of a tensor take .tolist"),
+    ({"images": torch.randn(4, 48), "sizes": [(2, 2.0)]}, TypeError, "sizes: expected whole numbers of Python"),
+    ({"images": torch.randn(4, 48), "sizes": [(2, 2)], "order": "CP"}, ValueError, "order: unknown 'CP'; known: CPP"),
+    ({"mean": (0.5,) * 2, "std": (0.5,) * 3}, ValueError, "mean: 2 values, expected 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), WRONG, ids=[message[:48] for _, _, message in WRONG])
+def test_wrong_arguments(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    given = {"images": [torch.randn(C, 8, 8)], "weight": torch.randn(D, C, P, P), **change}
+    with pytest.raises(kind, match=message):
+        functional.patch_embed_packed(given.pop("images"), given.pop("weight"), **given)
