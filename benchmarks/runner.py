@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from fastvit.benchmarks import accelerated, input, masked, model
+from fastvit.benchmarks import accelerated, input, masked, model, packed
 from fastvit.benchmarks.problem import Plan, Problem, check_size, measure, steady
 from fastvit.benchmarks.rows import Row, circumstances, command_line, format_table, write_json_lines
 from fastvit.discovery import Declared
@@ -19,6 +19,7 @@ __all__ = ["SUITES", "format_table", "run_plan", "run_suites", "write_json_lines
 
 _WIDER: dict[str, Callable[[str, torch.device], Plan]] = {
     "masked": masked.plan,
+    "packed": packed.plan,
     "model": model.plan,
     "input": input.plan,
     "accelerated": accelerated.plan_tokens,

@@ -45,8 +45,9 @@ struct Rows {
   // As the panels of a product along the rows.
   void pack(float* to) const {
     const auto read_row = [&](auto... which) { read(which...); };
-    for (int64_t column = 0; column < width; column += TILE_COLUMNS, to += panel_size()) {
-      pack_panel<Float32>(0, count, column, least(column + TILE_COLUMNS, width), read_row, to);
+    constexpr int64_t COLUMNS = TASK_PANELS * TILE_COLUMNS;
+    for (int64_t column = 0; column < width; column += COLUMNS, to += TASK_PANELS * panel_size()) {
+      pack_panels<Float32>(0, count, column, least(column + COLUMNS, width), read_row, to, panel_size());
     }
   }
 

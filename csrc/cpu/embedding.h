@@ -63,11 +63,11 @@ class Tokens {
     const int64_t width = least(TILE_COLUMNS, width_ - column);
     with_type(tokens_.type, [&](auto type) {
       for (int64_t i = 0; i < rows; i++) {
-        const Patches::Place place = patches_.place(row + i);
+        const Patches::Place& place = patches_.place(row + i);
         auto* to = writable<decltype(type)>(tokens_) + place.token * width_ + column;
         each_vector(width, [&](int64_t j, auto n) {
           Floats value = load(&tile[i][j]) + load(bias_ + column + j);
-          if (!place.is_there) value = all(__builtin_nanf(""));
+          if (!place.is_there()) value = all(__builtin_nanf(""));
           else value += position(prefix_rows_ + place.position, column + j, n);
           store(to + j, value, n);
         });
@@ -129,10 +129,10 @@ void differentiate_weight(const Patches& patches, const View& grad, const float*
   sum_products<Operand>(
       patches.rows(), width, patches.length(),
       [&](int64_t row, int64_t first, int64_t end, auto* to) {
-        const Patches::Place place = patches.place(row);
+        const Patches::Place& place = patches.place(row);
         each_vector(end - first, [&](int64_t i, auto n) {
           const Any from = pointer_to<Any>(grad) + place.token * width + first + i;
-          store(to + i, place.is_there ? load(from, n) : Floats{});
+          store(to + i, place.is_there() ? load(from, n) : Floats{});
         });
       },
       [&](int64_t row, int64_t first, int64_t end, auto* to) { patches.read(row, first, end, to); },
@@ -158,8 +158,8 @@ inline void sum_by_position(const View& grad, int64_t width, const Patches& patc
       for (int64_t row = 0; row < patches.prefix_rows(); row++) add(row, token + row);
     });
     for (int64_t row = 0; row < patches.rows(); row++) {
-      const Patches::Place place = patches.place(row);
-      if (place.is_there) add(patches.prefix_rows() + place.position, place.token);
+      const Patches::Place& place = patches.place(row);
+      if (place.is_there()) add(patches.prefix_rows() + place.position, place.token);
     }
   });
 }
@@ -169,8 +169,14 @@ inline void sum_rows(const float* d_rows, int64_t rows, int64_t width, float* d_
   parallel(up(width, COLUMNS), COLUMNS * rows, [&](int64_t first, int64_t end) {
     const int64_t start = first * COLUMNS, columns = least(end * COLUMNS, width) - start;
     each_vector(columns, [&](int64_t i, auto n) {
-      Floats total{};
-      for (int64_t row = 0; row < rows; row++) total += load(d_rows + row * width + start + i, n);
+      Floats total{};  // of sums of a few rows: those of thousands, one after another, would lose digits
+      for (int64_t row = 0; row < rows;) {
+        Floats few{};
+        for (const int64_t end_row = least(row + 64, rows); row < end_row; row++) {
+          few += load(d_rows + row * width + start + i, n);
+        }
+        total += few;
+      }
       store(d_bias + start + i, total, n);
     });
   });

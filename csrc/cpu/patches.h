@@ -11,15 +11,21 @@ class Patches {
   // Of a batch of images of one size, of which `keep` may choose patches.
   Patches(const PatchEmbedInputs& inputs, int64_t prefix_rows, const Queue& queue)
       : Patches(inputs, inputs.images, !is_nchw(inputs.images), prefix_rows, 1, queue) {
-    keep_ = elements<int64_t>(inputs.keep);
-    add(inputs.images, inputs.keep ? inputs.keep.sizes[1] : -1, 0);
-    places_ = groups_[0].patches;
+    const int64_t patches = patches_of(inputs.images), kept = inputs.keep ? inputs.keep.sizes[1] : patches;
+    places_of_rows_ = queue.scratch<Place>("rows", inputs.images.sizes[0] * kept);
+    add(inputs.images, kept, elements<int64_t>(inputs.keep), 0);
+    places_ = patches;
   }
 
   // Of images of any sizes, one behind the other.
   Patches(const PatchEmbedInputs& inputs, const PackedImages& packed, int64_t prefix_rows, const Queue& queue)
       : Patches(inputs, packed.images[0], packed.channels_last, prefix_rows, packed.count, queue) {
-    for (int64_t i = 0; i < packed.count; i++) add(packed.images[i], -1, packed.starts[i]);
+    int64_t patches = 0;
+    for (int64_t i = 0; i < packed.count; i++) patches += patches_of(packed.images[i]);
+    places_of_rows_ = queue.scratch<Place>("rows", patches);
+    for (int64_t i = 0; i < packed.count; i++) {
+      add(packed.images[i], patches_of(packed.images[i]), nullptr, packed.starts[i]);
+    }
     places_ = packed.places;
   }
 
@@ -42,32 +48,22 @@ class Patches {
   const float* bias_shift() const { return constants_[BIAS_SHIFT]; }
   bool has_bias_shift() const { return has_bias_shift_; }
 
-  // Images of one size, in memory of their own.
-  struct Group {
-    const View* images;
-    int64_t grid_width, patches, kept;            // of an image
-    int64_t first_row, first_token, first_place;  // of all that come before
-  };
-
-  // What a row is: a patch of its image, the token that it becomes, and the row of the table that is its position.
+  // What a row is: a patch of its images, the token that it becomes, and the row of the table that is its position.
   struct Place {
-    const Group* group;
-    int64_t image, patch, token, position;
-    bool is_there;  // else `keep` names no patch
+    const View* images;
+    int64_t start, token, position;  // start: of the patch's first pixel; less than 0 where `keep` names no patch
+    bool is_there() const { return start >= 0; }
   };
 
-  Place place(int64_t row) const {
-    const Group& group = group_of(row);
-    const int64_t within = row - group.first_row, image = within / group.kept, number = within % group.kept;
-    const int64_t patch = keep_ ? keep_[row] : number, token = first_token(group, image) + prefix_rows_ + number;
-    return {&group, image, patch, token, group.first_place + patch, patch >= 0 && patch < group.patches};
-  }
+  const Place& place(int64_t row) const { return places_of_rows_[row]; }
 
   // Calls use(token) with the first token of every image.
   template <class Use>
   void each_image(const Use& use) const {
     for (const Group* group = groups_; group < groups_ + count_; group++) {
-      for (int64_t image = 0; image < group->images->sizes[0]; image++) use(first_token(*group, image));
+      for (int64_t image = 0; image < group->images; image++) {
+        use(group->first_token + image * (prefix_rows_ + group->kept));
+      }
     }
   }
 
@@ -75,19 +71,17 @@ class Patches {
   // places behind them are written too.
   template <class Element>
   void read(int64_t row, int64_t first, int64_t end, Element* to) const {
-    const Place at = place(row);
-    if (!at.is_there) {
+    const Place& at = place(row);
+    if (!at.is_there()) {
       for (int64_t k = first; k < end; k += LANES) store(to + k - first, Floats{});
       return;
     }
-    const View& images = *at.group->images;
-    const int64_t start = at.image * images.strides[0] + at.patch / at.group->grid_width * height_ * images.strides[2] +
-                          at.patch % at.group->grid_width * width_ * images.strides[3];
+    const View& images = *at.images;
     switch (images.type) {
-      case Type::UINT8: return read_from<uint8_t>(images, start, first, end, to);
-      case Type::FLOAT32: return read_from<float>(images, start, first, end, to);
-      case Type::BFLOAT16: return read_from<bfloat16>(images, start, first, end, to);
-      default: return read_from<float16>(images, start, first, end, to);
+      case Type::UINT8: return read_from<uint8_t>(images, at.start, first, end, to);
+      case Type::FLOAT32: return read_from<float>(images, at.start, first, end, to);
+      case Type::BFLOAT16: return read_from<bfloat16>(images, at.start, first, end, to);
+      default: return read_from<float16>(images, at.start, first, end, to);
     }
   }
 
@@ -111,25 +105,28 @@ class Patches {
     }
   }
 
-  // kept: of an image; -1 for all of its patches.
-  void add(const View& images, int64_t kept, int64_t first_place) {
-    const int64_t grid_width = images.sizes[3] / width_, patches = images.sizes[2] / height_ * grid_width;
-    kept = kept < 0 ? patches : kept;
-    groups_[count_++] = {&images, grid_width, patches, kept, rows_, tokens_, first_place};
-    rows_ += images.sizes[0] * kept, tokens_ += images.sizes[0] * (prefix_rows_ + kept);
-  }
+  // Images of one size, in memory of their own.
+  struct Group {
+    int64_t images, kept, first_token;
+  };
 
-  const Group& group_of(int64_t row) const {
-    int64_t first = 0, end = count_;  // it is one of these
-    while (end - first > 1) {
-      const int64_t middle = (first + end) / 2;
-      (groups_[middle].first_row <= row ? first : end) = middle;
+  int64_t patches_of(const View& images) const { return images.sizes[2] / height_ * (images.sizes[3] / width_); }
+
+  // kept: patches of an image, those that `keep` has for each, or all. The rows are described once: they are read again
+  // for every panel of a product.
+  void add(const View& images, int64_t kept, const int64_t* keep, int64_t first_place) {
+    const int64_t grid_width = images.sizes[3] / width_, patches = patches_of(images);
+    const int64_t down = height_ * images.strides[2], right = width_ * images.strides[3];
+    groups_[count_++] = {images.sizes[0], kept, tokens_};
+    for (int64_t image = 0; image < images.sizes[0]; image++) {
+      tokens_ += prefix_rows_;
+      for (int64_t number = 0; number < kept; number++, rows_++, tokens_++) {
+        const int64_t patch = keep ? keep[rows_] : number;
+        const bool is_there = patch >= 0 && patch < patches;
+        const int64_t place = patch / grid_width * down + patch % grid_width * right;
+        places_of_rows_[rows_] = {&images, is_there ? image * images.strides[0] + place : -1, tokens_, first_place + patch};
+      }
     }
-    return groups_[first];
-  }
-
-  int64_t first_token(const Group& group, int64_t image) const {
-    return group.first_token + image * (prefix_rows_ + group.kept);
   }
 
   template <class Pixel, class Element>
@@ -156,7 +153,7 @@ class Patches {
   // The weight scale of uint8 images has 256 in it, for the sake of fp16, which is never multiplied here.
   static constexpr float INVERSE_FACTOR = 1.0f / 256;
 
-  const int64_t* keep_ = nullptr;  // of every row
+  Place* places_of_rows_;
   int64_t prefix_rows_, channels_, area_, length_, height_, width_, run_, places_ = 0;
   bool channels_last_, normalises_ = false, has_bias_shift_ = false;
   int64_t* sources_;

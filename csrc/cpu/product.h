@@ -149,22 +149,29 @@ Words paired(const Element* even, const Element* odd) {
   return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
 }
 
-// One panel of columns `first` on, of a matrix as it lies: read(row, first, end, to) writes those of a row, and perhaps
-// LANES - 1 more; `to` has room for them.
+constexpr int64_t TASK_PANELS = 4;  // of TILE_COLUMNS results, in sums over rows: what is read of a row at once
+
+// Panels of the columns from `first` to `end`, at most TASK_PANELS, of a matrix as it lies; they begin `apart` from each
+// other. read(row, first, end, to) writes those of a row, and perhaps LANES - 1 more.
 template <class Operand, class Read>
-void pack_panel(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* to) {
+void pack_panels(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* to, int64_t apart) {
   using Element = typename Operand::Element;
-  if constexpr (Operand::VALUES == 1) {
-    for (int64_t i = 0; i < rows; i++) read(row + i, first, end, to + i * TILE_COLUMNS);
-  } else {
-    Element pair[2][TILE_COLUMNS + LANES] = {};
-    for (int64_t i = 0; i < rows; i += 2, to += TILE_COLUMNS) {
-      read(row + i, first, end, pair[0]);
-      if (i + 1 < rows) read(row + i + 1, first, end, pair[1]);
-      else std::memset(static_cast<void*>(pair[1]), 0, sizeof pair[1]);
+  constexpr int64_t VALUES = Operand::VALUES, MOST = TASK_PANELS * TILE_COLUMNS;
+  Element values[VALUES][MOST + LANES] = {};
+  for (int64_t i = 0; i < rows; i += VALUES, to += TILE_COLUMNS) {
+    for (int64_t k = 0; k < VALUES; k++) {
+      if (i + k < rows) read(row + i + k, first, end, values[k]);
+      else std::memset(static_cast<void*>(values[k]), 0, sizeof values[k]);
+    }
+    for (int64_t column = 0, panel = 0; column < end - first; column += TILE_COLUMNS, panel++) {
+      float* const place = to + panel * apart;
       for (int64_t k = 0; k < TILE_COLUMNS; k += LANES) {
-        const Words words = paired(pair[0] + k, pair[1] + k);
-        std::memcpy(to + k, &words, sizeof words);
+        if constexpr (VALUES == 1) {
+          store(place + k, load(values[0] + column + k));
+        } else {
+          const Words words = paired(values[0] + column + k, values[1] + column + k);
+          std::memcpy(place + k, &words, sizeof words);
+        }
       }
     }
   }
@@ -204,10 +211,10 @@ void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Rea
   });
 }
 
-// Sums over rows, and in which parts they are made. A task has TASK_TILES times TASK_PANELS tiles of results.
+// Sums over rows, and in which parts they are made. A task has TASK_TILES times TASK_PANELS tiles of results, whom what is
+// read of the first operand serves all.
 constexpr int64_t BLOCK = 128;      // rows whose products are summed in registers; the sums are added in order
 constexpr int64_t TASK_TILES = 32;  // of TILE_ROWS results
-constexpr int64_t TASK_PANELS = 4;  // of TILE_COLUMNS results: what is read of the first operand serves them all
 
 constexpr int64_t PACKED_TILES = 16;  // at once
 
@@ -275,10 +282,8 @@ void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left,
       if (!rows) std::memset(room.data, 0, TASK_PANELS * TASK_TILES * SIZE * sizeof(float));
       for (int64_t row = 0; row < rows; row += BLOCK) {
         const int64_t block = least(BLOCK, rows - row);
-        for (int64_t panel = 0; panel < panels; panel++) {
-          const int64_t column = start + panel * TILE_COLUMNS, last = least(column + TILE_COLUMNS, width);
-          pack_panel<Operand>(row, block, column, last, right, values.data + panel * BLOCK * TILE_COLUMNS);
-        }
+        pack_panels<Operand>(row, block, start, least(start + panels * TILE_COLUMNS, width), right, values.data,
+                             BLOCK * TILE_COLUMNS);
         for (int64_t t = first_tile; t < last_tile; t++) {
           const float* rows_of_tile = packed + (row / BLOCK * tiles + t) * TILE_SIZE;
           for (int64_t panel = 0; panel < panels; panel++) {

@@ -33,7 +33,8 @@ def results(op: str) -> list[torch.Tensor]:
         found, given = [functional.patch_embed(images, weight, vectors[0], **options)], [weight, vectors[0], table]
     elif op == "patch_embed_packed":
         images = [torch.randint(256, (3, 8 * (1 + i % 5), 8 * (1 + i % 7)), dtype=torch.uint8) for i in range(30)]
-        weight, table = torch.randn(WIDTH, 3, 8, 8, requires_grad=True), torch.randn(4, 6, WIDTH, requires_grad=True)
+        rows = sum(image[0].numel() // 64 for image in images)  # a grid would be resampled by PyTorch
+        weight, table = torch.randn(WIDTH, 3, 8, 8, requires_grad=True), torch.randn(rows, WIDTH, requires_grad=True)
         found = [functional.patch_embed_packed(images, weight, vectors[0], pos_embed=table, backend="native")[0]]
         given = [weight, vectors[0], table]
     elif op == "add_position":

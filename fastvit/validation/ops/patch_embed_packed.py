@@ -237,7 +237,7 @@ OP = Op(
         _RAW("cut patches, (P, P, C), raw", layout="packed", order="PPC", positions="rows", prefix=5),
         _P("aligned corners, without antialias", filter=("bilinear", False, True), grid=(4, 4)),
         _P("fp32 images, normalised", images="float32", normalise=True, out="float32"),
-        _P("no images", sizes=()),
+        _P("no images", sizes=(), batch=0),
         _P("a hundred sizes", sizes=tuple((1 + i % 10, 1 + i // 10) for i in range(100)), patch=(2, 2), width=24),
     ),
     large=(
