@@ -74,7 +74,7 @@ def _images(model: str, images: int, device: torch.device, hows: Sequence[str]) 
 
     def contenders(task: Task, mode: str) -> Iterator[Contender]:
         yield from task.ours(mode)
-        # Compiled, what goes through images one by one becomes code for every one of them, and slower by a hundred times.
+        # Compiled, what goes through images one by one becomes code for each of them, and a hundred times slower.
         yield from task.rival(mode, "loop", "", _loop)
         yield from task.rival(mode, "pad", "", _pad)
         yield from task.rival(mode, "group by size", "", _group, hows)

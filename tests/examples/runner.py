@@ -17,6 +17,8 @@ from typing import Any
 from fastvit.backend import launch_counts, reset_launch_counts
 from fastvit.peers import import_peer
 
+EMBEDDINGS = ("patch_embed", "patch_embed_packed")
+
 
 def run(path: str, source: str, options: list[str], missing: list[str]) -> dict[str, Any]:
     """Exit code, output and launches of an example whose text is `source`, where the packages `missing` are not."""
@@ -40,7 +42,7 @@ def run(path: str, source: str, options: list[str], missing: list[str]) -> dict[
     for name in missing:
         del sys.modules[name]
     sys.modules.update(hidden)
-    launches = sum(count for (op, _), count in launch_counts().items() if op == "patch_embed")
+    launches = sum(count for (op, _), count in launch_counts().items() if op in EMBEDDINGS)
     return {"code": code, "out": out.getvalue(), "errors": errors.getvalue(), "launches": launches}
 
 
