@@ -60,7 +60,7 @@ def on_device(batch: list[Sample]) -> tuple[list[Tensor], Tensor]:
 
 def train(model: nn.Module, samples: list[Sample], args: argparse.Namespace) -> tuple[float, float]:
     """The mean loss of the last epoch, and images per second."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     start, losses = time.perf_counter(), [0.0]
     for epoch in range(args.epochs):
         losses = []
@@ -96,7 +96,7 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)} is less than 1")
     torch.manual_seed(args.seed)
 
-    count, most = (160, min(24, args.max_tokens)) if args.tiny else (1024, args.max_tokens)
+    count, most = (640, min(24, args.max_tokens)) if args.tiny else (1024, args.max_tokens)
     size = {"embed_dim": 48, "depth": 2, "num_heads": 3} if args.tiny else {"embed_dim": 192, "num_heads": 3}
     model = fastvit.VisionTransformer(224, PATCH, num_classes=2, dynamic_img_size=True, mean=MEAN, std=STD, **size)
     samples, held_out = crops(count, most, args.seed + 1), crops(count // 4, most, args.seed + 2)

@@ -234,11 +234,11 @@ def test_timm_mixup(run: Runner) -> None:
 
 
 def test_images_of_mixed_sizes_are_learnt(run: Runner) -> None:
-    found = run("mixed_sizes", "--tiny", "--epochs", "3", "--tokens-per-batch", "256")
-    assert found.launches > 30 and found.loss < 0.6  # of two classes: 0.69 by chance
+    found = run("mixed_sizes", "--tiny", "--epochs", "4", "--tokens-per-batch", "256")
+    assert found.launches > 30 and found.loss < 0.55  # of two classes: 0.69 by chance
     accuracy = re.search(r"accuracy ([\d.]+)", found.out)
-    assert accuracy and float(accuracy[1]) > 0.8
-    assert found.loss != run("mixed_sizes", "--tiny", "--epochs", "3", "--seed", "1").loss
+    assert accuracy and float(accuracy[1]) > 0.7
+    assert found.loss != run("mixed_sizes", "--tiny", "--epochs", "4", "--seed", "1").loss
     assert list(run.folder.iterdir()) == []
     wrong = run("mixed_sizes", "--max-tokens", "0")
     assert wrong.code == 2 and "--max-tokens: 0 is less than 1" in wrong.errors
