@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm import layers
 from timm.layers import resample_abs_pos_embed
 from timm.layers.format import Format
@@ -15,6 +16,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from fastvit import branches, trunk
+from fastvit.grids import Filter, resample_grid
 from fastvit.guards import attribute, full_name
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_part, why_not_table
 from fastvit.interop.surgery import own_class
@@ -324,10 +326,15 @@ class Beit(_Whole):
 
 
 class NaFlexEmbeds(Fused):
-    """NaFlexViT's embedding of whole images; batches of patches of many sizes stay with timm."""
+    """NaFlexViT's embedding of whole images, and of batches of patches of images of many sizes."""
 
     hosts = ("timm.models.naflexvit.NaFlexEmbeds",)
-    overrides = ("forward", "_apply_learned_pos_embed", "_apply_factorized_pos_embed")
+    overrides = (
+        "forward",
+        "_apply_learned_pos_embed",
+        "_apply_factorized_pos_embed",
+        "_apply_learned_naflex_pos_embed",
+    )
     tables = ("cls_token", "reg_token")
 
     proj: Any
@@ -336,7 +343,14 @@ class NaFlexEmbeds(Fused):
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
         positions = ["positions"] if module.pos_embed_type == "factorized" else []  # which is no single tensor
-        return ["projection of whole images", *positions, *present(module)]
+        projection = "projection" if cls._takes_patches(module) else "projection of whole images"
+        return [projection, *positions, *present(module)]
+
+    @staticmethod
+    def _takes_patches(module: Any) -> bool:
+        """Whether patches that are cut already are ours too."""
+        is_known = module.pos_embed_type in ("learned", "none") and not module.pos_embed_use_grid_sample
+        return module.is_linear and is_known and not module.pos_embed_ar_preserving
 
     @classmethod
     def refusal(cls, module: Any) -> str:
@@ -369,7 +383,8 @@ class NaFlexEmbeds(Fused):
 
     def forward(self, x: Any, patch_coord: Tensor | None = None, patch_valid: Tensor | None = None) -> Any:
         if patch_coord is not None:
-            return super().forward(x, patch_coord, patch_valid)
+            tokens = self._of_patches(x, patch_coord)
+            return super().forward(x, patch_coord, patch_valid) if tokens is None else (tokens, None)
         x = self.upright(x)
         if not self.may_fuse(x):
             return super().forward(self.as_the_host_takes_them(x))
@@ -379,6 +394,45 @@ class NaFlexEmbeds(Fused):
         positions = self._positions(grid, prefix)
         tokens = self.embed(images, self._weight(), self.proj.bias, pos_embed=positions, prefix=prefix)
         return self.pos_drop(tokens), grid
+
+    def _of_patches(self, patches: Any, coordinates: Any) -> Tensor | None:
+        """Padded [B, N, P·P·C] with each patch's row and column [B, N, 2] as one image of B·N patches of one pixel; None
+        where the host's own code runs. The host waits twice an image for the sizes of the grids, this once."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or not isinstance(patches, Tensor)
+            or not isinstance(coordinates, Tensor)
+            or patches.dim() != 3
+            or not patches.is_floating_point()
+            or not self._takes_patches(self)
+            or not self.may_fuse(patches.new_empty(0, self.in_chans, *self.patch_size))  # asks of the module alone
+        ):
+            return None
+        batch, count, values = patches.shape
+        images = patches.reshape(1, batch * count, 1, values).permute(0, 3, 1, 2)  # [1, P·P·C, B·N, 1]
+        table = None if self.pos_embed_type == "none" else self._table_of_patches(coordinates, count)
+        tokens = self.embed(images, self.proj.weight[:, :, None, None], self.proj.bias, pos_embed=table)
+        tokens = tokens.unflatten(1, (batch, count))[0]
+        prefix = [rows.expand(batch, -1, -1) for rows in (self.cls_token, self.reg_token) if rows is not None]
+        if self.fastvit_settings.residual_dtype is not None and autocast_dtype(tokens.device) is not None:
+            prefix = [rows.to(tokens.dtype) for rows in prefix]
+        return self.pos_drop(torch.cat([*prefix, tokens], dim=1) if prefix else tokens)
+
+    def _table_of_patches(self, coordinates: Tensor, count: int) -> Tensor:
+        """The position of every row, [B·N, D], zero behind an image's own; the host rounds them to the projection's
+        dtype, and counts an image's patches row by row."""
+        dtype = autocast_dtype(self.proj.weight.device) or self.proj.weight.dtype
+        how = Filter(self.pos_embed_interp_mode, self.pos_embed_antialias, self.pos_embed_align_corners or None)
+        grids: dict[tuple[int, int], Tensor] = {}
+        sizes = [(rows, columns) for rows, columns in (coordinates.amax(1) + 1).tolist()]
+        for size in sizes:
+            if size not in grids:
+                own = self.pos_embed[0]
+                grid = own if size == own.shape[:2] else resample_grid(own, *size, how)
+                rows = grid.flatten(0, 1)[:count].to(dtype)
+                grids[size] = F.pad(rows, (0, 0, 0, count - len(rows)))
+        return torch.cat([grids[size] for size in sizes])
 
     def takes(self, images: Tensor) -> bool:
         if self.dynamic_img_pad:

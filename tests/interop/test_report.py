@@ -32,6 +32,8 @@ def test_words_say_what_the_call_is_given(entry: Entry, monkeypatch: pytest.Monk
     assert change.fuses in str(fastvit.report(model))
     assert ("positions" in change.fuses) == (given["pos_embed"] is not None)
     assert ("kept patches" in change.fuses) == (given["keep"] is not None)
+    if entry.name == "naflexvit-patches":
+        return  # of which each sample has its own, behind the call
     rows = 0 if given["prefix"] is None else given["prefix"].shape[-2]
     single = sum(word in change.fuses for word in ("class token", "distillation token"))
     assert rows > single if "register tokens" in change.fuses else rows == single

@@ -153,7 +153,9 @@ def _entries_of_timm() -> list[Entry]:
     add("naflexvit-conv", "NaFlexViT, a convolution as projection", convolution, sizes=(*sizes, (37, 45)))
     factorized = _naflex(pos_embed="factorized")
     add("naflexvit-factorized", "NaFlexViT, positions by row and column", factorized, sizes=sizes)
-    add("naflexvit-linear", "NaFlexViT, linear projection", _naflex(embed_proj_type="linear"), sizes=sizes)
+    linear = _naflex(embed_proj_type="linear")
+    add("naflexvit-linear", "NaFlexViT, linear projection", linear, sizes=sizes)
+    add("naflexvit-patches", "NaFlexViT, patches of several shapes", linear, call=_call_naflex, uint8=False)
     return entries + _entries_with_projection_of_timm()
 
 
@@ -249,15 +251,27 @@ def _call_interpolated(model: nn.Module, images: Tensor) -> Any:
     return model(pixel_values=images, interpolate_pos_encoding=True)
 
 
-def _call_siglip2(model: nn.Module, images: Tensor) -> Any:
-    """Its patches, cut as its processor does; every sample but the first has fewer."""
+def _cut(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches [B, N, P·P·C] as processors cut them, rows and columns of each sample, which every one but the first has
+    fewer of, and which patches these are."""
     batch, channels, height, width = images.shape
     rows, columns = height // PATCH, width // PATCH
     patches = images.reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 3, 5, 1)
-    patches = patches.reshape(batch, rows * columns, -1)  # [B, N, P·P·C]
     shapes = torch.tensor([[rows, columns], *([[rows - 1, columns]] * (batch - 1))])
-    mask = (torch.arange(rows * columns)[None] < shapes.prod(1)[:, None]).long()
-    return model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+    mask = torch.arange(rows * columns)[None] < shapes.prod(1)[:, None]
+    return patches.reshape(batch, rows * columns, -1), shapes, mask
+
+
+def _call_siglip2(model: nn.Module, images: Tensor) -> Any:
+    patches, shapes, mask = _cut(images)
+    return model(pixel_values=patches, pixel_attention_mask=mask.long(), spatial_shapes=shapes)
+
+
+def _call_naflex(model: nn.Module, images: Tensor) -> Any:
+    patches, shapes, mask = _cut(images)
+    numbers = torch.arange(patches.shape[1])[None]
+    coordinates = torch.stack([numbers // shapes[:, 1:], numbers % shapes[:, 1:]], -1) * mask[..., None]
+    return model({"patches": patches, "patch_coord": coordinates, "patch_valid": mask})
 
 
 def _entries_of_transformers() -> list[Entry]:
