@@ -281,6 +281,51 @@ class Siglip2Embeddings(Fused):
         return tokens.unflatten(1, (batch, patches))[0]
 
 
+class VideoPatchEmbed(Fused):
+    """The projection of the vision towers of Qwen2-VL, 2.5 and 3, whose patches come cut, of two frames each.
+
+    A convolution in three dimensions whose kernel is a patch is a product: N patches are one image of N patches of one
+    pixel and C·T·P·P channels.
+    """
+
+    hosts = (
+        "transformers.models.qwen2_vl.modeling_qwen2_vl.PatchEmbed",
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionPatchEmbed",
+        "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionPatchEmbed",
+    )
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["the projection of patches"]
+
+    @classmethod
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [Part("proj", attribute(module, "proj"), nn.Conv3d)]
+
+    @classmethod
+    def refuses_uint8(cls, module: Any) -> str:
+        return "its processor cuts and normalises the patches"
+
+    def why_not_of(self, images: Tensor) -> str:
+        proj = self.proj
+        patch = (self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size)
+        if proj.weight.shape != (self.embed_dim, *patch):
+            return f"proj takes patches of shape {tuple(proj.weight.shape[1:])}, not {patch}"
+        if proj.stride != patch[1:] or proj.padding not in ((0, 0, 0), "valid") or proj.dilation != (1, 1, 1):
+            return f"proj has stride {proj.stride}, padding {proj.padding} and dilation {proj.dilation}"
+        return "" if proj.groups == 1 else f"proj has {proj.groups} groups"
+
+    def forward(self, hidden_states: Any) -> Tensor:
+        weight = self.proj.weight
+        length = weight[0].numel()
+        if not isinstance(hidden_states, Tensor) or hidden_states.numel() % length or not hidden_states.numel():
+            return super().forward(hidden_states)
+        images = hidden_states.reshape(1, -1, 1, length).permute(0, 3, 1, 2)  # [1, C·T·P·P, N, 1]
+        if not self.may_fuse(images):
+            return super().forward(hidden_states)
+        return self.embed(images, weight.flatten(1)[:, :, None, None], self.proj.bias)[0]
+
+
 MIXINS: tuple[type[Fused], ...] = (
     ViTEmbeddings,
     BeitEmbeddings,
@@ -290,4 +335,5 @@ MIXINS: tuple[type[Fused], ...] = (
     CLIPEmbeddings,
     SiglipEmbeddings,
     Siglip2Embeddings,
+    VideoPatchEmbed,
 )

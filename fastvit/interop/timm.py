@@ -396,8 +396,10 @@ class NaFlexEmbeds(Fused):
         return self.pos_drop(tokens), grid
 
     def _of_patches(self, patches: Any, coordinates: Any) -> Tensor | None:
-        """Padded [B, N, P·P·C] with each patch's row and column [B, N, 2] as one image of B·N patches of one pixel; None
-        where the host's own code runs. The host waits twice an image for the sizes of the grids, this once."""
+        """Padded [B, N, P·P·C] with each patch's row and column [B, N, 2], as one image of B·N patches of one pixel.
+
+        None where the host's own code runs. That waits twice an image for the sizes of the grids, this once.
+        """
         if (
             torch.compiler.is_compiling()
             or torch.jit.is_tracing()

@@ -57,6 +57,8 @@ def facts(entry: Entry, model: nn.Module) -> dict[str, str]:
         uint8 = "yes"
     except Unsupported as reason:
         uint8 = f"no: {str(reason).partition('images: ')[2]}"
+    if entry.name == "naflexvit-patches":
+        uint8 = "as whole images"  # of the same class; its processor normalises the patches
     assert (uint8 == "yes") == entry.uint8
     return {"class": f"`{type(model).__name__}`", "fuses": fuses[0], "trunk": trunk, "uint8": uint8}
 

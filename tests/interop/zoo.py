@@ -267,6 +267,16 @@ def _call_siglip2(model: nn.Module, images: Tensor) -> Any:
     return model(pixel_values=patches, pixel_attention_mask=mask.long(), spatial_shapes=shapes)
 
 
+def _call_qwen(model: nn.Module, images: Tensor) -> Any:
+    """Its patches: both frames the same, in blocks of two rows and columns, which are merged behind the tower."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // PATCH, width // PATCH
+    frames = images[:, None].expand(-1, 2, -1, -1, -1)
+    cut = frames.reshape(batch, 2, channels, rows // 2, 2, PATCH, columns // 2, 2, PATCH)
+    patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(batch * rows * columns, -1)  # [N, C·T·P·P]
+    return model(patches, grid_thw=torch.tensor([[1, rows, columns]] * batch))
+
+
 def _call_naflex(model: nn.Module, images: Tensor) -> Any:
     patches, shapes, mask = _cut(images)
     numbers = torch.arange(patches.shape[1])[None]
@@ -322,6 +332,25 @@ def _entries_of_transformers() -> list[Entry]:
     add("data2vec-vision", "Data2Vec", tower("data2vec", "Data2VecVisionConfig", "Data2VecVisionModel"), sizes=sizes)
     siglip2 = tower("siglip2", "Siglip2VisionConfig", "Siglip2VisionModel", num_patches=16)
     add("siglip2", "SigLIP 2, images of several shapes", siglip2, call=_call_siglip2, uint8=False)
+    cut = {"call": _call_qwen, "uint8": False}
+    narrow = {"depth": 2, "num_heads": HEADS, "hidden_size": WIDTH, "out_hidden_size": 32, "window_size": 2 * PATCH}
+    qwen2 = tower(
+        "qwen2_vl.modeling_qwen2_vl",
+        "Qwen2VLVisionConfig",
+        "Qwen2VisionTransformerPretrainedModel",
+        **narrow,
+        embed_dim=WIDTH,
+    )
+    add("qwen2-vl", "Qwen2-VL's tower", qwen2, **cut)
+    qwen25 = {"config": "Qwen2_5_VLVisionConfig", "model": "Qwen2_5_VisionTransformerPretrainedModel"}
+    add("qwen2.5-vl", "Qwen2.5-VL's tower", tower("qwen2_5_vl", **qwen25, **narrow, fullatt_block_indexes=[1]), **cut)
+    of_positions = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    add(
+        "qwen3-vl",
+        "Qwen3-VL's tower",
+        tower("qwen3_vl", "Qwen3VLVisionConfig", "Qwen3VLVisionModel", **narrow, **of_positions),
+        **cut,
+    )
     return entries
 
 
