@@ -2,13 +2,14 @@
 
 The tokens of all images are one sequence [ΣT, D], to which norms, linear layers and MLPs do what they do to a batch.
 Attention alone looks at several tokens, and stays within an image. The images stand in the order of their numbers of
-tokens, so that those with as many are a batch [B, T, D], a view, wherever one is needed.
+tokens, so that those with as many are a batch [B, T, D], a view, wherever one is needed: for whatever is not known to
+treat every token by itself, or is watched, replaced or a part of somebody's own.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from fastvit.checks import check_tensor, shape_of
-from fastvit.guards import attribute, why_not_plain
-from fastvit.model.layers import Attention, Block, DropPath, PatchDropout
+from fastvit.guards import attribute, why_not_plain, why_observed
+from fastvit.model.layers import Attention, Block, DropPath, LayerScale, Mlp, QuickGELU, first_parameter
 
 __all__ = ["Packing", "features", "logits"]
 
@@ -47,6 +48,14 @@ class Packing(NamedTuple):
         for part, (images, length) in zip(x.split([b * t for b, t in self.groups]), self.groups, strict=True):
             yield part.unflatten(0, (images, length))
 
+    def by_batch(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """[ΣT, D] to [ΣT, D] by a module that takes batches."""
+        return torch.cat([module(batch).flatten(0, 1) for batch in self.batches(x)])
+
+    def each(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The same by a module that may treat every token by itself."""
+        return module(x) if _is_by_token(module) else self.by_batch(module, x)
+
     def given(self, found: Sequence[Tensor]) -> list[Tensor]:
         """What there is of each image, in the order that they were given in."""
         placed = dict(zip(self.order, found, strict=True))
@@ -58,9 +67,9 @@ def logits(model: Any, images: Sequence[Tensor]) -> Tensor:
     if not model.global_pool and model.attn_pool is None:
         raise ValueError("global_pool: '' gives tokens, not features of an image; forward_features_packed has those")
     x, packing = _tokens(model, images)
-    pooled = [model.pool(batch) for batch in packing.batches(x)]
-    features = torch.cat(pooled) if pooled else x
-    out = model.head(model.head_drop(model.fc_norm(features)))
+    if not packing.order:
+        return model.head(x)
+    out = torch.cat([model.forward_head(batch) for batch in packing.batches(x)])
     places = torch.tensor(packing.order, dtype=torch.int64, device=out.device)
     return torch.zeros_like(out).index_copy(0, places, out)
 
@@ -75,14 +84,41 @@ def features(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _tokens(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
     """The normed tokens of the last block."""
-    x, packing = _embed(model, _checked(images))
-    for block in model.blocks if packing.groups else ():
-        run = _run_block if _is_plain(block) else _run_batches
-        if model.grad_checkpointing:
-            x = checkpoint(run, block, x, packing, use_reentrant=False)
-        else:
-            x = run(block, x, packing)
-    return model.norm(model._leave_residual(x)), packing
+    images = _checked(images)
+    if _is_own(model, "forward_features", "_run_blocks", "_run_block"):
+        return _one_by_one(model, model.forward_features, images)
+    x, packing = _embed(model, images)
+    if not packing.order:
+        return x, packing
+    if why_not_plain(model.blocks, nn.Sequential):
+        x = packing.by_batch(model.blocks, x)
+    else:
+        for block in model.blocks:
+            run = _run_block if _is_plain(block) else _run_batches
+            if model.grad_checkpointing:
+                x = checkpoint(run, block, x, packing, use_reentrant=False)
+            else:
+                x = run(block, x, packing)
+    return packing.each(model.norm, model._leave_residual(x)), packing
+
+
+def _is_own(model: Any, *names: str) -> bool:
+    """Whether a subclass, or the model itself, has one of these methods of its own."""
+    from fastvit.model.vision_transformer import VisionTransformer
+
+    return any(
+        name in vars(model) or getattr(type(model), name) is not getattr(VisionTransformer, name) for name in names
+    )
+
+
+def _one_by_one(model: Any, run: Callable[[Tensor], Tensor], images: list[Tensor]) -> tuple[Tensor, Packing]:
+    """What a step of the model gives for each image by itself, packed."""
+    found = [run(image[None])[0] for image in images]
+    packing = Packing.of([len(tokens) for tokens in found])
+    if found:
+        return torch.cat([found[i] for i in packing.order]), packing
+    like = first_parameter(model)
+    return (torch.empty(0) if like is None else like).new_empty(0, model.embed_dim), packing
 
 
 def _checked(images: Any) -> list[Tensor]:
@@ -99,13 +135,9 @@ def _checked(images: Any) -> list[Tensor]:
 def _embed(model: Any, images: list[Tensor]) -> tuple[Tensor, Packing]:
     """What enters the first block."""
     embed = attribute(model, "patch_embed")
-    may_pack = bool(images) and model._is_one_call(embed, images[0]) and isinstance(embed.norm, nn.Identity)
-    if not may_pack:  # an image at a time, by the model's own steps
-        found = [model._embed(image[None])[0] for image in images]
-        packing = Packing.of([len(tokens) for tokens in found])
-        like = model.head.weight if not found and isinstance(model.head, nn.Linear) else torch.empty(0)
-        nothing = like.new_empty(0, model.embed_dim)
-        return torch.cat([found[i] for i in packing.order]) if found else nothing, packing
+    may_pack = bool(images) and not _is_own(model, "_embed") and model._is_one_call(embed, images[0])
+    if not may_pack or not isinstance(embed.norm, nn.Identity):
+        return _one_by_one(model, model._embed, images)
     grids = [embed.dynamic_feat_size(image.shape[1:]) for image in images]
     packing = Packing.of([model.num_prefix_tokens + rows * columns for rows, columns in grids])
     table, prefix = _positions(model, embed), model._prefix()
@@ -114,11 +146,11 @@ def _embed(model: Any, images: list[Tensor]) -> tuple[Tensor, Packing]:
         prefix = prefix + model.pos_embed[:, :rows]
     dtype = model._token_dtype(images[0].device, embed.proj.weight.dtype)
     x = embed.packed([images[i] for i in packing.order], table, prefix, dtype)
-    x = x if table is None else model.pos_drop(x)
+    x = x if table is None else packing.each(model.pos_drop, x)
     x, packing = _with_patches_dropped(model.patch_drop, x, packing)
     if isinstance(model.norm_pre, nn.Identity):
-        return model.norm_pre(x), packing
-    x = model.norm_pre(model._leave_residual(x))
+        return packing.each(model.norm_pre, x), packing
+    x = packing.each(model.norm_pre, model._leave_residual(x))
     return (x if model.residual_dtype is None else x.to(model.residual_dtype)), packing
 
 
@@ -130,24 +162,39 @@ def _positions(model: Any, embed: Any) -> Tensor | None:
 
 
 def _with_patches_dropped(drop: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
-    if not isinstance(drop, PatchDropout) or not drop.training or not drop.prob:
+    if _is_by_token(drop):
         return drop(x), packing
     kept = [drop(batch) for batch in packing.batches(x)]
     groups = tuple((batch.shape[0], batch.shape[1]) for batch in kept)
     return torch.cat([batch.flatten(0, 1) for batch in kept]), packing._replace(groups=groups)
 
 
+# What treats every token by itself, whatever dimensions there are before the last.
+_BY_TOKEN = (
+    *(nn.Identity, nn.Dropout, nn.LayerNorm, nn.RMSNorm, nn.Linear),
+    *(nn.GELU, nn.SiLU, nn.ReLU, nn.Sigmoid, QuickGELU, LayerScale, Mlp),
+)
+
+
+def _is_by_token(module: nn.Module) -> bool:
+    return all(isinstance(part, _BY_TOKEN) and not why_observed(part) for part in module.modules())
+
+
 def _is_plain(block: Any) -> bool:
-    """Whether a block and its attention are the ones that are written out here, and nobody watches them."""
-    if _has_any_global_hook() or why_not_plain(block, Block) or why_not_plain(attribute(block, "attn"), Attention):
+    """Whether a block and its attention are the ones that are written out here, and all else is done by token."""
+    attention = attribute(block, "attn")
+    if _has_any_global_hook() or why_not_plain(block, Block) or why_not_plain(attention, Attention):
         return False
-    drops = (attribute(block, name) for name in ("drop_path1", "drop_path2"))
-    return all(isinstance(drop, nn.Identity) or not why_not_plain(drop, DropPath) for drop in drops)
+    drops = attribute(block, "drop_path1"), attribute(block, "drop_path2")
+    if not all(isinstance(drop, nn.Identity) or not why_not_plain(drop, DropPath) for drop in drops):
+        return False
+    parts = *block.children(), *attention.children()
+    return all(_is_by_token(part) for part in parts if part is not attention and part not in drops)
 
 
 def _run_batches(block: nn.Module, x: Tensor, packing: Packing) -> Tensor:
     """Any block, on one batch after another of images with as many tokens."""
-    return torch.cat([block(batch).flatten(0, 1) for batch in packing.batches(x)])
+    return packing.by_batch(block, x)
 
 
 def _run_block(block: Block, x: Tensor, packing: Packing) -> Tensor:

@@ -94,11 +94,56 @@ class OwnBlock(Block):
         return super().forward(x, **options) + x.mean(1, keepdim=True)
 
 
+class AcrossTokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5 * x.mean(1, keepdim=True)
+
+
 def _own_block(model: fastvit.VisionTransformer) -> None:
     model.blocks[1].__class__ = OwnBlock
 
 
-@pytest.mark.parametrize("change", [_hooked, _own_block])
+def _parts_across_tokens(model: fastvit.VisionTransformer) -> None:
+    model.blocks[0].norm1 = model.blocks[1].mlp.act = model.norm = AcrossTokens()
+
+
+def _drops_across_tokens(model: fastvit.VisionTransformer) -> None:
+    model.pos_drop = model.patch_drop = model.norm_pre = AcrossTokens()
+
+
+def _hooks_that_count_on_batches(model: fastvit.VisionTransformer) -> None:
+    for module in (model.blocks[0].attn.qkv, model.blocks[1].mlp.fc1, model.norm, model.blocks):
+        module.register_forward_hook(lambda _, __, out: out + out[:, :1])
+
+
+class OwnSteps(fastvit.VisionTransformer):
+    def forward_features(self, x: Tensor, **options: Any) -> Tensor:
+        return super().forward_features(x, **options) * x.mean()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return super().forward_head(x, pre_logits) + x.mean((1, 2))[:, None]
+
+
+class OwnEmbedding(fastvit.VisionTransformer):
+    def _embed(self, images: Tensor) -> Tensor:
+        return super()._embed(images).flip(1)
+
+
+def _own_steps(model: fastvit.VisionTransformer) -> None:
+    model.__class__ = OwnSteps
+
+
+def _own_embedding(model: fastvit.VisionTransformer) -> None:
+    model.__class__ = OwnEmbedding
+
+
+CHANGES = [
+    _hooked, _own_block, _parts_across_tokens, _drops_across_tokens, _hooks_that_count_on_batches, _own_steps,
+    _own_embedding,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_was_changed_runs_as_it_is(change: Callable[[fastvit.VisionTransformer], None]) -> None:
     model = make()
     change(model)
@@ -126,20 +171,24 @@ def test_under_autocast_and_with_checkpoints() -> None:
     assert at_once.dtype == alone.dtype and (at_once - alone).norm() < 0.02 * alone.norm()
 
 
+class Watched(nn.LayerNorm):
+    """Keeps what it is given, and gives the same for every token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        vars(self).setdefault("seen", []).append(x)
+        return torch.ones_like(x)
+
+
 def test_depth_is_dropped_image_by_image() -> None:
     model, given = make(drop_path_rate=0.5).train(), images()
-    for block in model.blocks:
-        block.drop_path1, block.drop_path2 = DropPath(0.5), DropPath(0.5)
-        block.norm1.register_forward_hook(lambda _, __, out: torch.ones_like(out))  # the branch is the same for all
     block = model.blocks[0]
-    before: list[Tensor] = []
-    behind: list[Tensor] = []
-    block.norm1.register_forward_pre_hook(lambda _, given: before.append(given[0]))
-    block.norm2.register_forward_pre_hook(lambda _, given: behind.append(given[0]))
+    block.drop_path1 = DropPath(0.5)
+    block.norm1, block.norm2 = Watched(48), Watched(48)
     for _ in range(40):
         model.forward_features_packed(given)
     kept = set()
-    for start, end in zip(before, behind, strict=True):
+    for start, end in zip(vars(block.norm1)["seen"], vars(block.norm2)["seen"], strict=True):
+        assert start.dim() == 2  # all images at once
         by_image = (end - start).norm(dim=1).split(sorted(1 + h * w // 256 for h, w in SIZES))
         assert all(bool((each == 0).all() or (each > 0).all()) for each in by_image)
         kept.add(tuple(bool(each[0] > 0) for each in by_image))
