@@ -159,8 +159,8 @@ def test_train_writes_and_resumes(run: Cli, tmp_path: Path, monkeypatch: pytest.
         ("validate --backend tpu", "--backend tpu: accepted is one of reference, cpu, native, triton, cuda, emulated"),
         (
             "validate --op conv",
-            "--op conv: accepted is one of add_norm, add_position, attention, bias_act, patch_embed, patch_embed_packed, "
-            "split_heads",
+            "--op conv: accepted is one of add_norm, add_position, attention, bias_act, patch_embed, "
+            "patch_embed_packed, split_heads",
         ),
         ("validate --dtype fp8", "--dtype fp8: accepted is one of float32"),
         ("validate --device tpu", "--device tpu: accepted is one of auto, cpu"),
