@@ -122,9 +122,10 @@ class Patches {
       tokens_ += prefix_rows_;
       for (int64_t number = 0; number < kept; number++, rows_++, tokens_++) {
         const int64_t patch = keep ? keep[rows_] : number;
-        const bool is_there = patch >= 0 && patch < patches;
-        const int64_t place = patch / grid_width * down + patch % grid_width * right;
-        places_of_rows_[rows_] = {&images, is_there ? image * images.strides[0] + place : -1, tokens_, first_place + patch};
+        Place& place = places_of_rows_[rows_] = {&images, -1, tokens_, 0};
+        if (patch < 0 || patch >= patches) continue;
+        place.start = image * images.strides[0] + patch / grid_width * down + patch % grid_width * right;
+        place.position = first_place + patch;
       }
     }
   }

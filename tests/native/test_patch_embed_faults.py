@@ -37,7 +37,7 @@ FAULTS = (
           "keep ? keep[rows_] : number", "keep ? int64_t{0} : number"),
     Fault("the positions of the first image for all", PATCHES, "first_place + patch", "patch"),
     Fault("no room for the prefix", PATCHES, "tokens_ += prefix_rows_;", "tokens_ += 0 * prefix_rows_;"),
-    Fault("the first image for all", PATCHES, "image * images.strides[0] + place", "place"),
+    Fault("the first image for all", PATCHES, "image * images.strides[0]", "int64_t{0}"),
     Fault("pixels that are not normalised", PATCHES, "(values - load(shift + k + i)) * load(scale + k + i)", "values"),
     Fault("rows of one channel", PATCHES, "channel * images.strides[1]", "0"),
     Fault("a value of the image's last run left out", PATCHES, "load(at, count - i)", "load(at, count - i - 1)"),
