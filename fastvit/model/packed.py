@@ -145,7 +145,7 @@ def _embed(model: Any, images: list[Tensor]) -> tuple[Tensor, Packing]:
     if table is not None and prefix is not None and rows:
         prefix = prefix + model.pos_embed[:, :rows]
     dtype = model._token_dtype(images[0].device, embed.proj.weight.dtype)
-    x = embed.packed([images[i] for i in packing.order], table, prefix, dtype)
+    x = embed.packed(images, packing.order, table, prefix, dtype)
     x = x if table is None else packing.each(model.pos_drop, x)
     x, packing = _with_patches_dropped(model.patch_drop, x, packing)
     if isinstance(model.norm_pre, nn.Identity):

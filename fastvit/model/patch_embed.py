@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit import functional
-from fastvit.checks import check_scale, normalisation, require, shape_of
+from fastvit.checks import check_packed_images, check_scale, normalisation, require, shape_of
 from fastvit.guards import attribute, warn_once, why_no_projection
 from fastvit.model.layers import Layer, first_parameter
 from fastvit.ops.decompositions import normalised
@@ -148,10 +148,15 @@ class PatchEmbed(nn.Module):
         return tokens.to(dtype)
 
     def packed(
-        self, images: Sequence[Tensor], pos_embed: Tensor | None, prefix: Tensor | None, dtype: torch.dtype
+        self,
+        images: Sequence[Tensor],
+        order: Sequence[int],
+        pos_embed: Tensor | None,
+        prefix: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Images [C, H_i, W_i] of any sizes to [Σ R+N_i, D] where `may_fuse` allows and there is no norm; the positions
-        are a grid [rows, columns, D], which is resampled to that of each image."""
+        """Images [C, H_i, W_i] of any sizes to [Σ R+N_i, D], in another order, where `may_fuse` allows and there is no
+        norm; the positions are a grid [rows, columns, D], which is resampled to that of each image."""
         weight, bias = attribute(self.proj, "weight"), self.proj.bias
         is_raw = any(image.dtype == torch.uint8 for image in images)
         mean, std = (self.mean, self.std) if is_raw else (None, None)
@@ -159,6 +164,8 @@ class PatchEmbed(nn.Module):
         if self.dynamic_img_pad and any(image.shape[1] % height or image.shape[2] % width for image in images):
             images = [pad_to_patches(normalised(image[None], mean, std), self.patch_size)[0] for image in images]
             mean, std = None, None  # a mean is no whole grey level
+        images = check_packed_images(images, weight, bias)  # whose errors name them by their places as they were given
+        images = [images[i] for i in order]
         if is_raw and self.copy_images and weight.requires_grad and torch.is_grad_enabled():
             images = [image.clone() for image in images]
         options: dict[str, Any] = {"pos_embed": pos_embed, "prefix": prefix, "mean": mean, "std": std, "dtype": dtype}

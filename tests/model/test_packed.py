@@ -226,7 +226,9 @@ def test_no_images() -> None:
     [
         ({}, [torch.randn(3, 32, 32), torch.randn(1, 3, 32, 32)], ValueError, r"images\[1\]: expected 3 dimensions"),
         ({}, [torch.randn(3, 32, 32), torch.randn(3, 40, 32)], ValueError, r"images\[1\]: height 40 is not a positive"),
-        ({}, [torch.randn(3, 32, 32), torch.randn(4, 32, 32)], ValueError, r"images\[1\]: 4 channels, but weight"),
+        ({}, [torch.randn(3, 32, 32), torch.randn(3, 32, 30)], ValueError, r"images\[1\]: width 30 is not a positive"),
+        ({}, [torch.randn(3, 32, 32), torch.randn(3, 8, 32)], ValueError, r"images\[1\]: height 8 is not a positive"),
+        ({}, [torch.randn(3, 32, 32), torch.randn(4, 16, 16)], ValueError, r"images\[1\]: 4 channels, but weight"),
         ({}, [torch.randn(3, 32, 32), None], TypeError, r"images\[1\]: expected a torch.Tensor, got NoneType"),
         ({"global_pool": ""}, [torch.randn(3, 32, 32)], ValueError, "global_pool: '' gives tokens"),
     ],
