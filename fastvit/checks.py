@@ -58,7 +58,6 @@ def check_weight(weight: Tensor) -> None:
 def check_images_and_weight(images: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Ranks, dtypes, channels, divisibility and devices of the projection's own arguments."""
     check_tensor("images", images)
-    check_tensor("weight", weight)
     if images.dim() != 4:
         raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got {images.dim()}: {shape_of(images)}")
     check_weight(weight)
@@ -68,23 +67,31 @@ def check_images_and_weight(images: Tensor, weight: Tensor, bias: Tensor | None)
     _check_bias(bias, weight)
 
 
-def check_packed_images(images: Any, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """The same of images [C, H_i, W_i] of any sizes, which are named by their index; as a list."""
+def check_image_list(images: Any) -> list[Tensor]:
+    """A list of [C, H_i, W_i], which are named by their index."""
     if isinstance(images, Tensor) or not isinstance(images, Sequence):
         raise TypeError(f"images: expected a list of [C, H, W] tensors, got {type(images).__name__}")
-    check_weight(weight)
     for index, image in enumerate(images):
         name = f"images[{index}]"
         check_tensor(name, image)
         if image.dim() != 3:
             raise ValueError(f"{name}: expected 3 dimensions [C, H, W], got {image.dim()}: {shape_of(image)}")
+    return list(images)
+
+
+def check_packed_images(images: Any, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """The projection's arguments, of a list of images of any sizes."""
+    images = check_image_list(images)
+    check_weight(weight)
+    for index, image in enumerate(images):
+        name = f"images[{index}]"
         check_dtype(name, image.dtype, IMAGE_DTYPES)
         if image.dtype != images[0].dtype:
             raise TypeError(f"{name}: dtype {image.dtype}, but images[0] has {images[0].dtype}; they must match")
         _check_sides(name, image, weight)
         check_device(name, image, "weight", weight)
     _check_bias(bias, weight)
-    return list(images)
+    return images
 
 
 def check_cut_patches(patches: Any, weight: Tensor, bias: Tensor | None, sizes: Any) -> list[tuple[int, int]]:

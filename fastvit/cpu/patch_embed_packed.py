@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -101,6 +101,6 @@ def _operands(
     return Operands.choose(pixels, patches, weight.shape[0], mean, std, compute, out)
 
 
-def _own(tokens: Tensor, counts: Sequence[int], prefix_rows: int) -> Iterator[Tensor]:
+def _own(tokens: Tensor, counts: Sequence[int], prefix_rows: int) -> Sequence[Tensor]:
     """The tokens [R+N_i, D] of each image."""
-    yield from tokens.split([prefix_rows + count for count in counts])
+    return tokens.split([prefix_rows + count for count in counts])

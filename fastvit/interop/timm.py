@@ -16,7 +16,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from fastvit import branches, trunk
-from fastvit.grids import Filter, resample_grid
+from fastvit.grids import grid_rows
 from fastvit.guards import attribute, full_name
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_part, why_not_table
 from fastvit.interop.surgery import own_class
@@ -425,16 +425,15 @@ class NaFlexEmbeds(Fused):
         """The position of every row, [B·N, D], zero behind an image's own; the host rounds them to the projection's
         dtype, and counts an image's patches row by row."""
         dtype = autocast_dtype(self.proj.weight.device) or self.proj.weight.dtype
-        how = Filter(self.pos_embed_interp_mode, self.pos_embed_antialias, self.pos_embed_align_corners or None)
-        grids: dict[tuple[int, int], Tensor] = {}
         sizes = [(rows, columns) for rows, columns in (coordinates.amax(1) + 1).tolist()]
-        for size in sizes:
-            if size not in grids:
-                own = self.pos_embed[0]
-                grid = own if size == own.shape[:2] else resample_grid(own, *size, how)
-                rows = grid.flatten(0, 1)[:count].to(dtype)
-                grids[size] = F.pad(rows, (0, 0, 0, count - len(rows)))
-        return torch.cat([grids[size] for size in sizes])
+        how = self.pos_embed_interp_mode, self.pos_embed_antialias, self.pos_embed_align_corners
+        rows, starts = grid_rows(self.pos_embed[0], sizes, *how)
+        tables = {}
+        for size, start in zip(sizes, starts, strict=True):
+            if size not in tables:
+                own = rows[start : start + min(count, size[0] * size[1])].to(dtype)
+                tables[size] = F.pad(own, (0, 0, 0, count - len(own)))
+        return torch.cat([tables[size] for size in sizes])
 
     def takes(self, images: Tensor) -> bool:
         if self.dynamic_img_pad:

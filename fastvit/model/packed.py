@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from fastvit.checks import check_tensor, shape_of
+from fastvit.checks import check_image_list
 from fastvit.guards import attribute, why_not_plain, why_observed
 from fastvit.model.layers import Attention, Block, DropPath, LayerScale, Mlp, QuickGELU, first_parameter
 
@@ -84,7 +84,7 @@ def features(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _tokens(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
     """The normed tokens of the last block."""
-    images = _checked(images)
+    images = check_image_list(images)
     if _is_own(model, "forward_features", "_run_blocks", "_run_block"):
         return _one_by_one(model, model.forward_features, images)
     x, packing = _embed(model, images)
@@ -119,17 +119,6 @@ def _one_by_one(model: Any, run: Callable[[Tensor], Tensor], images: list[Tensor
         return torch.cat([found[i] for i in packing.order]), packing
     like = first_parameter(model)
     return (torch.empty(0) if like is None else like).new_empty(0, model.embed_dim), packing
-
-
-def _checked(images: Any) -> list[Tensor]:
-    if isinstance(images, Tensor) or not isinstance(images, Sequence):
-        raise TypeError(f"images: expected a list of [C, H, W] tensors, got {type(images).__name__}")
-    for index, image in enumerate(images):
-        check_tensor(f"images[{index}]", image)
-        if image.dim() != 3:
-            message = f"expected 3 dimensions [C, H, W], got {image.dim()}: {shape_of(image)}"
-            raise ValueError(f"images[{index}]: {message}")
-    return list(images)
 
 
 def _embed(model: Any, images: list[Tensor]) -> tuple[Tensor, Packing]:
