@@ -31,6 +31,17 @@ def train(
     batch_size: int | None = typer.Option(
         None, help="Images a step in each process, at most.", show_default="32; folder: 64"
     ),
+    tokens_per_batch: int | None = typer.Option(
+        None,
+        help="Instead of --batch-size, for a folder: each image keeps its shape, and this many tokens are a step in "
+        "each process, at most.",
+        show_default="off",
+    ),
+    max_tokens: int | None = typer.Option(
+        None,
+        help="With --tokens-per-batch: patches an image is shrunk to, at most.",
+        show_default="those of --image-size",
+    ),
     lr: float | None = typer.Option(None, help="Highest learning rate.", show_default="2e-3; folder: 5e-4"),
     min_lr: float | None = typer.Option(None, help="Learning rate at the end.", show_default="lr / 100"),
     warmup_epochs: float | None = typer.Option(None, help="Linear warm-up.", show_default="a tenth of the epochs"),
@@ -69,11 +80,16 @@ def train(
     A folder is read as by torchvision's ImageFolder, without what is hidden or left over (__MACOSX, ._1.jpg). Images
     come out upright and without opacity; 16 bits and floats from 0 to 1 are scaled to 8 bits; damaged ones are named.
 
+    With --tokens-per-batch, images keep their shapes, to whole patches, as NaViT's do: as many as this budget has room
+    for are a step, without padding. --image-size is the size that the model's table of positions is made for.
+
     Examples:
 
       fastvit train --data digits --output out/digits
 
       fastvit train --data photos/ --model vit_small_patch16_224 --amp bf16 --epochs 50
+
+      fastvit train --data photos/ --tokens-per-batch 16384 --max-tokens 256
 
       fastvit train --resume out/digits/last.pt
 
@@ -103,8 +119,9 @@ def _run(values: dict[str, Any], resumed: str | None) -> None:
         except ImportError as error:
             out.print(f"no TensorBoard logs: {error}; `pip install tensorboard` adds them", highlight=False)
     if is_first:
+        batch = f"{options.tokens_per_batch} tokens" if options.tokens_per_batch else str(options.batch_size)
         out.print(
-            f"{options.model} on {options.data}, {options.epochs} epochs, batch {options.batch_size}, "
+            f"{options.model} on {options.data}, {options.epochs} epochs, batch {batch}, "
             f"lr {options.lr:g}, amp {options.amp}, seed {options.seed}",
             highlight=False,
         )

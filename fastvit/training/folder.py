@@ -17,9 +17,11 @@ from torch import Tensor
 
 from fastvit.checkpoints.errors import listed
 
-from .decoding import decode
+from .any_size import ImageList, grid_within
+from .decoding import decode, upright_size
 from .errors import DataError, OptionError
 from .image_set import ImageData, ImageSet, fingerprint, split_by_class
+from .models import model_arguments
 from .options import TrainOptions
 
 EXTENSIONS = frozenset(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split())
@@ -31,12 +33,19 @@ DEFAULT_SIZE = 224
 LISTED = 5  # names in an error, at most
 
 Sample = tuple[Path, int]
+Size = tuple[int, int]  # height and width
 
 
 def read_images(paths: list[Path], size: int, channels: int, indices: list[int], random: Tensor) -> Tensor:
     """Those of `paths`, cropped to squares of `size`: with `random` [B, 5] at random with a flip, else the middle."""
     drawn = zip(indices, random.tolist(), strict=True)
     return torch.stack([decode(paths[index], size=size, channels=channels, draws=draws) for index, draws in drawn])
+
+
+def read_any_size(paths: list[Path], sizes: list[Size], channels: int, indices: list[int], random: Tensor) -> ImageList:
+    """Those of `paths`, each at its own of `sizes`: with `random` [B, 5] a crop with a flip, else the whole image."""
+    drawn = zip(indices, random.tolist(), strict=True)
+    return ImageList.of([decode(paths[i], size=sizes[i], channels=channels, draws=draws) for i, draws in drawn])
 
 
 def load_folder(options: TrainOptions) -> ImageData:
@@ -49,18 +58,48 @@ def load_folder(options: TrainOptions) -> ImageData:
     train, test, classes = split_folder(root, options.validation_share)
     mean, std = ((0.5,), (0.5,)) if channels == 1 else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     names = [f"{path.relative_to(root).as_posix()} {label}" for path, label in [*train, *test]]
+    arguments = {"img_size": size, "in_chans": channels, "num_classes": len(classes), "mean": mean, "std": std}
+    measure = None
+    if options.tokens_per_batch:
+        measure = partial(measured, *token_limits(options, size))
+        arguments["dynamic_img_size"] = True
 
     def image_set(samples: list[Sample], draws: int) -> ImageSet:
-        read = partial(read_images, [path for path, _ in samples], size, channels)
-        return ImageSet(read, torch.tensor([label for _, label in samples]), draws)
+        paths, labels = [path for path, _ in samples], torch.tensor([label for _, label in samples])
+        if measure is None:
+            return ImageSet(partial(read_images, paths, size, channels), labels, draws)
+        sizes, tokens = measure(paths)
+        return ImageSet(partial(read_any_size, paths, sizes, channels), labels, draws, tokens)
 
-    return ImageData(
-        train=image_set(train, 5 * options.augment),
-        test=image_set(test, 0),
-        classes=classes,
-        arguments={"img_size": size, "in_chans": channels, "num_classes": len(classes), "mean": mean, "std": std},
-        fingerprint=fingerprint(*classes, str(len(train)), *names),
-    )
+    sets = image_set(train, 5 * options.augment), image_set(test, 0)
+    # The numbers of tokens settle the batches of an epoch, and are to be the same in a resumed run.
+    tokens = [str(count) for images in sets for count in images.tokens]
+    return ImageData(*sets, classes, arguments, fingerprint(*classes, str(len(train)), *names, *tokens))
+
+
+def token_limits(options: TrainOptions, size: int) -> tuple[int, int, int]:
+    """The model's patch size in pixels, its prefix tokens, and the most patches of an image.
+
+    Raises:
+        OptionError: the largest image does not fit into a batch.
+    """
+    arguments = model_arguments(options.model, {})
+    patch = arguments["patch_size"]
+    prefix = int(arguments.get("class_token", True)) + arguments.get("reg_tokens", 0)
+    most = options.max_tokens or (size // patch) ** 2
+    if most < 1:
+        raise OptionError("image_size", size, f"at least the patch of {options.model}, {patch}")
+    if options.tokens_per_batch < most + prefix:
+        accepted = f"at least {most + prefix}: an image of --max-tokens {most} and the model's prefix of {prefix}"
+        raise OptionError("tokens_per_batch", options.tokens_per_batch, accepted)
+    return patch, prefix, most
+
+
+def measured(patch: int, prefix: int, most: int, paths: list[Path]) -> tuple[list[Size], list[int]]:
+    """Of each image the size it is resized to, in pixels, and its number of tokens with `prefix`."""
+    grids = [grid_within(*upright_size(path), patch, most) for path in paths]
+    sizes = [(rows * patch, columns * patch) for rows, columns in grids]
+    return sizes, [prefix + rows * columns for rows, columns in grids]
 
 
 def split_folder(root: Path, share: float) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:

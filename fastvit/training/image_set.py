@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +18,24 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .errors import DataError
 
-Batch = tuple[Tensor, Tensor]  # images uint8 [B, C, H, W], labels int64 [B]
+Batch = tuple[Any, Tensor]  # images uint8 [B, C, H, W] or an ImageList, labels int64 [B]
 
 
 class ImageSet(Dataset[Any]):
     """Images by index, with labels.
 
     Args:
-        read: gives the images at some indices, uint8 [B, C, H, W], augmented by their rows of random numbers.
+        read: gives the images at some indices, uint8 [B, C, H, W] or an ImageList, augmented by their rows of random
+            numbers.
         labels: int64 [N].
         draws: how many numbers in [0, 1) the augmentation of an image takes; 0: the set is not augmented.
+        tokens: of each image of an ImageList, those of the model's prefix included; else none.
     """
 
-    def __init__(self, read: Callable[[list[int], Tensor], Tensor], labels: Tensor, draws: int = 0) -> None:
-        self.read, self.labels, self.draws = read, labels, draws
+    def __init__(
+        self, read: Callable[[list[int], Tensor], Any], labels: Tensor, draws: int = 0, tokens: Sequence[int] = ()
+    ) -> None:
+        self.read, self.labels, self.draws, self.tokens = read, labels, draws, tokens
         self.random = torch.zeros(len(labels), 0)
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .any_size import packed, packed_training_batches
 from .digits import load_digits
 from .distributed import join_team
 from .errors import OptionError, TrainingError
@@ -66,9 +67,11 @@ def train_epoch(run: Run, forward: nn.Module, observers: Sequence[Observer] = ()
     options, team, images = run.options, run.team, run.data.train
     forward.train()
     images.draw(options.seed, run.epoch)
-    batches = training_batches(
-        len(images), options.batch_size, seed=options.seed, epoch=run.epoch, rank=team.rank, world=team.world
-    )
+    place = {"seed": options.seed, "epoch": run.epoch, "rank": team.rank, "world": team.world}
+    if options.tokens_per_batch:
+        batches = packed_training_batches(images.tokens, options.tokens_per_batch, **place)
+    else:
+        batches = training_batches(len(images), options.batch_size, **place)
     if not batches:
         raise TrainingError(f"{len(images)} training images are too few for {team.world} processes")
     waiting: list[Tensor] = []  # losses still on the device
@@ -85,8 +88,12 @@ def train_epoch(run: Run, forward: nn.Module, observers: Sequence[Observer] = ()
 
 
 def train_step(run: Run, forward: nn.Module, batch: Batch, rate: float) -> Tensor:
-    """One step on one batch; the loss, still on the device."""
-    images, labels = (tensor.to(run.team.device, non_blocking=True) for tensor in batch)
+    """One step on one batch; the loss, still on the device.
+
+    It is the mean over this process's images, and the gradient the mean of that of all processes: under a budget of
+    tokens, where these may have other numbers of images in a step, one among fewer counts for more.
+    """
+    images, labels = (part.to(run.team.device, non_blocking=True) for part in batch)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     with autocast(run):
@@ -146,9 +153,12 @@ def evaluate(run: Run) -> tuple[float, float]:
     options, team, images = run.options, run.team, run.data.test
     run.model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=team.device)  # loss, hits, images
-    batches = evaluation_batches(len(images), 4 * options.batch_size, rank=team.rank, world=team.world)
+    if options.tokens_per_batch:
+        batches = packed(range(team.rank, len(images), team.world), images.tokens, options.tokens_per_batch)
+    else:
+        batches = evaluation_batches(len(images), 4 * options.batch_size, rank=team.rank, world=team.world)
     for batch in iterate(images, batches, workers=options.workers):
-        pixels, labels = (tensor.to(team.device) for tensor in batch)
+        pixels, labels = (part.to(team.device) for part in batch)
         with autocast(run):
             logits = run.model(pixels).float()
         hits = (logits.argmax(-1) == labels).sum()

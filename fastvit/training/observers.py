@@ -30,7 +30,7 @@ class Observer:
 
 
 class ProgressBar(Observer):
-    """A bar over all steps, with the loss and the last test accuracy; a line an epoch where `lines` is set."""
+    """A bar over all epochs, with the loss and the last test accuracy; a line an epoch where `lines` is set."""
 
     def __init__(self, console: Console, *, lines: bool = True) -> None:
         from rich.progress import Progress
@@ -50,8 +50,8 @@ class ProgressBar(Observer):
         accuracy = f"  test {run.test_accuracy:.2%}" if run.history else ""
         self.bar.update(
             self.task,
-            total=run.options.epochs * steps,
-            completed=run.epoch * steps + run.step,
+            total=run.options.epochs,
+            completed=run.epoch + run.step / steps,  # epochs, which may have different numbers of steps
             description=f"epoch {run.epoch + 1}/{run.options.epochs}{loss}{accuracy}",
         )
 

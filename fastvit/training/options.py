@@ -28,7 +28,9 @@ class TrainOptions:
     channels: int = 0  # 0: 1 for the digits, 3 for a folder
     validation_share: float = 0.2  # of a folder without train/ and val/
     epochs: int = 0  # 0: 36 for the digits, 100 for a folder
-    batch_size: int = 0  # in each process; 0: 32 for the digits, 64 for a folder
+    batch_size: int = 0  # in each process; 0: 32 for the digits, 64 for a folder, none beside tokens_per_batch
+    tokens_per_batch: int = 0  # in each process, of images that keep their shapes; 0: off, all are image_size
+    max_tokens: int = 0  # patches of an image at most, with tokens_per_batch; 0: as many as image_size has
     lr: float = 0.0  # 0: 2e-3 for the digits, 5e-4 for a folder
     min_lr: float = -1.0  # at the last step; -1: a hundredth of lr
     warmup_epochs: float = -1.0  # -1: a tenth of the epochs
@@ -53,10 +55,25 @@ class TrainOptions:
         for name, accepted, good in _RULES:
             if not good(getattr(self, name)):
                 raise OptionError(name, getattr(self, name), accepted)
+        self._check_tokens()
         if self.min_lr > self.lr:
             raise OptionError("min_lr", self.min_lr, f"a number from 0 to the learning rate, {self.lr:g}")
         if self.warmup_epochs > self.epochs:
             raise OptionError("warmup_epochs", self.warmup_epochs, f"a number from 0 to the epochs, {self.epochs}")
+
+    def _check_tokens(self) -> None:
+        if not self.tokens_per_batch:
+            if self.max_tokens:
+                raise OptionError("max_tokens", self.max_tokens, "with --tokens-per-batch alone (leave it out)")
+            return
+        if self.is_digits:
+            raise OptionError("tokens_per_batch", self.tokens_per_batch, "a folder's alone: digits are of one size")
+        if self.batch_size:
+            accepted = "none beside --tokens-per-batch, which settles how many images a step has"
+            raise OptionError("batch_size", self.batch_size, accepted)
+        if self.compile:
+            accepted = "off beside --tokens-per-batch: every step has other sizes, and would be compiled anew"
+            raise OptionError("compile", self.compile, accepted)
 
     def _fill_defaults(self) -> None:
         """Put what depends on the data in the place of each placeholder, so that a checkpoint stores real values."""
@@ -64,6 +81,8 @@ class TrainOptions:
         for name in defaults:
             if type(getattr(self, name)) is bool or getattr(self, name) != self.__dataclass_fields__[name].default:
                 defaults[name] = getattr(self, name)
+        if self.tokens_per_batch:
+            defaults["batch_size"] = self.batch_size
         if self.min_lr == -1 and _number(defaults["lr"]):
             defaults["min_lr"] = defaults["lr"] / 100
         if self.warmup_epochs == -1 and _number(defaults["epochs"]):
@@ -107,7 +126,9 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("channels", "1 or 3 (0: the default)", lambda v: v in (0, 1, 3)),
     ("validation_share", "a number above 0 and below 1", lambda v: _number(v) and 0 < v < 1),
     ("epochs", "a whole number of at least 1", lambda v: _whole(v, 1)),
-    ("batch_size", "a whole number of at least 1", lambda v: _whole(v, 1)),
+    ("batch_size", "a whole number of at least 1", lambda v: _whole(v, 0)),  # 0 is left beside tokens_per_batch alone
+    ("tokens_per_batch", "a whole number of at least 1 (0: off)", lambda v: _whole(v, 0)),
+    ("max_tokens", "a whole number of at least 1 (0: the patches of image_size)", lambda v: _whole(v, 0)),
     ("lr", "a number above 0", lambda v: _number(v) and v > 0),
     ("min_lr", "a number of at least 0 (-1: a hundredth of the learning rate)", lambda v: _number(v) and v >= 0),
     ("warmup_epochs", "a number of at least 0", lambda v: _number(v) and v >= 0),

@@ -32,7 +32,7 @@ class Run:
     Attributes:
         arguments: those that `model` was built with.
         epoch, step: how many are finished; of the steps, in the current epoch, whose losses add up to `epoch_loss`.
-        history: a row an epoch: epoch, train_loss, test_loss, test_accuracy, lr.
+        history: a row an epoch: epoch, train_loss (the mean over its steps), test_loss, test_accuracy, lr.
         losses: of each step of this process, from where it resumed.
         seconds: that `train` took.
     """

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +15,8 @@ import fastvit
 from fastvit.training import CheckpointError, OptionError, TrainingError, TrainOptions, UserError, resume_options, train
 from fastvit.training import digits as digits_module
 from fastvit.training import models as models_module
-from fastvit.training.observers import Observer, TensorBoard
-from fastvit.training.run import Run
-
-TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0}
+from fastvit.training.observers import TensorBoard
+from tests.training.runs import TINY, StopAt, assert_same, in_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -36,18 +30,6 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def options(output: Path, **given: Any) -> TrainOptions:
     given = {"epochs": 3, "device": "cpu", "drop_path": 0.1, "tensorboard": False, **given}
     return TrainOptions(output=str(output), **given)
-
-
-class StopAt(Observer):
-    """Ctrl-C after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def on_step(self, run: Run, steps: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def test_it_writes_and_learns(tmp_path: Path) -> None:
@@ -86,21 +68,6 @@ def test_resuming_is_bit_exact(tmp_path: Path, stop: int, given: dict[str, Any])
     one, other = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "broken"))
     for key in ("model", "optimizer", "scaler", "processes", "history"):
         assert_same(one[key], other[key], key)
-
-
-def assert_same(one: Any, other: Any, name: str) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), name
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), name
-        for key in one:
-            assert_same(one[key], other[key], f"{name}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), name
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{name}.{index}")
-    else:
-        assert one == other, name
 
 
 @pytest.mark.parametrize("forgotten", ["random", "optimizer"])
@@ -193,43 +160,10 @@ def test_tensorboard_gets_each_epoch(tmp_path: Path) -> None:
     assert found[-1].value == pytest.approx(result.test_accuracy)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """As torchrun starts them. Both see the same averages, each other half of the images, and one writes."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import json, os, sys\n"
-        "import torch\n"
-        "from fastvit.training import TrainOptions, models, train\n"
-        f"models.DIGITS_ARGUMENTS = {TINY!r}\n"
-        "output, rank = sys.argv[1], os.environ['RANK']\n"
-        "given = dict(epochs=2, device='cpu', batch_size=64, tensorboard=False, output=output)\n"
-        "result = train(TrainOptions(**given))\n"
-        "weights = torch.cat([p.detach().flatten() for p in result.model.parameters()])\n"
-        "record = {'history': result.history, 'losses': result.losses, 'sum': weights.double().sum().item()}\n"
-        "open(f'{output}.{rank}.json', 'w').write(json.dumps(record))\n",
-        encoding="utf-8",
-    )
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    environment |= {"OMP_NUM_THREADS": "1"}
     output = tmp_path / "run"
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(output)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
-    one, other = (json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in range(2))
+    one, other = in_two_processes(output, epochs=2, batch_size=64)
     assert one["history"] == other["history"] and one["sum"] == other["sum"]
     assert one["losses"] != other["losses"]
     assert len(one["losses"]) == 2 * 12  # 1437 images, at most 2 x 64 a step
