@@ -33,7 +33,7 @@ def grid_within(height: int, width: int, patch: int, most: int) -> tuple[int, in
     if rows * columns <= most:
         return rows, columns
     shorter, longer = sorted((height, width))
-    # √(most · shorter / longer) without rounding to whole patches, which may make room for one more.
+    # Without the rounding r would be √(most · shorter / longer) at most; with it, one more may fit.
     largest = math.isqrt(most * shorter // longer) + 1
     lengths = ((r, round(r * longer / shorter)) for r in range(largest, 0, -1))
     few, many = next(((r, length) for r, length in lengths if r * length <= most), (1, most))

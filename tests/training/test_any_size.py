@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from rich.console import Console
 from torch.nn import functional as F
 
@@ -66,7 +66,8 @@ def options(photos: Path, **more: Any) -> TrainOptions:
         (3000, 3000, 16, 196, (14, 14)),
         (375, 500, 16, 196, (12, 16)),  # 0.75 as it was
         (500, 375, 16, 196, (16, 12)),
-        (222, 226, 16, 150, (12, 12)),  # 12.1 x 12.4 would have as many
+        (278, 282, 10, 196, (14, 14)),  # 13.9 x 14.1 would have as many
+        (200, 350, 10, 7, (1, 2)),  # 2 x 3.5 would have as many, but 2 x 4 has more
         (100, 150, 16, 196, (6, 9)),  # no larger than it is
         (7, 40, 16, 196, (1, 2)),  # but for one patch on each side
         (1, 1, 16, 1, (1, 1)),
@@ -113,13 +114,14 @@ def test_sizes_are_those_of_decoded_images(tmp_path: Path, name: str, orientatio
     assert upright_size(tmp_path / name) == (height, width) == ((20, 48) if orientation < 5 else (48, 20))
 
 
-def test_a_header_is_all_that_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[:200])
-    assert upright_size(path) == (50, 70)
-    Image.new("RGB", (48, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF at all")
-    assert upright_size(tmp_path / "a.jpg") == (20, 48)
+@pytest.mark.parametrize(("name", "how"), [("a.png", {}), ("a.jpg", {"exif": b"Exif\0\0no TIFF"}), ("a.tif", {})])
+def test_a_header_is_all_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: dict[str, Any]
+) -> None:
+    Image.new("RGB", (48, 20)).save(tmp_path / name, **how)
+    decoded: list[Any] = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image))
+    assert upright_size(tmp_path / name) == (20, 48) and not decoded
 
 
 @pytest.mark.parametrize("contents", [b"", b"no image"])
@@ -136,8 +138,12 @@ def test_the_whole_image_is_resized_without_draws(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     image.save(tmp_path / "a.png")
     found = decode(tmp_path / "a.png", size=(10, 20), channels=3, draws=[])
-    expected = np.asarray(image.resize((20, 10), Image.Resampling.BICUBIC))
-    assert found.dtype == torch.uint8 and torch.equal(found, torch.from_numpy(expected.copy()).permute(2, 0, 1))
+    expected = pixels_of(image.resize((20, 10), Image.Resampling.BICUBIC))
+    assert found.dtype == torch.uint8 and torch.equal(found, expected)
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def test_a_crop_has_about_the_shape_that_it_is_resized_to(tmp_path: Path) -> None:
@@ -145,8 +151,14 @@ def test_a_crop_has_about_the_shape_that_it_is_resized_to(tmp_path: Path) -> Non
         left, top, right, bottom = random_box(900, 300, draws, ratio=3.0)
         assert 0 <= left < right <= 900.001 and 0 <= top < bottom <= 300.001
         assert 0.74 < (right - left) / (bottom - top) / 3.0 < 1.34
-    Image.new("RGB", (90, 30), "white").save(tmp_path / "a.png")
-    assert decode(tmp_path / "a.png", size=(8, 24), channels=1, draws=[0.5] * 5).shape == (1, 8, 24)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 90, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    draws = [0.1, 0.3, 0.6, 0.9]
+    box = random_box(90, 30, draws, ratio=3.0)
+    expected = pixels_of(image.resize((24, 8), Image.Resampling.BICUBIC, box=box))
+    for flip, turned_over in ((0.7, expected), (0.2, expected.flip(2))):
+        found = decode(tmp_path / "a.png", size=(8, 24), channels=3, draws=[*draws, flip])
+        assert torch.equal(found, turned_over)
 
 
 def test_augmentation_keeps_the_sizes_and_depends_on_seed_and_epoch_alone(photos: Path) -> None:
