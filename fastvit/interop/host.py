@@ -37,6 +37,7 @@ __all__ = [
     "holds_a_patch",
     "is_library_s",
     "listed",
+    "may_be_read",
     "present",
     "why_not_methods",
     "why_not_part",
@@ -193,7 +194,7 @@ class Fused(Mixin):
             return
         if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
             return
-        if images.is_meta or isinstance(images, FakeTensor) or not _may_wait(images) or is_transformed():
+        if not may_be_read(images) or is_transformed():
             return
         settings = self.fastvit_settings
         assert settings.mean is not None and settings.std is not None
@@ -337,8 +338,11 @@ def why_not_methods(module: Any) -> str:
     return ""
 
 
-def _may_wait(images: Tensor) -> bool:
-    return not (images.is_cuda and torch.cuda.is_current_stream_capturing())
+def may_be_read(tensor: Tensor) -> bool:
+    """Whether a tensor has values here and now, which a device may be waited for."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _parameter_dtype(module: nn.Module) -> torch.dtype:

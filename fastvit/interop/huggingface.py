@@ -12,11 +12,50 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.guards import attribute
-from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, present, why_not_table
+from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, may_be_read, present, why_not_table
 from fastvit.interop.huggingface_blocks import TRUNK
 from fastvit.positions import numbers_where_traced
 
 __all__ = ["MIXINS", "TRUNK"]
+
+
+class Deferred:
+    """Images on their way through code of the host's to its convolution, which gives what `projected` gives."""
+
+    def __init__(self, images: Tensor, batch: int, projected: Callable[[], Any]) -> None:
+        self.shape = (batch, *images.shape[1:])
+        self.device = images.device
+        self.projected = projected
+
+    def to(self, *_: Any, **__: Any) -> Deferred:
+        return self  # our op converts what it reads
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].projected() if func is torch.conv2d else NotImplemented
+
+
+class Unpositioned:
+    """What the host takes for the projected patches of such images, until it adds positions: `embed` makes the sum."""
+
+    def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
+        self.embed = embed
+
+    def flatten(self, _: int) -> Unpositioned:
+        return self
+
+    def transpose(self, _: int, __: int) -> Unpositioned:
+        return self
+
+    def __add__(self, positions: Tensor) -> Tensor:
+        return self.embed(positions)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ != "add":  # what torch.compile makes of `+`, in either order
+            return NotImplemented
+        patches, positions = args if isinstance(args[0], cls) else reversed(args)
+        return patches.embed(positions)
 
 
 class Embeddings(Fused):
@@ -248,6 +287,100 @@ class SiglipEmbeddings(CLIPEmbeddings):
     hosts = ("transformers.models.siglip.modeling_siglip.SiglipVisionEmbeddings",)
 
 
+class Idefics3Embeddings(Embeddings):
+    """The vision towers of Idefics 3 and SmolVLM, whose batches are padded: each image has a mask of its patches, and
+    by it positions of its own, which the host finds."""
+
+    hosts = (
+        "transformers.models.idefics3.modeling_idefics3.Idefics3VisionEmbeddings",
+        "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionEmbeddings",
+    )
+
+    tables = ()
+
+    @classmethod
+    def projection(cls, module: Any) -> Any:
+        return attribute(module, "patch_embedding")
+
+    @classmethod
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [
+            Part("patch_embedding", cls.projection(module), nn.Conv2d),
+            Part("position_embedding", attribute(module, "position_embedding"), nn.Embedding),
+        ]
+
+    def why_not_of(self, images: Tensor) -> str:
+        # Rows are looked up once for all images that are alike.
+        is_scaled = attribute(self, "position_embedding").scale_grad_by_freq
+        return "position_embedding scales gradients by how often a row is looked up" if is_scaled else ""
+
+    def sequence(self, images: Tensor, patch_attention_mask: Any = None) -> Tensor | None:
+        mask, (patch_height, patch_width) = patch_attention_mask, self.projection(self).stride
+        grid = images.shape[2] // patch_height, images.shape[3] // patch_width
+        if not isinstance(mask, Tensor) or mask.shape != (images.shape[0], *grid):
+            return None
+        batch = 1 if _are_alike(mask) else images.shape[0]
+        # The host's code from its convolution to the addition of positions, [1 or B, N, D], which is where ours begins.
+        unpositioned = Unpositioned(lambda positions: self._positioned(images, positions))
+        return super(Embeddings, self).forward(Deferred(images, batch, lambda: unpositioned), mask[:batch])
+
+    def _positioned(self, images: Tensor, positions: Tensor) -> Tensor:
+        batch = positions.shape[0]
+        if batch == 1:
+            return self.tokens(images, positions, None)
+        # One image of all of them, one below the other, whose patches come in the order of their positions.
+        height = images.shape[2] - images.shape[2] % self.projection(self).stride[0]
+        images = images[:, :, :height].transpose(0, 1).flatten(1, 2)[None]  # [1, C, B·H, W]
+        return self.tokens(images, positions.flatten(0, 1), None)[0].unflatten(0, (batch, -1))
+
+
+class PixtralVisionModel(Fused):
+    """Pixtral's vision tower, which projects a padded batch and makes one sequence of the patches that are images'."""
+
+    hosts = ("transformers.models.pixtral.modeling_pixtral.PixtralVisionModel",)
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["the projection of patches"]
+
+    @classmethod
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [Part("patch_conv", attribute(module, "patch_conv"), nn.Conv2d)]
+
+    @classmethod
+    def example_size(cls, module: Any) -> tuple[int, int]:
+        height, width = module.patch_conv.stride
+        return 4 * height, 4 * width
+
+    def takes(self, images: Tensor) -> bool:
+        return holds_a_patch(images, attribute(self, "patch_conv").stride)
+
+    def why_not_of(self, images: Tensor) -> str:
+        # The host crops by the one, and projects by the other.
+        size, stride = self.patch_size, attribute(self, "patch_conv").stride
+        return "" if stride == (size, size) else f"patch_size is {size}, and the stride of patch_conv {stride}"
+
+    def forward(self, pixel_values: Any, image_sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
+        images = self.upright(pixel_values)
+        if not self.may_fuse(images):
+            return super().forward(self.as_the_host_takes_them(images), image_sizes, *args, **kwargs)
+        if isinstance(image_sizes, Tensor) and not image_sizes.is_floating_point():
+            image_sizes = image_sizes.tolist()  # one wait for the device, where the host has two an image
+        deferred = Deferred(images, images.shape[0], lambda: self._maps(images, image_sizes))
+        return super().forward(deferred, image_sizes, *args, **kwargs)
+
+    def _maps(self, images: Tensor, sizes: Any) -> Any:
+        """Projected patches as maps, [B, D, h, w], or a list of the images' own."""
+        height, width = self.patch_conv.stride
+        tokens = self.embed(images, self.patch_conv.weight, self.patch_conv.bias)
+        maps = tokens.unflatten(1, (images.shape[2] // height, images.shape[3] // width))  # [B, h, w, D]
+        if sizes is None:
+            return maps.permute(0, 3, 1, 2)
+        # The host makes rows of them again. So they are cropped while they are, and seen as maps by their strides.
+        own = [one[: size[0] // height, : size[1] // width] for one, size in zip(maps, sizes, strict=False)]
+        return [one.contiguous().permute(2, 0, 1) for one in own]
+
+
 class Siglip2Embeddings(Fused):
     """SigLIP2's vision tower: patches come cut, and every image has a grid, so positions, of its own.
 
@@ -326,6 +459,43 @@ class VideoPatchEmbed(Fused):
         return self.embed(images, weight.flatten(1)[:, :, None, None], self.proj.bias)[0]
 
 
+class KimiPatchEmbed(Fused):
+    """The projection of Kimi K2.5's vision tower, whose patches come cut, [N, C, P, P], as one image of N patches."""
+
+    hosts = ("transformers.models.kimi_k25.modeling_kimi_k25.Kimi_K25VisionPatchEmbed",)
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["the projection of patches"]
+
+    @classmethod
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [Part("proj", attribute(module, "proj"), nn.Conv2d)]
+
+    @classmethod
+    def channels(cls, module: Any) -> None:
+        return None
+
+    @classmethod
+    def refuses_uint8(cls, module: Any) -> str:
+        return "its processor cuts and normalises the patches"
+
+    def forward(self, pixel_values: Any, grid_thw: Any, **kwargs: Any) -> Tensor:
+        weight = self.proj.weight
+        if not isinstance(pixel_values, Tensor) or pixel_values.shape[1:] != weight.shape[1:]:
+            return super().forward(pixel_values, grid_thw, **kwargs)
+        images = pixel_values.flatten(1).T[None, :, :, None]  # [1, C·P·P, N, 1]
+        if not images.numel() or not self.may_fuse(images):
+            return super().forward(pixel_values, grid_thw, **kwargs)
+        tokens = self.embed(images, weight.flatten(1)[:, :, None, None], self.proj.bias)[0]
+        return self.pos_emb(tokens, grid_thw, **kwargs)
+
+
+def _are_alike(masks: Tensor) -> bool:
+    """Whether the masks of all images, [B, h, w], are known to be the same; to look is to wait for the device."""
+    return len(masks) == 1 or (len(masks) > 1 and may_be_read(masks) and bool((masks == masks[:1]).all()))
+
+
 MIXINS: tuple[type[Fused], ...] = (
     ViTEmbeddings,
     BeitEmbeddings,
@@ -334,6 +504,9 @@ MIXINS: tuple[type[Fused], ...] = (
     ViTMAEEmbeddings,
     CLIPEmbeddings,
     SiglipEmbeddings,
+    Idefics3Embeddings,
+    PixtralVisionModel,
     Siglip2Embeddings,
     VideoPatchEmbed,
+    KimiPatchEmbed,
 )

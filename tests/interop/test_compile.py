@@ -42,6 +42,8 @@ OTHERS = (
     "transformers-dinov2-registers",
     "transformers-dinov3",
     "transformers-clip",
+    "transformers-idefics3",
+    "transformers-pixtral-whole",
     pytest.param("transformers-siglip2", marks=_FAILS_IN_THE_LIBRARY),
 )
 

@@ -45,9 +45,14 @@ NAMES = (
     "transformers-clip",
     "transformers-siglip",
     "transformers-siglip2",
+    "transformers-idefics3",
+    "transformers-pixtral",
+    "transformers-kimi-k2.5",
 )
 INSIDE_A_BLOCK = re.compile(r"(^|\.)(blocks|layers?)\.\w+\.")  # nothing is changed there
-INSIDE_A_CALL = re.compile(r"proj$|projection$|patch_embed\w*$|patch_embed\.norm$|position_embedding$|^encoder$|norm$")
+INSIDE_A_CALL = re.compile(
+    r"proj$|projection$|patch_conv$|patch_embed\w*$|patch_embed\.norm$|position_embedding$|^encoder$|norm$"
+)
 
 
 def modules_of(model: nn.Module) -> list[str]:

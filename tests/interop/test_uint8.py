@@ -27,6 +27,8 @@ EACH_MIXIN = [
     "transformers-vit-mae",
     "transformers-clip",
     "transformers-siglip",
+    "transformers-idefics3",
+    "transformers-pixtral",
 ]
 
 every_entry = pytest.mark.parametrize("entry", TAKE_UINT8, ids=str)

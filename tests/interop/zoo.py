@@ -267,6 +267,39 @@ def _call_siglip2(model: nn.Module, images: Tensor) -> Any:
     return model(pixel_values=patches, pixel_attention_mask=mask.long(), spatial_shapes=shapes)
 
 
+def _size(images: Tensor) -> Size:
+    """Of images in either layout."""
+    height, width = images.shape[2:] if images.shape[1] == 3 else images.shape[1:3]
+    return height, width
+
+
+def _call_with_mask(model: nn.Module, images: Tensor) -> Any:
+    """A padded batch, with a mask of each image's own patches."""
+    height, width = _size(images)
+    mask = torch.ones(images.shape[0], height // PATCH, width // PATCH, dtype=torch.bool)
+    mask[1:, -1] = False
+    mask[2:, :, -1:] = False
+    return model(images, patch_attention_mask=mask)
+
+
+def _call_with_sizes(model: nn.Module, images: Tensor) -> Any:
+    """A padded batch, with the size of each image."""
+    sizes = torch.tensor([_size(images)] * images.shape[0])
+    sizes[1:, 1] -= PATCH
+    sizes[2:, 0] -= PATCH
+    return model(images, image_sizes=sizes)
+
+
+def _call_kimi(model: nn.Module, images: Tensor) -> Any:
+    """Its patches: of every image, and of a clip of two frames where there are three and more."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // PATCH, width // PATCH
+    cut = images.reshape(batch, channels, rows, PATCH, columns, PATCH)
+    patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # [N, C, P, P]
+    frames = [1] * batch if batch < 3 else [2] + [1] * (batch - 2)
+    return model(patches, grid_thw=torch.tensor([[count, rows, columns] for count in frames]))
+
+
 def _call_qwen(model: nn.Module, images: Tensor) -> Any:
     """Its patches: both frames the same, in blocks of two rows and columns, which are merged behind the tower."""
     batch, channels, height, width = images.shape
@@ -332,6 +365,17 @@ def _entries_of_transformers() -> list[Entry]:
     add("data2vec-vision", "Data2Vec", tower("data2vec", "Data2VecVisionConfig", "Data2VecVisionModel"), sizes=sizes)
     siglip2 = tower("siglip2", "Siglip2VisionConfig", "Siglip2VisionModel", num_patches=16)
     add("siglip2", "SigLIP 2, images of several shapes", siglip2, call=_call_siglip2, uint8=False)
+    idefics3 = tower("idefics3", "Idefics3VisionConfig", "Idefics3VisionTransformer")
+    add("idefics3", "Idefics 3's tower", idefics3, call=_call_with_mask, sizes=odd_sizes)
+    smolvlm = tower("smolvlm", "SmolVLMVisionConfig", "SmolVLMVisionTransformer")
+    add("smolvlm", "SmolVLM's tower, images of one shape", smolvlm, sizes=odd_sizes)
+    pixtral = tower("pixtral", "PixtralVisionConfig", "PixtralVisionModel")
+    add("pixtral", "Pixtral's tower", pixtral, call=_call_with_sizes, sizes=odd_sizes)
+    add("pixtral-whole", "Pixtral's tower, images of one shape", pixtral, sizes=odd_sizes)
+    kimi = tower(
+        "kimi_k25.modeling_kimi_k25", "Kimi_K25VisionConfig", "Kimi_K25VisionModel", pos_emb_height=6, pos_emb_width=6
+    )
+    add("kimi-k2.5", "Kimi K2.5's tower", kimi, call=_call_kimi, sizes=sizes, uint8=False)
     cut = {"call": _call_qwen, "uint8": False}
     narrow = {"depth": 2, "num_heads": HEADS, "hidden_size": WIDTH, "out_hidden_size": 32, "window_size": 2 * PATCH}
     qwen2 = tower(

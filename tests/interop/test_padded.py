@@ -1,0 +1,131 @@
+"""Padded batches of images of several shapes: what their masks and sizes may be, beside what the zoo gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastvit
+from fastvit.peers import import_peer
+from tests.interop.subjects import (
+    MEAN,
+    STD,
+    build,
+    entry,
+    expect_close,
+    expect_same_gradients,
+    gradients,
+    launched,
+    pair,
+    raw_images,
+)
+from tests.interop.zoo import PATCH, SIZE, randomise, tensors
+
+ROWS = SIZE // PATCH
+
+
+def outcome(call: Callable[[], Any]) -> list[Tensor] | str:
+    try:
+        return tensors(call())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def expect_the_same(model: Any, untouched: Any, launches: int, **arguments: Any) -> None:
+    """Outputs and gradients, or the same error."""
+    launched()
+    got = outcome(lambda: model(**arguments))
+    assert launched() == launches
+    want = outcome(lambda: untouched(**arguments))
+    if isinstance(want, str) or isinstance(got, str):
+        assert got == want
+        return
+    expect_close(got, want)
+    expect_same_gradients(gradients(model, got), gradients(untouched, want))
+
+
+def masks() -> dict[str, tuple[Tensor, int]]:
+    """Masks of two images, and how often our op runs for them."""
+    every = torch.ones(2, ROWS, ROWS, dtype=torch.bool)
+    fewer = torch.arange(ROWS) < ROWS - 1
+    return {
+        "alike, with padding": (every & fewer, 1),
+        "of several shapes": (every & torch.stack([fewer[:, None].expand(-1, ROWS), fewer.expand(ROWS, -1)]), 1),
+        "one for both": (every[:1], 0),
+        "of fewer patches": (every[:, :-1], 0),
+        "no truth values": (every.long(), 0),
+    }
+
+
+@pytest.mark.parametrize("case", masks())
+def test_masks(case: str):
+    """Any mask that the library takes, by one call of ours; its error for another."""
+    mask, launches = masks()[case]
+    model, untouched = pair("transformers-idefics3")
+    images = entry("transformers-idefics3").images()
+    expect_the_same(model, untouched, launches, pixel_values=images, patch_attention_mask=mask)
+
+
+def test_gradients_by_how_often_a_row_is_read():
+    """Which depends on how many images look it up: the library's own code."""
+    model, untouched = pair("transformers-smolvlm")
+    for side in (model, untouched):
+        side.embeddings.position_embedding.scale_grad_by_freq = True
+    images = entry("transformers-smolvlm").images()
+    expect_the_same(model, untouched, 0, pixel_values=images)
+
+
+SIZES = {
+    "a tensor": torch.tensor([[SIZE, SIZE - PATCH], [PATCH, SIZE]]),
+    "a list": [(SIZE - 1, SIZE), (PATCH, PATCH + 3)],
+    "larger than the batch": [(2 * SIZE, SIZE), (SIZE, 2 * SIZE)],
+    "of fewer images": [(SIZE, PATCH)],
+    "of floats": torch.tensor([[32.0, 32.0], [8.0, 8.0]]),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_sizes(case: str):
+    model, untouched = pair("transformers-pixtral")
+    images = entry("transformers-pixtral").images()
+    expect_the_same(model, untouched, 1, pixel_values=images, image_sizes=SIZES[case])
+
+
+def around(family: str) -> Any:
+    """The whole model, with a text tower."""
+    transformers: Any = build("transformers-idefics3") and import_peer("transformers")
+    tower = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    text |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text,
+        vision_config={"image_size": SIZE, "patch_size": PATCH, **tower},
+        image_token_id=60,
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("family", ["Idefics3", "SmolVLM"])
+def test_model_around_a_tower(family: str):
+    """It leaves out images of zeros, which are padding: those of normalised floats, so that raw pixels are refused."""
+    untouched = around(family)
+    model = fastvit.accelerate(copy.deepcopy(untouched), mean=MEAN, std=STD)
+    words = torch.full((2, 12), 7)
+    words[0, :8] = words[1, :4] = 60
+    images = torch.stack([entry("transformers-idefics3").images(), entry("transformers-idefics3").images()])
+    images[1, 1] = 0
+    mask = torch.ones(2, 2, SIZE, SIZE, dtype=torch.long)
+    mask[0, 1, SIZE // 2 :] = 0
+    expect_the_same(model, untouched, 1, input_ids=words, pixel_values=images, pixel_attention_mask=mask)
+    with pytest.raises(RuntimeError, match="raw pixels"):
+        model(input_ids=words, pixel_values=torch.stack([raw_images()] * 2), pixel_attention_mask=mask)
