@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit.grids import Filter, resample_grid
 from fastvit.guards import attribute
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, may_be_read, present, why_not_table
-from fastvit.interop.huggingface_blocks import TRUNK
+from fastvit.interop.huggingface_blocks import TRUNK, fingerprint
+from fastvit.interop.surgery import own_class
+from fastvit.model.layers import autocast_dtype
 from fastvit.positions import numbers_where_traced
 
 __all__ = ["MIXINS", "TRUNK"]
@@ -36,10 +40,11 @@ class Deferred:
 
 
 class Unpositioned:
-    """What the host takes for the projected patches of such images, until it adds positions: `embed` makes the sum."""
+    """What the host takes for projected patches until it adds positions, of this dtype: `embed` makes the sum."""
 
-    def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, embed: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> None:
         self.embed = embed
+        self.dtype = dtype
 
     def flatten(self, _: int) -> Unpositioned:
         return self
@@ -56,6 +61,23 @@ class Unpositioned:
             return NotImplemented
         patches, positions = args if isinstance(args[0], cls) else reversed(args)
         return patches.embed(positions)
+
+
+class Taps:
+    """The rows that the host reads in a table of positions, by number, for every patch: their weighted sum is known."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self.positions = positions  # [N, D]
+
+    def __mul__(self, weights: Tensor) -> Taps:
+        return self
+
+    def sum(self, _: int) -> Tensor:
+        return self.positions
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is F.embedding else NotImplemented
 
 
 class Embeddings(Fused):
@@ -448,15 +470,107 @@ class VideoPatchEmbed(Fused):
             return f"proj has stride {proj.stride}, padding {proj.padding} and dilation {proj.dilation}"
         return "" if proj.groups == 1 else f"proj has {proj.groups} groups"
 
-    def forward(self, hidden_states: Any) -> Tensor:
-        weight = self.proj.weight
-        length = weight[0].numel()
-        if not isinstance(hidden_states, Tensor) or hidden_states.numel() % length or not hidden_states.numel():
+    def forward(self, hidden_states: Any) -> Any:
+        if isinstance(hidden_states, Unpositioned):
+            return hidden_states
+        images = self.images_of(hidden_states)
+        if images is None or not self.may_fuse(images):
             return super().forward(hidden_states)
-        images = hidden_states.reshape(1, -1, 1, length).permute(0, 3, 1, 2)  # [1, C·T·P·P, N, 1]
-        if not self.may_fuse(images):
-            return super().forward(hidden_states)
-        return self.embed(images, weight.flatten(1)[:, :, None, None], self.proj.bias)[0]
+        return self.tokens(images)
+
+    def images_of(self, patches: Any) -> Tensor | None:
+        """Patches as one image, [1, C·T·P·P, N, 1]; None where they are no patches."""
+        length = self.proj.weight[0].numel()
+        if not isinstance(patches, Tensor) or patches.numel() % length or not patches.numel():
+            return None
+        return patches.reshape(1, -1, 1, length).permute(0, 3, 1, 2)
+
+    def tokens(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[N, D], with positions of as many rows."""
+        weight = self.proj.weight.flatten(1)[:, :, None, None]
+        return self.embed(images, weight, self.proj.bias, pos_embed=positions)[0]
+
+
+class Qwen3VLVisionModel(Fused):
+    """Qwen3-VL's vision tower: projection and positions, which are a table's on the grid of each image."""
+
+    hosts = ("transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel",)
+
+    # Of its `forward`: patches are projected, rows of the table looked up, weighted and summed, and both added.
+    known = ("7d46292acd9ea8b7",)
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        is_known = fingerprint(own_class(module).forward) in cls.known
+        return "" if is_known else "its forward is not one that is known: its positions are made as ever"
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["projection", "positions"]
+
+    @classmethod
+    def inside(cls, module: Any) -> Sequence[Part]:
+        embed = attribute(module, "patch_embed")
+        return [
+            Part("patch_embed", embed, VideoPatchEmbed),
+            *(Part(f"patch_embed.{part.name}", part.module, part.kind) for part in VideoPatchEmbed.inside(embed)),
+            Part("pos_embed", attribute(module, "pos_embed"), nn.Embedding),
+        ]
+
+    @classmethod
+    def refuses_uint8(cls, module: Any) -> str:
+        return VideoPatchEmbed.refuses_uint8(module)
+
+    def why_not_of(self, images: Tensor) -> str:
+        table, side = attribute(self, "pos_embed"), self.num_grid_per_side
+        if table.weight.shape[0] != side * side:
+            return f"pos_embed has {table.weight.shape[0]} rows, not {side} × {side}"
+        if table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+            return "pos_embed is more than a table"
+        return attribute(self, "patch_embed").why_not_of(images)
+
+    def forward(self, hidden_states: Any, grid_thw: Any, *args: Any, **kwargs: Any) -> Any:
+        images = self.patch_embed.images_of(hidden_states) if self._has_own_taps(grid_thw, kwargs) else None
+        if images is None or not self.may_fuse(images):
+            return super().forward(hidden_states, grid_thw, *args, **kwargs)
+        table = self._table(grid_thw.tolist(), images.shape[2])
+        if table is None:
+            return super().forward(hidden_states, grid_thw, *args, **kwargs)
+        embed = self.patch_embed
+        dtype = autocast_dtype(images.device) or embed.proj.weight.dtype
+        unpositioned = Unpositioned(lambda positions: embed.tokens(images, positions), dtype)
+        taps = {"interp_indices": Taps(table), "interp_weights": table.new_ones(1, 1)}
+        return super().forward(unpositioned, grid_thw, *args, **kwargs, **taps)
+
+    def _has_own_taps(self, grid_thw: Any, kwargs: Any) -> bool:
+        """Whether the host would find out what to read of its table, by sizes that can be known here and now, and in
+        float32."""
+        return (
+            isinstance(grid_thw, Tensor)
+            and grid_thw.dim() == 2
+            and may_be_read(grid_thw)
+            and not torch.jit.is_tracing()
+            and "interp_indices" not in kwargs
+            and "interp_weights" not in kwargs
+            and attribute(self.pos_embed, "weight").dtype != torch.float64
+        )
+
+    def _table(self, clips: list[list[int]], count: int) -> Tensor | None:
+        """The positions of all patches, [N, D], those that are merged behind the tower next to one another; None for
+        grids that are not of N patches."""
+        side, merge = self.num_grid_per_side, self.config.spatial_merge_size
+        is_whole = all(rows % merge == 0 and columns % merge == 0 for _, rows, columns in clips)
+        if not is_whole or sum(frames * rows * columns for frames, rows, columns in clips) != count:
+            return None
+        table = self.pos_embed.weight.unflatten(0, (side, side))
+        how = Filter(self.interpolation_mode, False, self.interpolation_align_corners)
+        grids: dict[tuple[int, int], Tensor] = {}
+        for _, rows, columns in clips:
+            if (rows, columns) not in grids:
+                grid = resample_grid(table, rows, columns, how)
+                blocks = grid.reshape(rows // merge, merge, columns // merge, merge, -1).transpose(1, 2)
+                grids[rows, columns] = blocks.flatten(0, 3)
+        return torch.cat([grids[rows, columns] for frames, rows, columns in clips for _ in range(frames)])
 
 
 class KimiPatchEmbed(Fused):
@@ -507,6 +621,7 @@ MIXINS: tuple[type[Fused], ...] = (
     Idefics3Embeddings,
     PixtralVisionModel,
     Siglip2Embeddings,
+    Qwen3VLVisionModel,
     VideoPatchEmbed,
     KimiPatchEmbed,
 )

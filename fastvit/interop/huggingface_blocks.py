@@ -20,7 +20,7 @@ from fastvit.half_block import Products
 from fastvit.interop.trunk import TrunkBlock
 from fastvit.stream import Normed, Result, Setup
 
-__all__ = ["TRUNK"]
+__all__ = ["TRUNK", "fingerprint"]
 
 
 class Attention(NamedTuple):

@@ -48,10 +48,11 @@ NAMES = (
     "transformers-idefics3",
     "transformers-pixtral",
     "transformers-kimi-k2.5",
+    "transformers-qwen3-vl",
 )
 INSIDE_A_BLOCK = re.compile(r"(^|\.)(blocks|layers?)\.\w+\.")  # nothing is changed there
 INSIDE_A_CALL = re.compile(
-    r"proj$|projection$|patch_conv$|patch_embed\w*$|patch_embed\.norm$|position_embedding$|^encoder$|norm$"
+    r"proj$|projection$|patch_conv$|patch_embed\w*$|patch_embed\.norm$|position_embedding$|pos_embed$|^encoder$|norm$"
 )
 
 

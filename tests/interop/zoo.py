@@ -291,13 +291,19 @@ def _call_with_sizes(model: nn.Module, images: Tensor) -> Any:
 
 
 def _call_kimi(model: nn.Module, images: Tensor) -> Any:
-    """Its patches: of every image, and of a clip of two frames where there are three and more."""
     batch, channels, height, width = images.shape
     rows, columns = height // PATCH, width // PATCH
     cut = images.reshape(batch, channels, rows, PATCH, columns, PATCH)
     patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # [N, C, P, P]
+    return model(patches, grid_thw=_grids(batch, rows, columns))
+
+
+def _grids(batch: int, rows: int, columns: int) -> Tensor:
+    """Frames, rows and columns: the last image has another shape, and of three the first two are a clip."""
     frames = [1] * batch if batch < 3 else [2] + [1] * (batch - 2)
-    return model(patches, grid_thw=torch.tensor([[count, rows, columns] for count in frames]))
+    grids = [[count, rows, columns] for count in frames]
+    grids[-1] = [1, 2, rows * columns // 2]
+    return torch.tensor(grids)
 
 
 def _call_qwen(model: nn.Module, images: Tensor) -> Any:
@@ -307,7 +313,7 @@ def _call_qwen(model: nn.Module, images: Tensor) -> Any:
     frames = images[:, None].expand(-1, 2, -1, -1, -1)
     cut = frames.reshape(batch, 2, channels, rows // 2, 2, PATCH, columns // 2, 2, PATCH)
     patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(batch * rows * columns, -1)  # [N, C·T·P·P]
-    return model(patches, grid_thw=torch.tensor([[1, rows, columns]] * batch))
+    return model(patches, grid_thw=_grids(batch, rows, columns))
 
 
 def _call_naflex(model: nn.Module, images: Tensor) -> Any:
@@ -376,7 +382,7 @@ def _entries_of_transformers() -> list[Entry]:
         "kimi_k25.modeling_kimi_k25", "Kimi_K25VisionConfig", "Kimi_K25VisionModel", pos_emb_height=6, pos_emb_width=6
     )
     add("kimi-k2.5", "Kimi K2.5's tower", kimi, call=_call_kimi, sizes=sizes, uint8=False)
-    cut = {"call": _call_qwen, "uint8": False}
+    cut = {"call": _call_qwen, "sizes": sizes, "uint8": False}
     narrow = {"depth": 2, "num_heads": HEADS, "hidden_size": WIDTH, "out_hidden_size": 32, "window_size": 2 * PATCH}
     qwen2 = tower(
         "qwen2_vl.modeling_qwen2_vl",
@@ -388,7 +394,7 @@ def _entries_of_transformers() -> list[Entry]:
     add("qwen2-vl", "Qwen2-VL's tower", qwen2, **cut)
     qwen25 = {"config": "Qwen2_5_VLVisionConfig", "model": "Qwen2_5_VisionTransformerPretrainedModel"}
     add("qwen2.5-vl", "Qwen2.5-VL's tower", tower("qwen2_5_vl", **qwen25, **narrow, fullatt_block_indexes=[1]), **cut)
-    of_positions = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    of_positions = {"num_position_embeddings": 36, "deepstack_visual_indexes": [0]}
     add(
         "qwen3-vl",
         "Qwen3-VL's tower",

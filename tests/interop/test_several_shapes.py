@@ -1,4 +1,4 @@
-"""Padded batches of images of several shapes: what their masks and sizes may be, beside what the zoo gives."""
+"""Images of several shapes, padded or packed: what masks, sizes and grids may be, beside what the zoo gives."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 import fastvit
+from fastvit.interop import huggingface
 from fastvit.peers import import_peer
 from tests.interop.subjects import (
     MEAN,
     STD,
     build,
     entry,
+    error,
     expect_close,
     expect_same_gradients,
     gradients,
@@ -32,8 +34,8 @@ ROWS = SIZE // PATCH
 def outcome(call: Callable[[], Any]) -> list[Tensor] | str:
     try:
         return tensors(call())
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    except Exception as failure:
+        return f"{type(failure).__name__}: {failure}"
 
 
 def expect_the_same(model: Any, untouched: Any, launches: int, **arguments: Any) -> None:
@@ -129,3 +131,74 @@ def test_model_around_a_tower(family: str):
     expect_the_same(model, untouched, 1, input_ids=words, pixel_values=images, pixel_attention_mask=mask)
     with pytest.raises(RuntimeError, match="raw pixels"):
         model(input_ids=words, pixel_values=torch.stack([raw_images()] * 2), pixel_attention_mask=mask)
+
+
+def patches(count: int = 48) -> Tensor:
+    """[N, C·T·P·P]"""
+    return torch.randn(count, 3 * 2 * PATCH * PATCH, generator=torch.Generator().manual_seed(4))
+
+
+GRIDS = {
+    "one image": [[1, 6, 8]],
+    "a grid that is the table's": [[1, 6, 6], [3, 2, 2]],
+    "several clips of one shape": [[2, 2, 4], [3, 2, 4], [1, 4, 2]],
+    "of fewer patches": [[1, 4, 8]],
+}
+NO_GRIDS = {"of rows that are not merged": [[1, 3, 16]], "none": []}  # the library's error, before it projects
+
+
+@pytest.mark.parametrize("case", [*GRIDS, *NO_GRIDS])
+def test_grids(case: str):
+    model, untouched = pair("transformers-qwen3-vl")
+    grids = torch.tensor((GRIDS | NO_GRIDS)[case]).reshape(-1, 3)
+    expect_the_same(model, untouched, int(case in GRIDS), hidden_states=patches(), grid_thw=grids)
+
+
+def given_taps(model: Any, arguments: dict[str, Any]) -> None:
+    arguments |= {"interp_indices": torch.arange(48)[:, None] % 36, "interp_weights": torch.full((48, 1), 0.5)}
+
+
+def padded_table(model: Any, _: Any) -> None:
+    model.pos_embed.padding_idx = 0
+
+
+def larger_table(model: Any, _: Any) -> None:
+    torch.manual_seed(6)
+    model.pos_embed = torch.nn.Embedding(49, 48)
+
+
+def hooked_table(model: Any, _: Any) -> None:
+    model.pos_embed.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def half_pixels(model: Any, _: Any) -> None:
+    model.interpolation_align_corners = False
+
+
+@pytest.mark.parametrize("change", [given_taps, padded_table, larger_table, hooked_table, half_pixels])
+def test_other_positions(change: Callable[[Any, Any], None]):
+    """Found by the library's own code, or by ours as by it; the projection is ours in any case."""
+    model, untouched = pair("transformers-qwen3-vl")
+    arguments = {"hidden_states": patches(), "grid_thw": torch.tensor([[1, 6, 8]])}
+    for side in (model, untouched):
+        change(side, arguments)
+    expect_the_same(model, untouched, 1, **arguments)
+
+
+def test_positions_in_float64_are_the_library_s():
+    """Which finds out what to read in float32."""
+    model, untouched = (side.double() for side in pair("transformers-qwen3-vl"))
+    arguments = {"hidden_states": patches().double(), "grid_thw": torch.tensor([[1, 6, 8]])}
+    for got, want in zip(tensors(model(**arguments)), tensors(untouched(**arguments)), strict=True):
+        assert error(got, want) < 1e-13
+
+
+def test_forward_of_another_version(monkeypatch: pytest.MonkeyPatch):
+    """The projection alone, with the reason."""
+    untouched = build("transformers-qwen3-vl")
+    monkeypatch.setattr(huggingface.Qwen3VLVisionModel, "known", ())
+    model = fastvit.accelerate(copy.deepcopy(untouched))
+    found = fastvit.report(model)
+    assert [change.fuses for change in found.changes] == ["the projection of patches"]
+    assert "its forward is not one that is known" in str(found)
+    expect_the_same(model, untouched, 1, hidden_states=patches(), grid_thw=torch.tensor([[1, 6, 8]]))
