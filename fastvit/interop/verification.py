@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -153,7 +154,8 @@ def call_with_images(model: Any, images: Any) -> Any:
     main = getattr(model, "main_input_name", None)  # a convention of transformers
     if main is None:
         return model(images)
-    if main != "pixel_values":
+    # Not every tower keeps it: some inherit that of the text model around them.
+    if "pixel_values" not in (main, next(iter(inspect.signature(model.forward).parameters))):
         raise ValueError(
             f"verify: {type(model).__name__} takes {main} too; give a batch, as verify={{argument: value}}"
         )

@@ -154,6 +154,14 @@ def test_grids(case: str):
     expect_the_same(model, untouched, int(case in GRIDS), hidden_states=patches(), grid_thw=grids)
 
 
+def test_rows_that_are_not_merged():
+    """With what the library would fail at given to it: the projection is ours, the positions its own."""
+    model, untouched = pair("transformers-qwen3-vl")
+    places = torch.arange(96).reshape(48, 2)
+    grids = torch.tensor([[1, 3, 16]])
+    expect_the_same(model, untouched, 1, hidden_states=patches(), grid_thw=grids, position_ids=places)
+
+
 def given_taps(model: Any, arguments: dict[str, Any]) -> None:
     arguments |= {"interp_indices": torch.arange(48)[:, None] % 36, "interp_weights": torch.full((48, 1), 0.5)}
 

@@ -30,7 +30,7 @@ def test_verify_passes_what_is_right(name: str, raw: bool) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_everything_in_the_zoo_is_verified(entry: Entry) -> None:
-    if entry.name in ("siglip2", "clip-with-text"):
+    if entry.name in ("siglip2", "clip-with-text", "kimi-k2.5") or entry.name.startswith("qwen"):
         pytest.skip("takes more than images")
     found = verify_acceleration(build(str(entry)), Settings())
     assert found.outputs and found.gradients and not found.failures
