@@ -319,6 +319,12 @@ class Idefics3Embeddings(Embeddings):
     )
 
     tables = ()
+    # Images are projected, flattened, turned to [B, N, D] and added to positions; else their shape and device is read.
+    known = ("1eefdb500aac0923",)
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        return _why_unknown(module, cls.known)
 
     @classmethod
     def projection(cls, module: Any) -> Any:
@@ -360,6 +366,13 @@ class PixtralVisionModel(Fused):
     """Pixtral's vision tower, which projects a padded batch and makes one sequence of the patches that are images'."""
 
     hosts = ("transformers.models.pixtral.modeling_pixtral.PixtralVisionModel",)
+
+    # Images are cast and projected, and each cropped to its size in whole patches.
+    known = ("2a9abcaf045c37bd",)
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        return _why_unknown(module, cls.known)
 
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
@@ -496,13 +509,12 @@ class Qwen3VLVisionModel(Fused):
 
     hosts = ("transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel",)
 
-    # Of its `forward`: patches are projected, rows of the table looked up, weighted and summed, and both added.
+    # Patches are projected, rows of the table looked up, weighted and summed, and both added.
     known = ("7d46292acd9ea8b7",)
 
     @classmethod
     def refusal(cls, module: Any) -> str:
-        is_known = fingerprint(own_class(module).forward) in cls.known
-        return "" if is_known else "its forward is not one that is known: its positions are made as ever"
+        return _why_unknown(module, cls.known)
 
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
@@ -603,6 +615,12 @@ class KimiPatchEmbed(Fused):
             return super().forward(pixel_values, grid_thw, **kwargs)
         tokens = self.embed(images, weight.flatten(1)[:, :, None, None], self.proj.bias)[0]
         return self.pos_emb(tokens, grid_thw, **kwargs)
+
+
+def _why_unknown(module: Any, known: Sequence[str]) -> str:
+    """Why code of the host's that ours goes through may do more than is known, "" if it does not: by the fingerprint of
+    its source, since what stands in for tensors there can do no more."""
+    return "" if fingerprint(own_class(module).forward) in known else "its forward is not one that is known"
 
 
 def _are_alike(masks: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastvit
-from fastvit.interop import huggingface
+from fastvit.interop import Unsupported, huggingface
 from fastvit.peers import import_peer
 from tests.interop.subjects import (
     MEAN,
@@ -199,6 +199,15 @@ def test_positions_in_float64_are_the_library_s():
     arguments = {"hidden_states": patches().double(), "grid_thw": torch.tensor([[1, 6, 8]])}
     for got, want in zip(tensors(model(**arguments)), tensors(untouched(**arguments)), strict=True):
         assert error(got, want) < 1e-13
+
+
+@pytest.mark.parametrize("name", ["Idefics3Embeddings", "PixtralVisionModel"])
+def test_refused_in_another_version(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Whose forward may do what a stand-in for images can't."""
+    model = build("transformers-smolvlm" if name == "Idefics3Embeddings" else "transformers-pixtral")
+    monkeypatch.setattr(getattr(huggingface, name), "known", ())
+    with pytest.raises(Unsupported, match="its forward is not one that is known"):
+        fastvit.accelerate(model)
 
 
 def test_forward_of_another_version(monkeypatch: pytest.MonkeyPatch):
