@@ -19,6 +19,7 @@ from fastvit.ops import Op
 from fastvit.ops.add_norm import Arguments as NormArguments
 from fastvit.ops.add_norm import norm_alone
 from fastvit.ops.split_heads import SplitHeads, split
+from fastvit.transfer import to_device
 from fastvit.tuning import FORWARD, TRAINING
 
 __all__ = ["add_norm", "add_position", "attention", "bias_act", "patch_embed", "patch_embed_packed", "split_heads"]
@@ -166,7 +167,7 @@ def patch_embed_packed(
     problem = (pixels, compute_dtype, dtype, weight.shape, False)
     arguments = (weight, bias, table, prefix, listed, starts, means, stds, compute_dtype, dtype)
     tokens = _run(_PATCH_EMBED_PACKED, arguments, backend, problem, sum(counts))
-    return tokens, torch.tensor(ends, dtype=torch.int32, device=weight.device)
+    return tokens, to_device(ends, torch.int32, weight.device)
 
 
 def _of_values(mean: Any, std: Any, weight: Tensor, order: str) -> tuple[Any, Any]:

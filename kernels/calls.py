@@ -51,10 +51,12 @@ class _Others(TorchDispatchMode):
         self.call = call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        found = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name not in FREE:
+        is_of_host = isinstance(found, Tensor) and found.device.type == "cpu"
+        if name not in FREE and not is_of_host:
             self.call.others.append(name)
-        return func(*args, **(kwargs or {}))
+        return found
 
 
 def count(name: str, make: Callable[[], object]) -> Call:

@@ -19,6 +19,7 @@ NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.int32: "i32",
     torch.int64: "i64",
 }
 DTYPES = {name: dtype for dtype, name in NAMES.items()}

@@ -65,13 +65,13 @@ def forward(
     kept = layout.patches if keep is None else keep.shape[1]
     _check_sizes(layout.batch, prefix_rows + max(kept, layout.patches), width)
     rows = layout.batch * kept
-    kernel_dtype = _kernel_dtype(compute_dtype, dtype)
+    kernel_dtype = kernel_dtype_of(compute_dtype, dtype)
     # A tile belongs to the forward pass alone, whether or not a backward pass will follow.
     problem = ("patch_embed", FORWARD, images.dtype, compute_dtype, dtype, weight.shape, keep is not None)
     tile = configuration(images.device, problem, rows).tile
     plan = _forward_plan(images, layout, width, compute_dtype, kernel_dtype, rows, tile)
     entry = plan.entry
-    tokens = images.new_empty((layout.batch, prefix_rows + kept, width), dtype=_output(entry.key[0], kernel_dtype))
+    tokens = images.new_empty((layout.batch, prefix_rows + kept, width), dtype=output_of(entry.key[0], kernel_dtype))
     if tokens.numel() == 0:
         return tokens.to(dtype)
 
@@ -118,10 +118,10 @@ def forward(
 def forward_tiles(images: Tensor, weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> tuple[str, ...]:
     """Names of the tiles between which `forward` can choose for such tensors."""
     images, layout = read_layout(images, (weight.shape[2], weight.shape[3]))
-    kernel_dtype = _kernel_dtype(compute_dtype, dtype)
+    kernel_dtype = kernel_dtype_of(compute_dtype, dtype)
     plan = _forward_plan(images, layout, weight.shape[0], compute_dtype, kernel_dtype, layout.batch * layout.patches)
     variant = plan.entry.key[0]
-    types = (images.dtype, compute_dtype, _output(variant, kernel_dtype), product_precision(compute_dtype))
+    types = (images.dtype, compute_dtype, output_of(variant, kernel_dtype), product_precision(compute_dtype))
     return tuple(tiles_for(variant, *types, weight.shape[0]))
 
 
@@ -215,10 +215,8 @@ def _weight_gradient(
     images, layout = read_layout(images, (patch_height, patch_width))
     kept = layout.patches if keep is None else keep.shape[1]
     rows = layout.batch * kept
-    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    d_bias = torch.empty(width, dtype=torch.float32, device=weight.device)
     if rows == 0:
-        return d_weight.zero_(), d_bias.zero_()
+        return weight.new_zeros(weight.shape), weight.new_zeros(width, dtype=torch.float32)
     plan = _weight_plan(images, layout, grad, keep is not None, configured.weight_tile)
     is_uint8 = images.dtype == torch.uint8
     tf32 = product_precision(grad.dtype) == "tf32"
@@ -252,28 +250,46 @@ def _weight_gradient(
         padded_rows=plan.order.padded_rows,
         planes=plan.order.steps // plan.order.row_blocks,
     )
-    entry = GRADIENTS.one(REDUCE, weight.dtype, f"run{plan.order.run}")
+    row_sums = d_rows if d_rows.numel() else None
+    return reduce_parts(parts, row_sums, weight, layout, plan.order, constants, prefix_rows, is_uint8)
+
+
+def reduce_parts(
+    parts: Tensor,
+    row_sums: Tensor | None,
+    weight: Tensor,
+    layout: PatchLayout,
+    order: KOrder,
+    constants: Tensor,
+    prefix_rows: int,
+    is_uint8: bool,
+) -> tuple[Tensor, Tensor]:
+    """parts [splits, D, K] -> the gradient of the weight, in its shape and dtype, and of the bias [D] fp32, which is
+    the sum of row_sums [R+rows, D] behind the prefix; without them it is not filled."""
+    width, channels, patch_height, patch_width = weight.shape
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    d_bias = torch.empty(width, dtype=torch.float32, device=weight.device)
+    entry = GRADIENTS.one(REDUCE, weight.dtype, f"run{order.run}")
     size = channels * patch_height * patch_width
-    has_rows = d_rows.numel() > 0
     launch.launch(
         entry,
         (cdiv(width, entry.constant("BLOCK_D")), cdiv(size, entry.constant("BLOCK_E"))),
         parts_ptr=parts,
         constants_ptr=constants,
-        row_sums_ptr=d_rows if has_rows else parts,
+        row_sums_ptr=parts if row_sums is None else row_sums,
         bias_gradient_ptr=d_bias,
         gradient_ptr=d_weight,
         width=width,
         channels=channels,
         patch_height=patch_height,
         patch_width=patch_width,
-        k_length=k_length,
-        padded_rows=plan.order.padded_rows,
-        runs=plan.order.runs,
-        splits=splits,
+        k_length=order.length,
+        padded_rows=order.padded_rows,
+        runs=order.runs,
+        splits=parts.shape[0],
         channels_last=int(layout.channels_last),
         prefix=prefix_rows,
-        patches=layout.patches if has_rows else 0,
+        patches=0 if row_sums is None else row_sums.shape[0] - prefix_rows,
         inverse_factor=1.0 / UINT8_SCALE if is_uint8 else 1.0,
     )
     return d_weight, d_bias
@@ -292,13 +308,13 @@ def _image_gradient(
         grad = _scatter(grad, keep, layout.patches, prefix_rows)
         prefix_rows = 0
     precision = product_precision(grad.dtype)
-    plan = _plan(
-        lambda variant: GRADIENTS.find(IMAGE, variant, _output(variant, target.dtype), grad.dtype, precision),
+    plan = plan_for(
+        lambda variant: GRADIENTS.find(IMAGE, variant, output_of(variant, target.dtype), grad.dtype, precision),
         layout,
         width,
         [target, grad],
     )
-    if _output(plan.entry.key[0], target.dtype) != target.dtype:
+    if output_of(plan.entry.key[0], target.dtype) != target.dtype:
         target = torch.empty_like(target, dtype=torch.float32)
     constants = image_gradient_constants(std, layout.channels)
     prepared = prepare(weight, constants, False, grad.dtype, layout, plan.order)
@@ -340,9 +356,9 @@ def _forward_plan(
     tile: str | None = None,
 ) -> Plan:
     precision = product_precision(compute_dtype)
-    return _plan(
+    return plan_for(
         lambda variant: entry_for(
-            variant, images.dtype, compute_dtype, _output(variant, kernel_dtype), precision, rows, width, tile
+            variant, images.dtype, compute_dtype, output_of(variant, kernel_dtype), precision, rows, width, tile
         ),
         layout,
         width,
@@ -358,10 +374,10 @@ def _weight_plan(images: Tensor, layout: PatchLayout, grad: Tensor, has_keep: bo
         preferred = GRADIENTS.find(WEIGHT, variant, tile, *types) if tile else None
         return preferred or GRADIENTS.find(WEIGHT, variant, "generic" if variant == "generic" else "medium", *types)
 
-    return _plan(find, layout, grad.shape[-1], [images, grad])
+    return plan_for(find, layout, grad.shape[-1], [images, grad])
 
 
-def _plan(find: Callable[[str], Entry | None], layout: PatchLayout, width: int, tensors: Sequence[Tensor]) -> Plan:
+def plan_for(find: Callable[[str], Entry | None], layout: PatchLayout, width: int, tensors: Sequence[Tensor]) -> Plan:
     """The first variant that fits the layout and for which find has an entry; the last one, generic, always does."""
     addresses_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     for name, variant in VARIANTS.items():
@@ -378,12 +394,12 @@ def _plan(find: Callable[[str], Entry | None], layout: PatchLayout, width: int, 
     raise AssertionError("the generic variant takes every dtype")
 
 
-def _kernel_dtype(compute_dtype: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+def kernel_dtype_of(compute_dtype: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     """What the forward kernels write; another pass rounds where tokens are wanted in a third dtype."""
     return dtype if dtype == compute_dtype else torch.float32
 
 
-def _output(variant: str, dtype: torch.dtype) -> torch.dtype:
+def output_of(variant: str, dtype: torch.dtype) -> torch.dtype:
     """The generic kernels write fp32, and another pass rounds."""
     return torch.float32 if variant == "generic" else dtype
 

@@ -20,18 +20,17 @@ from fastvit.kernels.precision import round_to_tf32
 
 
 @triton.jit
-def _columns(k, padded_rows, planes, runs, channels, channels_last, channel_stride, row_stride, RUN: tl.constexpr):
-    """Offset of each k from the patch's first value, the places that decide whether k is padding, and its channel."""
+def columns_of(k, padded_rows, planes, runs, channels, channels_last, RUN: tl.constexpr):
+    """Where each k lies in a patch: in which of the channels that lie apart, row, and place in that row, which decide
+    whether k is padding; and its channel."""
     column = k % RUN
     stretch_row = k // RUN
     plane = stretch_row // padded_rows
     row = stretch_row - plane * padded_rows
     plane = tl.minimum(plane, planes - 1)  # past the last one: somewhere inside the image, never used
-    channel = plane // runs
-    run_start = (plane - channel * runs) * RUN
-    place = run_start + column
-    offset = channel * channel_stride + row * row_stride + place
-    return offset, place, row, tl.where(channels_last != 0, place % channels, channel)
+    apart = plane // runs
+    place = (plane - apart * runs) * RUN + column
+    return apart, row, place, tl.where(channels_last != 0, place % channels, apart)
 
 
 @triton.jit
@@ -108,10 +107,8 @@ def _patch_embed_weight_gradient(
     tile_n = tl.program_id(0) // tiles_k
     tile_k = tl.program_id(0) - tile_n * tiles_k
     k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    channel_stride = channel_stride_units * ALIGN
-    offset, place, row, channel = _columns(
-        k, padded_rows, planes, runs, channels, channels_last, channel_stride, row_stride, RUN
-    )
+    apart, row, place, channel = columns_of(k, padded_rows, planes, runs, channels, channels_last, RUN)
+    offset = apart * (channel_stride_units * ALIGN) + row * row_stride + place
     d = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if CONVERT:
         shift = tl.load(constants_ptr + channels + channel)
@@ -279,10 +276,8 @@ def _patch_embed_image_gradient(
     patch_offset = (m // patches).to(tl.int64) * (batch_stride_units.to(tl.int64) * ALIGN) + (
         grid_y * (patch_height * row_stride) + grid_x * stretch
     )
-    channel_stride = channel_stride_units * ALIGN
-    offset, place, row, channel = _columns(
-        k, padded_rows, planes, runs, channels, channels_last, channel_stride, row_stride, RUN
-    )
+    apart, row, place, channel = columns_of(k, padded_rows, planes, runs, channels, channels_last, RUN)
+    offset = apart * (channel_stride_units * ALIGN) + row * row_stride + place
     acc = acc * tl.load(constants_ptr + 3 * channels + channel)[None, :]
     inside = (k < k_length) & (place < stretch) & (row < patch_height)
     image_ptrs = images_ptr + patch_offset[:, None] + offset[None, :]

@@ -33,6 +33,59 @@ def _place(m, images, together):
     return batch, turn * together + in_turn - batch * together
 
 
+@triton.jit
+def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tiles run over D first within groups of GROUP_M, so that an image is fetched once and the weight stays in L2."""
+    group = program // (GROUP_M * tiles_n)
+    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    in_group = program - group * (GROUP_M * tiles_n)
+    return group * GROUP_M + in_group % group_size, in_group // group_size
+
+
+@triton.jit
+def as_multiplied(
+    pixels, normaliser_ptr, k_start, k, k_length, CONVERT: tl.constexpr, TF32: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """Pixels [BLOCK_M, BLOCK_K] normalised and rounded, where they are not multiplied as they are."""
+    UINT8: tl.constexpr = pixels.dtype == tl.uint8
+    if CONVERT:
+        pixels = pixels.to(tl.float32) - tl.load(normaliser_ptr + k_start + k)[None, :]
+        if not UINT8:  # the scale of uint8 is in the weight
+            pixels = pixels * tl.load(normaliser_ptr + k_length + k_start + k)[None, :]
+        pixels = pixels.to(COMPUTE)
+    if TF32 and not UINT8:  # centred uint8 pixels are exact
+        pixels = round_to_tf32(pixels)
+    return pixels
+
+
+@triton.jit
+def store_tokens(tokens_ptr, token, acc, stored, d_start, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile [BLOCK_M, BLOCK_N] of sums to rows `token`, where `stored`, from column d_start on."""
+    token_ptrs = tokens_ptr + (token * width)[:, None]
+    if BLOCK_N >= 128:
+        # Half a tile at a time. The whole of it takes more registers than there are, or than let two programs share a
+        # multiprocessor, of which one computes while the other loads its table or stores.
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        d_left = d_start + tl.arange(0, BLOCK_N // 2)
+        d_right = d_left + BLOCK_N // 2
+        tl.store(
+            token_ptrs + d_left[None, :],
+            left.to(tokens_ptr.dtype.element_ty),
+            mask=stored[:, None] & (d_left < width)[None, :],
+        )
+        tl.store(
+            token_ptrs + d_right[None, :],
+            right.to(tokens_ptr.dtype.element_ty),
+            mask=stored[:, None] & (d_right < width)[None, :],
+        )
+    else:
+        d = d_start + tl.arange(0, BLOCK_N)
+        tl.store(
+            token_ptrs + d[None, :], acc.to(tokens_ptr.dtype.element_ty), mask=stored[:, None] & (d < width)[None, :]
+        )
+
+
 # Sizes and strides come in units of ALIGN (or WIDTH_ALIGN) elements. The kernel multiplies them back and so knows
 # what divides them, without Triton specialising on their values: one compilation serves every batch and image size.
 def _patch_embed_forward(
@@ -80,16 +133,9 @@ def _patch_embed_forward(
     channel_stride = channel_stride_units * ALIGN
     stretch = stretch_units * ALIGN
 
-    # Tiles run over D first within groups of GROUP_M, so that an image is fetched once and the weight stays in L2.
     patch_tiles = tl.cdiv(rows, BLOCK_M)
     tiles_m = patch_tiles + tl.cdiv(prefix_rows, BLOCK_M)
-    tiles_n = tl.cdiv(width, BLOCK_N)
-    program = tl.program_id(0)
-    group = program // (GROUP_M * tiles_n)
-    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    in_group = program - group * (GROUP_M * tiles_n)
-    tile_m = group * GROUP_M + in_group % group_size
-    tile_n = in_group // group_size
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(width, BLOCK_N), GROUP_M)
 
     is_prefix = tile_m >= patch_tiles
     total = tl.where(is_prefix, prefix_rows, rows)
@@ -128,13 +174,7 @@ def _patch_embed_forward(
             pixels = tl.load(image_ptrs + offset, mask=inside[None, :], other=0)
         else:
             pixels = tl.load(image_ptrs + offset)
-        if CONVERT:
-            pixels = pixels.to(tl.float32) - tl.load(normaliser_ptr + step * BLOCK_K + k)[None, :]
-            if not UINT8:  # the scale of uint8 is in the weight
-                pixels = pixels * tl.load(normaliser_ptr + (steps + step) * BLOCK_K + k)[None, :]
-            pixels = pixels.to(COMPUTE)
-        if TF32 and not UINT8:  # centred uint8 pixels are exact
-            pixels = round_to_tf32(pixels)
+        pixels = as_multiplied(pixels, normaliser_ptr, step * BLOCK_K, k, steps * BLOCK_K, CONVERT, TF32, COMPUTE)
         weight = tl.load(weight_ptrs + step * BLOCK_K)
         acc = tl.dot(pixels, weight.T, acc, input_precision=PRECISION)
 
@@ -144,29 +184,7 @@ def _patch_embed_forward(
     # pair each, throughout the loop.
     batch_end, index_end = _place(m, images, tl.where(is_prefix, prefix, together))
     token = batch_end.to(tl.int64) * (kept + prefix) + (index_end + first_row)
-    token_ptrs = tokens_ptr + (token * width)[:, None]
-    if BLOCK_N >= 128:
-        # Half a tile at a time. The whole of it takes more registers than there are, or than let two programs share a
-        # multiprocessor, of which one computes while the other loads its table or stores.
-        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        d_left = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        d_right = d_left + BLOCK_N // 2
-        stored = (m < total)[:, None]
-        tl.store(
-            token_ptrs + d_left[None, :], left.to(tokens_ptr.dtype.element_ty), mask=stored & (d_left < width)[None, :]
-        )
-        tl.store(
-            token_ptrs + d_right[None, :],
-            right.to(tokens_ptr.dtype.element_ty),
-            mask=stored & (d_right < width)[None, :],
-        )
-    else:
-        tl.store(
-            token_ptrs + d[None, :],
-            acc.to(tokens_ptr.dtype.element_ty),
-            mask=(m < total)[:, None] & (d < width)[None, :],
-        )
+    store_tokens(tokens_ptr, token, acc, m < total, tile_n * BLOCK_N, width, BLOCK_M, BLOCK_N)
 
 
 # `aligned` may rely on 16-byte aligned tensors, `unaligned` takes images at any address; keep is the caller's too.

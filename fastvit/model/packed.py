@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvit.checks import check_image_list
 from fastvit.guards import attribute, why_not_plain, why_observed
 from fastvit.model.layers import Attention, Block, DropPath, LayerScale, Mlp, QuickGELU, first_parameter
+from fastvit.transfer import to_device
 
 __all__ = ["Packing", "features", "logits"]
 
@@ -70,7 +71,7 @@ def logits(model: Any, images: Sequence[Tensor]) -> Tensor:
     if not packing.order:
         return model.head(x)
     out = torch.cat([model.forward_head(batch) for batch in packing.batches(x)])
-    places = torch.tensor(packing.order, dtype=torch.int64, device=out.device)
+    places = to_device(packing.order, torch.int64, out.device)
     return torch.zeros_like(out).index_copy(0, places, out)
 
 
@@ -79,7 +80,7 @@ def features(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     x, packing = _tokens(model, images)
     own = packing.given(x.split(packing.lengths))
     ends = itertools.accumulate((len(tokens) for tokens in own), initial=0)
-    return torch.cat([x[:0], *own]), torch.tensor(list(ends), dtype=torch.int32, device=x.device)
+    return torch.cat([x[:0], *own]), to_device(list(ends), torch.int32, x.device)
 
 
 def _tokens(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
@@ -217,7 +218,7 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor
     from torch.nn.attention.varlen import varlen_attn
 
     lengths = packing.lengths
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
+    ends = to_device([0, *itertools.accumulate(lengths)], torch.int32, q.device)
     longest = max(lengths)
     out = varlen_attn(q, k, v, ends, ends, longest, longest)
     assert isinstance(out, Tensor)  # nothing more was asked for
@@ -229,5 +230,5 @@ def _drop_path(drop: Any, branch: Tensor, packing: Packing) -> Tensor:
         return drop(branch)
     lengths = packing.lengths
     factors = drop(branch.new_ones(len(lengths), 1))  # drawn for each image
-    counts = torch.tensor(lengths, device=branch.device)
+    counts = to_device(lengths, torch.int64, branch.device)
     return branch * factors.repeat_interleave(counts, 0, output_size=len(branch))

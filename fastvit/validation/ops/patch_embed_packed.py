@@ -17,6 +17,7 @@ from fastvit.validation.cases import DTYPES, Case, Draw, Inputs
 from fastvit.validation.faults import Arguments, Fault, Run
 from fastvit.validation.ops import Op, Tensors, tensors_of
 from fastvit.validation.ops.patch_embed import IMAGENET_MEAN, IMAGENET_STD
+from fastvit.validation.plain import tf32_conv2d
 
 Sizes = tuple[tuple[int, int], ...]
 
@@ -110,6 +111,7 @@ def plain(inputs: PackedInputs, tensors: Tensors, tf32: bool = False) -> Tensor:
     weight, bias, table, prefix = (tensors[name] for name in ("weight", "bias", "pos_embed", "prefix"))
     assert weight is not None
     images = _uncut(inputs, tensors_of("images", tensors), weight)
+    convolution = tf32_conv2d if tf32 else F.conv2d
     tokens, first = [], 0
     with torch.autocast(weight.device.type, inputs.compute, enabled=inputs.autocast):
         kernel = weight if inputs.autocast else weight.to(inputs.compute)
@@ -120,7 +122,7 @@ def plain(inputs: PackedInputs, tensors: Tensors, tf32: bool = False) -> Tensor:
                 x = x.float()
                 x = (x - x.new_tensor(inputs.mean).view(-1, 1, 1)) / x.new_tensor(inputs.std).view(-1, 1, 1)
             x = x if inputs.autocast else x.to(inputs.compute)
-            out = F.conv2d(x[None], kernel, offset, stride=kernel.shape[2:])
+            out = convolution(x[None], kernel, offset, stride=kernel.shape[2:])
             rows, columns = out.shape[2:]
             own = out.flatten(2).transpose(1, 2)[0]
             if table is not None:
@@ -258,4 +260,5 @@ OP = Op(
         Fault("packed: dBias counts the prefix", "d_bias", backward=_bias_gradient_counts_the_prefix),
         Fault("packed: weight gradient without an image", "d_weight", backward=_weight_gradient_without_an_image),
     ),
+    multiplies=True,
 )  # fmt: skip
