@@ -53,8 +53,10 @@ struct PackedImages {
   const View* images;     // [1, C, H_i, W_i] each, of one type
   const int64_t* starts;  // of each the row of the table that is its first patch's position
   int64_t count;          // at least 1
-  int64_t places;         // rows of the table, or as many as the largest image has patches
+  int64_t places;         // rows of the table, or as many as there are positions
+  int64_t patches;        // of all images
   bool channels_last;     // how all of them lie
+  View table;             // [8, count] int64, for a GPU: the table of fastvit/kernels/packed_images.py
 };
 
 // tokens: [Σ R+N_i, D].

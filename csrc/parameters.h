@@ -155,6 +155,39 @@ struct PixelPlace {
   int plane, row, value;
 };
 
+// How far planes and rows of an image lie apart.
+struct Strides {
+  int64_t plane, row;
+};
+
+// Where the patch of a row lies in images of any sizes: its origin, and the strides of its image, in elements.
+struct PackedPlace {
+  int64_t origin;
+  int plane_stride, row_stride;
+};
+
+// What the patch of a row becomes: the row of the table that is its position, and the row of the sequence.
+struct PackedToken {
+  int position, token;
+};
+
+// Images of any sizes, one behind the other, as fastvit/kernels/packed_images.py describes them.
+struct PackedRows {
+  const int64_t* table;   // [8, count]
+  PackedPlace* places;    // [rows]; null: images of one size
+  PackedToken* tokens;    // [rows]
+  int count, prefix_rows, rows;  // images; of each; patches of all
+  int patch_height, stretch, longest, positions;  // longest: patches of an image, at most
+};
+
+// sums[r] and sums[R + n]: of the gradient's rows that are r-th in the prefix of an image, and that have position n.
+struct SumPositions {
+  PackedRows images;
+  const void* grad;  // [rows + count * R, D]
+  float* sums;       // [R + positions, D]
+  int width;
+};
+
 // A patch is planes of rows of contiguous values: C planes of P_h rows of P_w values in an NCHW image, one plane of P_h
 // rows of P_w·C values in an NHWC one. The reduction index is k = (plane * patch_height + row) * stretch + value.
 struct Patches {
@@ -165,7 +198,9 @@ struct Patches {
   int batch, patches, kept, stretch, patch_height, k_length, k_padded;
   Divider over_kept, over_grid_width;
   PixelPlace step;  // from a k to that of the next step, of the forward products
+  PackedRows packed;  // places: null where images have one size
 
+  SIMT_BOTH Strides strides() const { return {plane_stride, row_stride}; }
   SIMT_BOTH int rows() const { return batch * kept; }
   SIMT_BOTH bool has_patch(int64_t which) const { return which >= 0 && which < patches; }
   SIMT_BOTH PixelPlace place_of(int k) const {
@@ -178,11 +213,12 @@ struct Patches {
 struct PatchEmbed {
   Patches pixels;
   const void* weight;  // W', as PrepareWeight says; in tiles where has_stream
-  const float* table;  // [R+N, D]: what every row of the sequence starts from
+  const float* table;  // [R+N, D]: what every row of the sequence starts from; packed [R+1, D], and positions
   void* tokens;        // [B, R+kept, D]
   Type tokens_type;
   int prefix_rows, width;
   float scale;  // of the sums
+  Elements positions;  // [P, D], of packed images
 };
 
 // d_images[m, k] = scale[k] * sum_d grad[m, d] W[d, k]: the forward product again, with gradients for pixels.

@@ -13,10 +13,11 @@ namespace fastvit {
 // Each warp passes 16 rows by 32 columns of sums through a slab of its own; padding keeps their banks apart.
 constexpr int SLAB_COLUMNS = 32, SLAB_STRIDE = SLAB_COLUMNS + 8, SLAB_BYTES = 16 * SLAB_STRIDE * 4;
 
-// After the pipeline its memory holds the slabs. Behind it, the origin of each row's patch.
-template <class Tile>
+// After the pipeline its memory holds the slabs. Behind it, the origin of each row's patch, and of packed images its
+// strides.
+template <class Tile, bool PACKED = false>
 struct ForwardMemory {
-  static constexpr int SLABS_BYTES = Tile::THREADS / 32 * SLAB_BYTES, ORIGINS_BYTES = Tile::BM * 8;
+  static constexpr int SLABS_BYTES = Tile::THREADS / 32 * SLAB_BYTES, ORIGINS_BYTES = Tile::BM * (PACKED ? 16 : 8);
   static constexpr int ORIGINS = Tile::PIPELINE_BYTES > SLABS_BYTES ? Tile::PIPELINE_BYTES : SLABS_BYTES;
   static constexpr int BYTES = ORIGINS + ORIGINS_BYTES;
 };
@@ -30,10 +31,27 @@ SIMT_DEVICE void store_origin(shared_address origins, int row, int64_t origin) {
   simt::store_shared<2>(origins + row * 8, {{static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)}});
 }
 
-template <class Tile>
+SIMT_DEVICE void store_place(shared_address places, int row, const PackedPlace& place) {
+  const auto origin = static_cast<uint64_t>(place.origin);
+  simt::store_shared<4>(places + row * 16,
+                        {{static_cast<uint32_t>(origin), static_cast<uint32_t>(origin >> 32),
+                          static_cast<uint32_t>(place.plane_stride), static_cast<uint32_t>(place.row_stride)}});
+}
+
+SIMT_DEVICE PackedPlace load_place(shared_address places, int row) {
+  const auto words = simt::load_shared<4>(places + row * 16);
+  const uint64_t origin = static_cast<uint64_t>(words.word[1]) << 32 | words.word[0];
+  return {static_cast<int64_t>(origin), static_cast<int>(words.word[2]), static_cast<int>(words.word[3])};
+}
+
+template <class Tile, bool PACKED>
 SIMT_DEVICE void note_origins(const Patches& p, shared_address origins, int first_row) {
   for (int row = simt::thread_index(); row < Tile::BM; row += Tile::THREADS) {
-    store_origin(origins, row, patch_origin(p, first_row + row));
+    if constexpr (PACKED) {
+      store_place(origins, row, packed_place(p, first_row + row));
+    } else {
+      store_origin(origins, row, patch_origin(p, first_row + row));
+    }
   }
 }
 
@@ -44,7 +62,7 @@ struct WeightRows {
 };
 
 // The share of one thread in the loads of a step's pixels, and the state it keeps between steps.
-template <class Image, int VECTOR, class Tile>
+template <class Image, int VECTOR, class Tile, bool PACKED>
 struct PixelLoader {
   static constexpr int PIECE = VECTOR * Tile::SIZE < 4 ? 4 / Tile::SIZE : VECTOR;
   static constexpr int PIECES = Tile::BK / PIECE, ROWS = Tile::THREADS / PIECES, PASSES = Tile::BM / ROWS;
@@ -72,11 +90,18 @@ struct PixelLoader {
 
   // Starts the loads of the next step.
   SIMT_DEVICE void start(shared_address stage) {
-    const int64_t offset = walk.offset(p);
+    const Strides strides = p.strides();
+    const int64_t offset = walk.offset(strides);
     SIMT_UNROLL for (int pass = 0; pass < PASSES; pass++) {
-      const int64_t origin = load_origin(origins, pixel_row + pass * ROWS);
+      const int row = pixel_row + pass * ROWS;
       const shared_address to = stage + pixel_place + pass * ROWS * Tile::ROW_BYTES;
-      pixels.start(p, walk, offset, pixel_k, origin, pass, to);
+      if constexpr (PACKED) {
+        const PackedPlace place = load_place(origins, row);
+        const Strides own{place.plane_stride, place.row_stride};
+        pixels.start(p, walk, own, walk.offset(own), pixel_k, place.origin, pass, to);
+      } else {
+        pixels.start(p, walk, strides, offset, pixel_k, load_origin(origins, row), pass, to);
+      }
     }
   }
 
@@ -88,9 +113,9 @@ struct PixelLoader {
 };
 
 // The same with the weights.
-template <class Image, int VECTOR, class Tile>
-struct ForwardLoader : PixelLoader<Image, VECTOR, Tile> {
-  using Base = PixelLoader<Image, VECTOR, Tile>;
+template <class Image, int VECTOR, class Tile, bool PACKED>
+struct ForwardLoader : PixelLoader<Image, VECTOR, Tile, PACKED> {
+  using Base = PixelLoader<Image, VECTOR, Tile, PACKED>;
   using Compute = typename Tile::Compute;
   static constexpr int WEIGHT_PIECE = 16 / Tile::SIZE, WEIGHT_PIECES = Tile::BK / WEIGHT_PIECE;
   static constexpr int WEIGHT_ROWS = Tile::THREADS / WEIGHT_PIECES, WEIGHT_PASSES = Tile::BN / WEIGHT_ROWS;
@@ -122,13 +147,13 @@ struct ForwardLoader : PixelLoader<Image, VECTOR, Tile> {
 };
 
 // The sums of a tile of patches, from the tile's first row and column on.
-template <class Image, int VECTOR, class Tile, class Product>
+template <class Image, int VECTOR, class Tile, bool PACKED = false, class Product>
 SIMT_DEVICE void multiply_tile(const Patches& p, const WeightRows& weight, shared_address memory, int first_row,
                                int first_column, Product& product) {
-  const shared_address origins = memory + ForwardMemory<Tile>::ORIGINS;
-  note_origins<Tile>(p, origins, first_row);
+  const shared_address origins = memory + ForwardMemory<Tile, PACKED>::ORIGINS;
+  note_origins<Tile, PACKED>(p, origins, first_row);
   simt::sync_threads();
-  ForwardLoader<Image, VECTOR, Tile> loader(p, weight, origins, first_column);
+  ForwardLoader<Image, VECTOR, Tile, PACKED> loader(p, weight, origins, first_column);
   run_pipeline<Tile>(memory, (p.k_length + Tile::BK - 1) / Tile::BK, loader, product);
 }
 
@@ -184,29 +209,55 @@ SIMT_DEVICE void finish_token(const PatchEmbed& p, int m, int column, const floa
   store(p.tokens_type, p.tokens, token_row(pixels, p.prefix_rows, m) * p.width + column, value);
 }
 
+// The same for images of any sizes: all patches start from one row, and each has its own of the positions.
+template <int COUNT>
+SIMT_DEVICE void finish_packed_token(const PatchEmbed& p, int m, int column, const float* sums) {
+  const PackedToken at = load_token(p.pixels.packed.tokens + m);
+  float value[COUNT], position[COUNT] = {};
+  load(p.table + static_cast<int64_t>(p.prefix_rows) * p.width + column, value);
+  if (p.positions.data) {
+    load(p.positions.type, p.positions.data, static_cast<int64_t>(at.position) * p.width + column, position);
+  }
+  SIMT_UNROLL for (int i = 0; i < COUNT; i++) value[i] += position[i] + sums[i] * p.scale;
+  store(p.tokens_type, p.tokens, static_cast<int64_t>(at.token) * p.width + column, value);
+}
+
+// The first token of an image.
+template <bool PACKED>
+SIMT_DEVICE int64_t first_token(const PatchEmbed& p, int image) {
+  const int64_t before = static_cast<int64_t>(image) * p.prefix_rows;
+  if constexpr (PACKED) return simt::load_element(p.pixels.packed.table + image) + before;
+  return before + static_cast<int64_t>(image) * p.pixels.kept;
+}
+
+template <bool PACKED>
+SIMT_DEVICE int prefix_rows_of_all(const PatchEmbed& p) {
+  return (PACKED ? p.pixels.packed.count : p.pixels.batch) * p.prefix_rows;
+}
+
 // Rows of the table as they are: class and register tokens, COUNT columns at a time, by THREADS threads.
-template <int COUNT, class Tile, int THREADS>
+template <int COUNT, class Tile, int THREADS, bool PACKED>
 SIMT_DEVICE void copy_prefix(const PatchEmbed& p, int first_row, int first_column) {
   constexpr int PIECES = Tile::BN / COUNT;
-  const int rows = p.pixels.batch * p.prefix_rows;
+  const int rows = prefix_rows_of_all<PACKED>(p);
   for (int index = simt::thread_index(); index < Tile::BM * PIECES; index += THREADS) {
     const int m = first_row + index / PIECES, column = first_column + index % PIECES * COUNT;
     if (m >= rows || column >= p.width) continue;
     const int image = m / p.prefix_rows, row = m - image * p.prefix_rows;
     float value[COUNT];
     load(p.table + static_cast<int64_t>(row) * p.width + column, value);
-    const int64_t token = static_cast<int64_t>(image) * (p.prefix_rows + p.pixels.kept) + row;
-    store(p.tokens_type, p.tokens, token * p.width + column, value);
+    store(p.tokens_type, p.tokens, (first_token<PACKED>(p, image) + row) * p.width + column, value);
   }
 }
 
-template <class Tile, int THREADS = Tile::THREADS>
+template <class Tile, int THREADS = Tile::THREADS, bool PACKED = false>
 SIMT_DEVICE void copy_prefix_tile(const PatchEmbed& p, int first_row, int first_column, bool is_wide) {
-  if (is_wide) return copy_prefix<EIGHT, Tile, THREADS>(p, first_row, first_column);
-  copy_prefix<1, Tile, THREADS>(p, first_row, first_column);
+  if (is_wide) return copy_prefix<EIGHT, Tile, THREADS, PACKED>(p, first_row, first_column);
+  copy_prefix<1, Tile, THREADS, PACKED>(p, first_row, first_column);
 }
 
 // The tokens of a tile, as finish_tile puts them.
+template <bool PACKED>
 struct Tokens {
   const PatchEmbed& p;
   int first_row, first_column;
@@ -214,30 +265,47 @@ struct Tokens {
 
   SIMT_DEVICE void operator()(int row, int column, const float* sums) const {
     row += first_row, column += first_column;
-    if (row >= p.pixels.rows()) return;
-    if (is_wide && column < p.width) return finish_token<EIGHT>(p, row, column, sums);
+    if (row >= patch_rows<PACKED>(p.pixels)) return;
+    if (is_wide && column < p.width) return finish<EIGHT>(row, column, sums);
     SIMT_UNROLL for (int e = 0; e < EIGHT; e++) {
-      if (column + e < p.width) finish_token<1>(p, row, column + e, sums + e);
+      if (column + e < p.width) finish<1>(row, column + e, sums + e);
+    }
+  }
+
+ private:
+  template <int COUNT>
+  SIMT_DEVICE void finish(int m, int column, const float* sums) const {
+    if constexpr (PACKED) {
+      finish_packed_token<COUNT>(p, m, column, sums);
+    } else {
+      finish_token<COUNT>(p, m, column, sums);
     }
   }
 };
 
-template <class Image, int VECTOR, class Tile, class Product>
-SIMT_KERNEL(Tile::THREADS, Tile::BLOCKS)
-patch_embed_forward(PatchEmbed p) {
-  // Blocks side by side in x share their patches. Tiles of the prefix, which are short work, come first.
+// A block makes a tile. Blocks side by side in x share their patches; tiles of the prefix, short work, come first.
+template <class Image, int VECTOR, class Tile, class Product, bool PACKED = false>
+SIMT_DEVICE void make_tokens(const PatchEmbed& p) {
   const int tiles_n = (p.width + Tile::BN - 1) / Tile::BN, tile = simt::block_x() / tiles_n;
-  const int prefix_tiles = (p.pixels.batch * p.prefix_rows + Tile::BM - 1) / Tile::BM;
+  const int prefix_tiles = (prefix_rows_of_all<PACKED>(p) + Tile::BM - 1) / Tile::BM;
   const int first_column = (simt::block_x() - tile * tiles_n) * Tile::BN;
-  const bool is_wide = p.width % EIGHT == 0 && is_aligned(p.tokens);
-  if (tile < prefix_tiles) return copy_prefix_tile<Tile>(p, tile * Tile::BM, first_column, is_wide);
+  const bool is_wide = p.width % EIGHT == 0 && is_aligned(p.tokens) && (!PACKED || is_aligned(p.positions.data));
+  if (tile < prefix_tiles) {
+    return copy_prefix_tile<Tile, Tile::THREADS, PACKED>(p, tile * Tile::BM, first_column, is_wide);
+  }
 
   const int first_row = (tile - prefix_tiles) * Tile::BM;
   const shared_address memory = simt::shared_base();
   Product product;
-  multiply_tile<Image, VECTOR, Tile>(p.pixels, {p.weight, p.width, p.pixels.k_padded}, memory, first_row, first_column,
-                                     product);
-  finish_tile<Tile>(product.sums, memory, Tokens{p, first_row, first_column, is_wide});
+  multiply_tile<Image, VECTOR, Tile, PACKED>(p.pixels, {p.weight, p.width, p.pixels.k_padded}, memory, first_row,
+                                             first_column, product);
+  finish_tile<Tile>(product.sums, memory, Tokens<PACKED>{p, first_row, first_column, is_wide});
+}
+
+template <class Image, int VECTOR, class Tile, class Product>
+SIMT_KERNEL(Tile::THREADS, Tile::BLOCKS)
+patch_embed_forward(PatchEmbed p) {
+  make_tokens<Image, VECTOR, Tile, Product>(p);
 }
 
 // The image's gradient: the same product of gradients and the transposed weight, whose columns k are pixels.
@@ -263,14 +331,14 @@ patch_embed_image_gradient(ImageGradient p) {
     }
     if (p.is_wide) {
       if (first_column + column < target.k_length) {
-        store(p.target_type, const_cast<void*>(target.images), origin + walk.offset(target), value);
+        store(p.target_type, const_cast<void*>(target.images), origin + walk.offset(target.strides()), value);
       }
       return;
     }
     SIMT_UNROLL for (int e = 0; e < EIGHT; e++) {
       const float single[1] = {value[e]};
       if (first_column + column + e < target.k_length) {
-        store(p.target_type, const_cast<void*>(target.images), origin + walk.offset(target), single);
+        store(p.target_type, const_cast<void*>(target.images), origin + walk.offset(target.strides()), single);
       }
       walk.next(target);
     }

@@ -22,6 +22,13 @@ void launch_image_gradient(bool tf32, const ImageGradient& p, const Queue& queue
 template <class Compute>
 void launch_weight_gradient(Type image, bool tf32, const WeightGradient& p, const Queue& queue);
 
+// The same of images of any sizes.
+template <class Compute>
+void launch_packed_forward(Type image, bool tf32, const PatchEmbed& p, const Queue& queue);
+
+template <class Compute>
+void launch_packed_weight_gradient(Type image, bool tf32, const WeightGradient& p, const Queue& queue);
+
 // Rows that a split of the weight gradient is a multiple of: those of a step of its largest tile.
 constexpr int WEIGHT_GRADIENT_STEP = 64;
 
@@ -57,7 +64,7 @@ constexpr int STREAM_ROWS = 192;  // of a tile of a stream, whose columns are th
 
 // Whether the tokens are made by streams of the warpgroups' tiles, to which W' lies in tiles too.
 inline bool has_stream(const Patches& p, int width, Type image, Type compute, const Queue& queue) {
-  return has_warpgroups(image, compute, queue) && pixel_vector(p, image, {EIGHT}) == EIGHT &&
+  return !p.packed.places && has_warpgroups(image, compute, queue) && pixel_vector(p, image, {EIGHT}) == EIGHT &&
          fills(queue, p.rows(), STREAM_ROWS, width, WEIGHT_TILE_ROWS);
 }
 
@@ -73,7 +80,8 @@ inline WeightGradientTile weight_gradient_tile(const WeightGradient& p, Type ima
   const bool is_large = bytes_of(compute) == 2 && p.width >= 128 && p.width % EIGHT == 0 && is_aligned(p.grad) &&
                         p.pixels.k_length >= 128 && pixel_vector(p.pixels, image, {EIGHT}) == EIGHT;
   if (!is_large) return {64, 64, 264};
-  const int side = has_warpgroups(image, compute, queue) ? simt::WARPGROUP_COLUMNS : 128;
+  const bool by_warpgroups = !p.pixels.packed.places && has_warpgroups(image, compute, queue);
+  const int side = by_warpgroups ? simt::WARPGROUP_COLUMNS : 128;
   return {side, side, 132};
 }
 

@@ -108,18 +108,18 @@ struct StreamPixels {
 
   // Copies of the step, to the stage; or, of pixels to be converted, loads of what registers hold of it.
   SIMT_DEVICE void load(shared_address stage) {
-    const int64_t offset = walk.offset(p);
+    const int64_t offset = walk.offset(p.strides());
     SIMT_UNROLL for (int pass = 0; pass < HELD; pass++) start(pass, offset, to(stage, pass));
   }
 
   // Converts the step, and loads what comes next as soon as registers are free: so loads are always under way.
   SIMT_DEVICE void convert_and_load(shared_address stage) {
     const auto normaliser = Copier::normaliser_of(p, k);
-    int64_t offset = walk.offset(p);
+    int64_t offset = walk.offset(p.strides());
     SIMT_UNROLL for (int pass = 0; pass < PASSES; pass++) {
       if (pass == PASSES - HELD) {
         go_on();
-        offset = walk.offset(p);
+        offset = walk.offset(p.strides());
       }
       pixels.finish(pass % HELD, normaliser, to(stage, pass));
       start((pass + HELD) % PASSES, offset, 0);
@@ -149,7 +149,7 @@ struct StreamPixels {
   }
 
   SIMT_DEVICE void start(int pass, int64_t offset, shared_address to) {
-    pixels.start(p, walk, offset, k, load_origin(origins(), row + pass * ROWS), pass % HELD, to);
+    pixels.start(p, walk, p.strides(), offset, k, load_origin(origins(), row + pass * ROWS), pass % HELD, to);
   }
 };
 
@@ -240,7 +240,7 @@ SIMT_DEVICE void consume(const PatchEmbed& p, const TileOrder<Tile>& order, int 
     product.finish();
     release(i - 1);
     finish_tile<Tile>(product.sums, simt::shared_base() + Memory::SLABS,
-                      Tokens{p, order.first_row(tile), order.column(tile) * Tile::BN, is_wide});
+                      Tokens<false>{p, order.first_row(tile), order.column(tile) * Tile::BN, is_wide});
   }
 }
 

@@ -10,18 +10,20 @@
 
 namespace fastvit {
 
-// Behind the pipeline, for the rows of as many steps: the origin of each row's patch and the row of its token. They are
-// found by one thread each, a step ahead, rather than by every thread that loads from the row.
-template <class Tile>
+// Behind the pipeline, for the rows of as many steps: the origin of each row's patch, the row of its token, and of packed
+// images its strides. They are found by one thread each, a step ahead, rather than by every thread that loads from the
+// row.
+template <class Tile, bool PACKED = false>
 struct WeightGradientMemory {
-  static constexpr int ROW_BYTES = 16, ROWS = Tile::PIPELINE_BYTES;
+  static constexpr int ROW_BYTES = PACKED ? 32 : 16, ROWS = Tile::PIPELINE_BYTES;
   static constexpr int BYTES = ROWS + Tile::STAGES * Tile::BK * ROW_BYTES;
 };
 
 // The share of one thread in the loads of a step: some rows m, each a piece of the gradient and a piece of the pixels.
-template <class Image, int VECTOR, class Tile>
+template <class Image, int VECTOR, class Tile, bool PACKED>
 struct WeightGradientLoader {
   using Compute = typename Tile::Compute;
+  using Memory = WeightGradientMemory<Tile, PACKED>;
   static constexpr int SIZE = Tile::SIZE;
   static constexpr int PIECE = VECTOR * SIZE < 4 ? 4 / SIZE : VECTOR;
   static constexpr int PIECES = Tile::BN / PIECE, ROWS = Tile::THREADS / PIECES, PASSES = Tile::BK / ROWS;
@@ -41,7 +43,7 @@ struct WeightGradientLoader {
   // The rows of the first steps are noted when all threads have passed a barrier.
   SIMT_DEVICE WeightGradientLoader(const WeightGradient& p, shared_address memory, int first_column, int first_k,
                                    int first_row)
-      : p(p), rows_memory(memory + WeightGradientMemory<Tile>::ROWS), first_column(first_column), row(first_row) {
+      : p(p), rows_memory(memory + Memory::ROWS), first_column(first_column), row(first_row) {
     const int thread = simt::thread_index();
     pixel_row = thread / PIECES, pixel_column = thread % PIECES * PIECE, pixel_k = first_k + pixel_column;
     is_wide = p.width % EIGHT == 0 && is_aligned(p.grad);
@@ -56,10 +58,18 @@ struct WeightGradientLoader {
     } else {
       load_grad<4 / SIZE>(stage);
     }
-    const int64_t offset = walk.offset(p.pixels);
+    const Strides strides = p.pixels.strides();
+    const int64_t offset = walk.offset(strides);
     SIMT_UNROLL for (int pass = 0; pass < PASSES; pass++) {
-      const int64_t origin = noted(pixel_row + pass * ROWS, 0);
-      pixels.start(p.pixels, walk, offset, pixel_k, origin, pass, pixel_place(stage, pass));
+      const int tile_row = pixel_row + pass * ROWS;
+      const int64_t origin = noted(tile_row, 0);
+      if constexpr (PACKED) {
+        const auto words = simt::load_shared<2>(place_of(tile_row) + 16);
+        const Strides own{static_cast<int>(words.word[0]), static_cast<int>(words.word[1])};
+        pixels.start(p.pixels, walk, own, walk.offset(own), pixel_k, origin, pass, pixel_place(stage, pass));
+      } else {
+        pixels.start(p.pixels, walk, strides, offset, pixel_k, origin, pass, pixel_place(stage, pass));
+      }
     }
     row += Tile::BK;
     slot = next_slot();
@@ -74,11 +84,22 @@ struct WeightGradientLoader {
 
   // A split is whole steps, so that rows behind its last are those of the next split, or of nobody.
   SIMT_DEVICE void note_row(int index, int m) {
-    const auto origin = static_cast<uint64_t>(patch_origin(p.pixels, m));
-    const auto token = static_cast<uint64_t>(token_row(p.pixels, p.prefix_rows, m));
-    simt::store_shared<4>(rows_memory + index * WeightGradientMemory<Tile>::ROW_BYTES,
-                          {{static_cast<uint32_t>(origin), static_cast<uint32_t>(origin >> 32),
-                            static_cast<uint32_t>(token), static_cast<uint32_t>(token >> 32)}});
+    PackedPlace place{};
+    int64_t token_of_row = 0;
+    if constexpr (PACKED) {
+      place = packed_place(p.pixels, m);
+      if (place.origin >= 0) token_of_row = load_token(p.pixels.packed.tokens + m).token;
+    } else {
+      place.origin = patch_origin(p.pixels, m), token_of_row = token_row(p.pixels, p.prefix_rows, m);
+    }
+    const auto origin = static_cast<uint64_t>(place.origin), token = static_cast<uint64_t>(token_of_row);
+    const shared_address at = rows_memory + index * Memory::ROW_BYTES;
+    simt::store_shared<4>(at, {{static_cast<uint32_t>(origin), static_cast<uint32_t>(origin >> 32),
+                                static_cast<uint32_t>(token), static_cast<uint32_t>(token >> 32)}});
+    if constexpr (PACKED) {
+      simt::store_shared<2>(at + 16, {{static_cast<uint32_t>(place.plane_stride),
+                                       static_cast<uint32_t>(place.row_stride)}});
+    }
   }
 
   // Notes the rows of the step after the next: a barrier stands between this and their use, and between the last use of
@@ -92,9 +113,10 @@ struct WeightGradientLoader {
   }
 
   // Of a row of the next step, the origin of its patch (0) or the row of its token (1).
-  SIMT_DEVICE int64_t noted(int tile_row, int which) const {
-    const int place = (slot * Tile::BK + tile_row) * WeightGradientMemory<Tile>::ROW_BYTES + which * 8;
-    return load_wide(rows_memory + place);
+  SIMT_DEVICE int64_t noted(int tile_row, int which) const { return load_wide(place_of(tile_row) + which * 8); }
+
+  SIMT_DEVICE shared_address place_of(int tile_row) const {
+    return rows_memory + (slot * Tile::BK + tile_row) * Memory::ROW_BYTES;
   }
 
   SIMT_DEVICE shared_address pixel_place(shared_address stage, int pass) const {
@@ -126,16 +148,15 @@ struct WeightGradientLoader {
   }
 };
 
-template <class Image, int VECTOR, class Tile, class Product>
-SIMT_KERNEL(Tile::THREADS, Tile::BLOCKS)
-patch_embed_weight_gradient(WeightGradient p) {
+template <class Image, int VECTOR, class Tile, class Product, bool PACKED = false>
+SIMT_DEVICE void sum_products(const WeightGradient& p) {
   const int k_padded = p.pixels.k_padded, tiles_k = (k_padded + Tile::BN - 1) / Tile::BN;
   const int first_column = simt::block_x() / tiles_k * Tile::BM, first_k = simt::block_x() % tiles_k * Tile::BN;
-  const int first_row = simt::block_y() * p.rows_per_split, rows = p.pixels.rows() - first_row;
+  const int first_row = simt::block_y() * p.rows_per_split, rows = patch_rows<PACKED>(p.pixels) - first_row;
   const int steps = ((rows < p.rows_per_split ? rows : p.rows_per_split) + Tile::BK - 1) / Tile::BK;
 
   const shared_address memory = simt::shared_base();
-  WeightGradientLoader<Image, VECTOR, Tile> loader(p, memory, first_column, first_k, first_row);
+  WeightGradientLoader<Image, VECTOR, Tile, PACKED> loader(p, memory, first_column, first_k, first_row);
   simt::sync_threads();
   Product product;
   run_pipeline<Tile>(memory, steps, loader, product);
@@ -154,6 +175,12 @@ patch_embed_weight_gradient(WeightGradient p) {
       }
     }
   }
+}
+
+template <class Image, int VECTOR, class Tile, class Product>
+SIMT_KERNEL(Tile::THREADS, Tile::BLOCKS)
+patch_embed_weight_gradient(WeightGradient p) {
+  sum_products<Image, VECTOR, Tile, Product>(p);
 }
 
 }  // namespace fastvit

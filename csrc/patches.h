@@ -13,6 +13,18 @@ SIMT_DEVICE int64_t load_wide(shared_address from) {
   return static_cast<int64_t>(static_cast<uint64_t>(words.word[1]) << 32 | words.word[0]);
 }
 
+// A place of 16 bytes, or a pair of 8, in global memory.
+SIMT_DEVICE PackedPlace load_place(const PackedPlace* from) {
+  const auto words = simt::load_global<4>(from);
+  const uint64_t origin = static_cast<uint64_t>(words.word[1]) << 32 | words.word[0];
+  return {static_cast<int64_t>(origin), static_cast<int>(words.word[2]), static_cast<int>(words.word[3])};
+}
+
+SIMT_DEVICE PackedToken load_token(const PackedToken* from) {
+  const auto words = simt::load_global<2>(from);
+  return {static_cast<int>(words.word[0]), static_cast<int>(words.word[1])};
+}
+
 // Where the patch of row m starts in the images, in elements.
 SIMT_DEVICE int64_t patch_origin(const Patches& p, int m) {
   if (m >= p.rows()) return NO_PATCH;
@@ -26,6 +38,16 @@ SIMT_DEVICE int64_t patch_origin(const Patches& p, int m) {
   const int y = p.over_grid_width.quotient(patch), x = p.over_grid_width.remainder(patch, y);
   return image * p.batch_stride + static_cast<int64_t>(y) * p.patch_height * p.row_stride +
          static_cast<int64_t>(x) * p.stretch;
+}
+
+// The place of row m in packed images.
+SIMT_DEVICE PackedPlace packed_place(const Patches& p, int m) {
+  return m < p.packed.rows ? load_place(p.packed.places + m) : PackedPlace{NO_PATCH, 0, 0};
+}
+
+template <bool PACKED>
+SIMT_DEVICE int patch_rows(const Patches& p) {
+  return PACKED ? p.packed.rows : p.rows();
 }
 
 // The row of the sequence, in a batch of sequences with prefix rows, that holds the token of patch row m.
@@ -46,7 +68,7 @@ struct PixelWalk : PixelPlace {
     if (++value == p.stretch) value = 0, row++;
     if (row == p.patch_height) row = 0, plane++;
   }
-  SIMT_DEVICE int64_t offset(const Patches& p) const { return plane * p.plane_stride + row * p.row_stride + value; }
+  SIMT_DEVICE int64_t offset(const Strides& strides) const { return plane * strides.plane + row * strides.row + value; }
 };
 
 // VECTOR pixels as they lie in memory, by the widest load.
@@ -102,9 +124,9 @@ struct PixelCopier {
     float shift[PIECE], scale[PIECE];
   };
 
-  // `offset` is the walk's, the same for every pass; `origin` < 0: no such patch, zeros.
-  SIMT_DEVICE void start(const Patches& p, const PixelWalk& walk, int64_t offset, int k, int64_t origin, int pass,
-                         shared_address to) {
+  // `offset` is the walk's, with the strides of the patch's image; `origin` < 0: no such patch, zeros.
+  SIMT_DEVICE void start(const Patches& p, const PixelWalk& walk, const Strides& strides, int64_t offset, int k,
+                         int64_t origin, int pass, shared_address to) {
     const Image* images = static_cast<const Image*>(p.images);
     const bool is_inside = origin >= 0 && k < p.k_length;
     const Image* from = is_inside ? images + (origin + offset) : images;
@@ -114,7 +136,7 @@ struct PixelCopier {
       raw[pass].clear();
       if (!is_inside) return;
       if constexpr (SINGLE) {
-        load_pair(p, walk, k, images + origin, raw[pass]);
+        load_pair(p, walk, strides, k, images + origin, raw[pass]);
       } else {
         raw[pass].load(from);
       }
@@ -165,13 +187,13 @@ struct PixelCopier {
 
  private:
   // Pixels that may lie in different rows, at any address.
-  static SIMT_DEVICE void load_pair(const Patches& p, PixelWalk walk, int k, const Image* patch,
-                                    RawPixels<Image, PIECE>& to) {
+  static SIMT_DEVICE void load_pair(const Patches& p, PixelWalk walk, const Strides& strides, int k,
+                                    const Image* patch, RawPixels<Image, PIECE>& to) {
     constexpr int BITS = 8 * static_cast<int>(sizeof(Image)), PER_WORD = BITS < 32 ? 32 / BITS : 1;
     SIMT_UNROLL for (int i = 0; i < PIECE; i++) {
       if (k + i < p.k_length) {
         RawPixels<Image, 1> one;
-        one.load(patch + walk.offset(p));
+        one.load(patch + walk.offset(strides));
         to.word[i / PER_WORD] |= one.word[0] << (BITS * (i % PER_WORD));
       }
       walk.next(p);

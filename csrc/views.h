@@ -34,4 +34,11 @@ struct View {
   int size(int dimension) const { return static_cast<int>(sizes[dimension]); }
 };
 
+// How images [B, C, H, W] lie: values of a row side by side, or those of a pixel and its neighbours.
+inline bool is_nchw(const View& images) { return images.sizes[3] == 1 || images.strides[3] == 1; }
+inline bool is_nhwc(const View& images) {
+  return (images.sizes[1] == 1 || images.strides[1] == 1) &&
+         (images.sizes[3] == 1 || images.strides[3] == images.sizes[1]);
+}
+
 }  // namespace fastvit

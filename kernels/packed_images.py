@@ -22,11 +22,12 @@ class Images:
     """Images as kernels read them.
 
     `table`, [8, B] int64, has of each image its first patch row; origin, channel stride and row stride, in elements
-    from the first image on; patches in a row; the position of its first patch; and behind these, in the order
+    from the base on; patches in a row; the position of its first patch; and behind these, in the order
     of these positions, the images and the positions.
     """
 
     tensors: list[Tensor]  # [C, H_i, W_i]
+    base: Tensor  # that of them with the lowest address
     layout: PatchLayout  # the strides and the batch's distance are what divides those of all
     table: Tensor  # on the host
     rows: int  # patches of all images
@@ -69,8 +70,9 @@ def read_images(images: Sequence[Tensor], starts: Sequence[int], patch: tuple[in
     # A patch of a single pixel is a column of values in the one order, and lies in the other as it is multiplied.
     channels_last = is_nhwc and (not is_nchw or patch_height * patch_width == 1)
     tensors = [_readable(image, channels_last) for image in images]
-    first, size = tensors[0].data_ptr(), tensors[0].element_size()
-    origins = [(tensor.data_ptr() - first) // size for tensor in tensors]
+    addresses, size = [tensor.data_ptr() for tensor in tensors], tensors[0].element_size()
+    base = min(addresses)
+    origins = [(address - base) // size for address in addresses]
     strides = [_strides(tensor) for tensor in tensors]
     grids = [(tensor.shape[1] // patch_height, tensor.shape[2] // patch_width) for tensor in tensors]
     counts = [rows * columns for rows, columns in grids]
@@ -101,7 +103,7 @@ def read_images(images: Sequence[Tensor], starts: Sequence[int], patch: tuple[in
         row_stride=math.gcd(*table[3].tolist()),
     )
     end = max(start + count for start, count in zip(starts, counts, strict=True))
-    return Images(tensors, layout, table, sum(counts), max(counts), end)
+    return Images(tensors, tensors[addresses.index(base)], layout, table, sum(counts), max(counts), end)
 
 
 @lru_cache

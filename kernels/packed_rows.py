@@ -35,7 +35,7 @@ def _at_most(sorted_ptr, count, key, halvings):
 @jit
 def place_rows(
     table_ptr,  # [8, B] int64: the rows of Images.table
-    origins_ptr,  # [rows] int64: where each row's patch starts, in units of ALIGN elements from the first image on
+    origins_ptr,  # [rows] int64: where each row's patch starts, in units of ALIGN elements from the lowest image on
     places_ptr,  # [4, rows] int32: its channel and row strides in these units, its position, and its token
     images: tl.int32,  # B
     halvings: tl.int32,  # bits that B takes

@@ -34,7 +34,7 @@ from fastvit.kernels.row_sums import TARGET_PROGRAMS, sum_rows
 
 
 def _packed_forward(
-    images_ptr,  # the first image, from which the origins of all count
+    images_ptr,  # the image with the lowest address, from which the origins of all count
     weight_ptr,  # [D, steps * BLOCK_K] in the order of layout.py, in the compute dtype
     table_ptr,  # [R+1, D] fp32: the prefix, and behind it what every patch starts from
     positions_ptr,  # [P, D], read only with has_positions
@@ -126,7 +126,7 @@ def _packed_forward(
 
 
 def _packed_weight_gradient(
-    images_ptr,  # the first image, from which the origins of all count
+    images_ptr,  # the image with the lowest address, from which the origins of all count
     grad_ptr,  # [rows + B*R, D] in the compute dtype
     constants_ptr,  # [4, C] fp32: the fields of ChannelConstants; read only where images must be converted
     origins_ptr,  # [rows] int64
@@ -336,7 +336,7 @@ def forward(
     launch.launch(
         entry,
         (tiles_m * cdiv(width, block_n),),
-        images_ptr=image,
+        images_ptr=packed.base,
         weight_ptr=prepared.weight,
         table_ptr=prepared.table,
         positions_ptr=prepared.table if positions is None else positions,
@@ -432,7 +432,7 @@ def _weight_parts(
     launch.launch(
         plan.entry,
         (tiles, splits),
-        images_ptr=image,
+        images_ptr=packed.base,
         grad_ptr=grad,
         constants_ptr=constants,
         origins_ptr=origins,

@@ -24,7 +24,7 @@ void patch_embed_backward(const PatchEmbedInputs& inputs, int prefix_rows, const
 
 #if defined(FASTVIT_ISA_IS_FIRST)
 namespace fastvit {
-bool can_read(const View& images) { return FASTVIT_ISA::Patches::is_nchw(images) || FASTVIT_ISA::Patches::is_nhwc(images); }
+bool can_read(const View& images) { return is_nchw(images) || is_nhwc(images); }
 }  // namespace fastvit
 #endif
 

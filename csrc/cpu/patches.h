@@ -29,12 +29,6 @@ class Patches {
     places_ = packed.places;
   }
 
-  static bool is_nchw(const View& images) { return images.sizes[3] == 1 || images.strides[3] == 1; }
-  static bool is_nhwc(const View& images) {
-    return (images.sizes[1] == 1 || images.strides[1] == 1) &&
-           (images.sizes[3] == 1 || images.strides[3] == images.sizes[1]);
-  }
-
   int64_t length() const { return length_; }                   // values of a patch
   int64_t padded_length() const { return length_ + LANES; }    // so that whole vectors may be read
   int64_t rows() const { return rows_; }                       // patches of all images that are projected

@@ -98,6 +98,42 @@ void run_patch_embed_backward(const Device& device, const PatchEmbedInputs& inpu
   call.finish();
 }
 
+// Images are views of [1, C, H_i, W_i].
+PackedImages packed_of(const std::vector<View>& images, const std::vector<int64_t>& starts, int64_t places,
+                       int64_t patches, bool channels_last, const View& table) {
+  return {images.data(), starts.data(), static_cast<int64_t>(images.size()), places, patches, channels_last, table};
+}
+
+void reads_packed(Call& call, const PatchEmbedInputs& inputs, const PackedImages& images) {
+  call.reads({{"weight", inputs.weight}, {"bias", inputs.bias}, {"positions", inputs.positions},
+              {"prefix", inputs.prefix}, {"constants", inputs.constants}, {"table", images.table}});
+  for (int64_t i = 0; i < images.count; i++) call.reads({{"images", images.images[i]}});
+}
+
+void run_patch_embed_packed(const Device& device, const PatchEmbedInputs& inputs, const std::vector<View>& images,
+                            const std::vector<int64_t>& starts, int64_t places, int64_t patches, bool channels_last,
+                            const View& table, const View& tokens) {
+  Call call(device);
+  const PackedImages packed = packed_of(images, starts, places, patches, channels_last, table);
+  reads_packed(call, inputs, packed);
+  call.writes({{"tokens", tokens}});
+  patch_embed_packed(inputs, packed, tokens, call.queue());
+  call.finish();
+}
+
+void run_patch_embed_packed_backward(const Device& device, const PatchEmbedInputs& inputs,
+                                     const std::vector<View>& images, const std::vector<int64_t>& starts,
+                                     int64_t places, int64_t patches, bool channels_last, const View& table,
+                                     int prefix_rows, const PatchEmbedGradients& gradients) {
+  Call call(device);
+  const PackedImages packed = packed_of(images, starts, places, patches, channels_last, table);
+  reads_packed(call, inputs, packed);
+  call.reads({{"grad", gradients.grad}, {"product_grad", gradients.product_grad}});
+  call.writes({{"d_weight", gradients.d_weight}, {"d_bias", gradients.d_bias}, {"d_rows", gradients.d_rows}});
+  patch_embed_packed_backward(inputs, packed, prefix_rows, gradients, call.queue());
+  call.finish();
+}
+
 void run_add_position(const Device& device, const View& tokens, const View& positions, const View& prefix,
                       const View& out) {
   Call call(device);
@@ -217,6 +253,8 @@ PYBIND11_MODULE(fastvit_emulated, m) {
   m.def("can_read", &can_read);
   m.def("patch_embed", &run_patch_embed);
   m.def("patch_embed_backward", &run_patch_embed_backward);
+  m.def("patch_embed_packed", &run_patch_embed_packed);
+  m.def("patch_embed_packed_backward", &run_patch_embed_packed_backward);
   m.def("add_position", &run_add_position);
   m.def("add_position_backward", &run_add_position_backward);
   m.def("add_norm", &run_add_norm);

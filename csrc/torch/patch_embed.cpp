@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../ops.h"
-#include "call.h"
+#include "patch_embed.h"
 
 namespace fastvit {
 namespace {
@@ -17,7 +16,6 @@ struct Sizes {
   Sizes(const View& images, const View& weight, const View& keep, int64_t prefix_rows)
       : batch(images.sizes[0]), channels(images.sizes[1]), prefix_rows(prefix_rows), width(weight.sizes[0]) {
     const int64_t *image = images.sizes, *patch = weight.sizes;
-    require(*std::min_element(patch, patch + 4) > 0, "weight: every size must be at least 1, got ", weight);
     require(channels == patch[1], "images: ", channels, " channels, but weight expects ", patch[1]);
     require(image[2] > 0 && image[2] % patch[2] == 0 && image[3] > 0 && image[3] % patch[3] == 0, "images: ", image[2],
             " x ", image[3], " is not a positive multiple of the patch, ", patch[2], " x ", patch[3]);
@@ -26,10 +24,7 @@ struct Sizes {
     require(!keep || keep.sizes[0] == batch, "keep: expected [", batch, ", N_keep], got ", keep);
     require(std::max(image[2], image[3]) < INT32_LIMIT, "images: height and width must be < 2^31, got ", images);
     check_fits("images", batch, prefix_rows + std::max(patches, kept), width);
-    // Kernels pad the rows of the weight, by less than this, and count its values in 32 bits.
-    constexpr int64_t PADDING = 128;
-    require(width * (patch[1] * patch[2] * patch[3] + PADDING) < INT32_LIMIT, "weight: ", weight,
-            " has 2^31 values, or nearly so");
+    check_weight_fits(weight);
   }
 
   int64_t table_rows() const { return prefix_rows + patches; }
@@ -42,18 +37,8 @@ View read_images(Call& call, const Tensor& images) {
   return view.sizes[0] == 0 || can_read(view) ? view : call.copy("images", images, view.type);
 }
 
-View read_weight(Call& call, const Tensor& weight) {
-  return call.read_contiguous("weight", weight, 4, "[D, C, P_h, P_w]", FLOATS);
-}
-
 View read_keep(Call& call, const MaybeTensor& keep) {
   return call.read_contiguous("keep", keep, 2, "[B, N_keep]", {Type::INT64});
-}
-
-View read_constants(Call& call, const char* name, const Tensor& constants, int64_t channels) {
-  const View view = call.read_contiguous(name, constants, 2, "[4, C]", {Type::FLOAT32});
-  require(view.sizes[0] == 4 && view.sizes[1] == channels, name, ": expected [4, ", channels, "], got ", view);
-  return view;
 }
 
 // images [B, C, H, W], weight [D, C, P_h, P_w] → [B, R+N, D] in dtype, or [B, R+N_keep, D] with keep
@@ -64,17 +49,13 @@ Tensor patch_embed_cuda(const Tensor& images, const Tensor& weight, const MaybeT
   PatchEmbedInputs inputs{};
   inputs.images = read_images(call, images);
   inputs.weight = read_weight(call, weight);
-  inputs.bias = call.read_contiguous("bias", bias, 1, "[D]", FLOATS);
-  inputs.positions = call.read_contiguous("pos_embed", pos_embed, 2, "[rows, D]", FLOATS);
-  inputs.prefix = call.read_contiguous("prefix", prefix, 2, "[R, D]", FLOATS);
+  read_tables(call, inputs, bias, pos_embed, prefix);
   inputs.keep = read_keep(call, keep);
   inputs.compute = type_of("compute_dtype", compute_dtype, FLOATS);
   inputs.tf32 = tf32;
   const Type type = type_of("dtype", dtype, FLOATS);
   const Sizes sizes(inputs.images, inputs.weight, inputs.keep, inputs.prefix ? inputs.prefix.sizes[0] : 0);
   const int64_t width = sizes.width;
-  require(!inputs.bias || inputs.bias.sizes[0] == width, "bias: expected [", width, "], got ", inputs.bias);
-  require(!inputs.prefix || inputs.prefix.sizes[1] == width, "prefix: expected [R, ", width, "], got ", inputs.prefix);
   if (inputs.positions) check_rows("pos_embed", inputs.positions, sizes.patches, sizes.prefix_rows, width);
   inputs.constants = read_constants(call, "constants", constants, sizes.channels);
 

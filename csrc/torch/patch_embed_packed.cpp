@@ -5,48 +5,52 @@
 #include <tuple>
 #include <vector>
 
-#include "../ops.h"
-#include "call.h"
+#include "patch_embed.h"
 
 namespace fastvit {
 namespace {
 
-// Images of any sizes as kernels can read them, with the weight that they meet.
+// Images of any sizes as kernels can read them, with the weight that they meet. A GPU's kernels go by a table, which says
+// where the images lie, so that these can't be copied here.
 struct Packed {
   std::vector<View> views;  // [1, C, H_i, W_i]
   PackedImages images{};
-  int64_t patches = 0;  // of all images
 
-  Packed(Call& call, const std::vector<Tensor>& images, const View& weight, const std::vector<int64_t>& starts) {
-    require(!images.empty(), "images: none");
-    require(starts.size() == images.size(), "starts: ", starts.size(), " of them for ", images.size(), " images");
-    for (const Tensor& image : images) views.push_back(batch_of_one(call.read("images", image, 3, "[C, H, W]", PIXELS)));
+  Packed(Call& call, const std::vector<Tensor>& given, const View& weight, const std::vector<int64_t>& starts,
+         const MaybeTensor& table) {
+    require(!given.empty(), "images: none");
+    require(starts.size() == given.size(), "starts: ", starts.size(), " of them for ", given.size(), " images");
+    for (const Tensor& image : given) views.push_back(batch_of_one(call.read("images", image, 3, "[C, H, W]", PIXELS)));
     const auto all = [&](bool (*lies)(const View&)) { return std::all_of(views.begin(), views.end(), lies); };
     // A patch of a single pixel is a column of values in the one order, and lies in the other as it is multiplied.
-    const bool is_nchw = all(is_nchw_image), is_nhwc = all(is_nhwc_image);
-    this->images.channels_last = is_nhwc && (!is_nchw || weight.sizes[2] * weight.sizes[3] == 1);
-    for (std::size_t i = 0; i < images.size(); i++) {
-      if (!this->images.channels_last && !is_nchw_image(views[i])) {
-        views[i] = batch_of_one(call.copy("images", images[i], views[i].type));
+    const bool may_be_nhwc = all(is_nhwc);
+    images.channels_last = may_be_nhwc && (!all(is_nchw) || weight.sizes[2] * weight.sizes[3] == 1);
+    for (std::size_t i = 0; i < given.size(); i++) {
+      if (!images.channels_last && !is_nchw(views[i])) {
+        require(!table, "images: image ", i, " does not lie as all others do");
+        views[i] = batch_of_one(call.copy("images", given[i], views[i].type));
       }
       check(views[i], weight, i);
       const int64_t count = views[i].sizes[2] / weight.sizes[2] * (views[i].sizes[3] / weight.sizes[3]);
       require(starts[i] >= 0, "starts: ", starts[i], " is less than 0");
-      this->images.places = std::max(this->images.places, starts[i] + count);
-      patches += count;
+      images.places = std::max(images.places, starts[i] + count);
+      images.patches += count;
     }
-    this->images.images = views.data(), this->images.starts = starts.data();
-    this->images.count = static_cast<int64_t>(views.size());
+    images.images = views.data(), images.starts = starts.data(), images.count = static_cast<int64_t>(views.size());
+    images.table = call.read_contiguous("table", table, 2, "[8, B]", {Type::INT64});
+    require(!images.table || (images.table.sizes[0] == 8 && images.table.sizes[1] == images.count), "table: expected [8, ",
+            images.count, "], got ", images.table);
   }
 
-  int64_t tokens(int64_t prefix_rows) const { return patches + images.count * prefix_rows; }
+  // All tokens. Kernels count rows in 32 bits.
+  int64_t tokens(int64_t prefix_rows) const {
+    const int64_t tokens = images.patches + images.count * prefix_rows;
+    require(std::max(tokens, prefix_rows + images.places) < INT32_LIMIT, "images: ", tokens, " tokens and ",
+            images.places, " positions; there must be less than 2^31 of each");
+    return tokens;
+  }
 
  private:
-  static bool is_nchw_image(const View& image) { return image.sizes[3] == 1 || image.strides[3] == 1; }
-  static bool is_nhwc_image(const View& image) {
-    return image.strides[1] == 1 && (image.sizes[3] == 1 || image.strides[3] == image.sizes[1]);
-  }
-
   static View batch_of_one(View image) {
     for (int i = 3; i > 0; i--) image.sizes[i] = image.sizes[i - 1], image.strides[i] = image.strides[i - 1];
     image.sizes[0] = 1, image.strides[0] = 0, image.dimensions = 4;
@@ -62,40 +66,27 @@ struct Packed {
   }
 };
 
-View read_weight(Call& call, const Tensor& weight) {
-  const View view = call.read_contiguous("weight", weight, 4, "[D, C, P_h, P_w]", FLOATS);
-  require(*std::min_element(view.sizes, view.sizes + 4) > 0, "weight: every size must be at least 1, got ", view);
-  return view;
-}
-
-View read_constants(Call& call, const Tensor& constants, int64_t channels) {
-  const View view = call.read_contiguous("constants", constants, 2, "[4, C]", {Type::FLOAT32});
-  require(view.sizes[0] == 4 && view.sizes[1] == channels, "constants: expected [4, ", channels, "], got ", view);
-  return view;
-}
-
-// images [C, H_i, W_i], weight [D, C, P_h, P_w] → [Σ R+N_i, D] in dtype. The position of a patch is the row of the table
+// images [C, H_i, W_i], weight [D, C, P_h, P_w] → [Σ R+N_i, D] in dtype. The position of a patch is the row of pos_embed
 // [P, D] that comes so many after its image's start.
-Tensor patch_embed_packed_cuda(const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& table,
+Tensor patch_embed_packed_cuda(const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& pos_embed,
                                const MaybeTensor& prefix, std::vector<Tensor> images, std::vector<int64_t> starts,
-                               const Tensor& constants, ScalarType compute_dtype, ScalarType dtype) {
+                               const MaybeTensor& table, const Tensor& constants, ScalarType compute_dtype,
+                               ScalarType dtype, bool tf32) {
   Call call("weight", weight);
   PatchEmbedInputs inputs{};
   inputs.weight = read_weight(call, weight);
-  inputs.bias = call.read_contiguous("bias", bias, 1, "[D]", FLOATS);
-  inputs.positions = call.read_contiguous("pos_embed", table, 2, "[P, D]", FLOATS);
-  inputs.prefix = call.read_contiguous("prefix", prefix, 2, "[R, D]", FLOATS);
-  inputs.constants = read_constants(call, constants, inputs.weight.sizes[1]);
+  check_weight_fits(inputs.weight);
+  read_tables(call, inputs, bias, pos_embed, prefix);
+  inputs.constants = read_constants(call, "constants", constants, inputs.weight.sizes[1]);
   inputs.compute = type_of("compute_dtype", compute_dtype, FLOATS);
+  inputs.tf32 = tf32;
   const Type type = type_of("dtype", dtype, FLOATS);
   const int64_t width = inputs.weight.sizes[0], prefix_rows = inputs.prefix ? inputs.prefix.sizes[0] : 0;
-  require(!inputs.bias || inputs.bias.sizes[0] == width, "bias: expected [", width, "], got ", inputs.bias);
-  require(!inputs.prefix || inputs.prefix.sizes[1] == width, "prefix: expected [R, ", width, "], got ", inputs.prefix);
-  Packed packed(call, images, inputs.weight, starts);
+  Packed packed(call, images, inputs.weight, starts, table);
   if (inputs.positions) {
     const int64_t rows = inputs.positions.sizes[0];
-    require(inputs.positions.sizes[1] == width && rows >= packed.images.places, "pos_embed: expected [", packed.images.places,
-            " or more, ", width, "], got ", inputs.positions);
+    require(inputs.positions.sizes[1] == width && rows >= packed.images.places, "pos_embed: expected [",
+            packed.images.places, " or more, ", width, "], got ", inputs.positions);
     packed.images.places = rows;
   }
   const Tensor tokens = call.empty({packed.tokens(prefix_rows), width}, type);
@@ -106,25 +97,31 @@ Tensor patch_embed_packed_cuda(const Tensor& weight, const MaybeTensor& bias, co
 
 // grad [Σ R+N_i, D] → d_weight, d_bias [D] and d_rows [R+P, D] float32; of size 0 where not needed
 std::tuple<Tensor, Tensor, Tensor> patch_embed_packed_backward_cuda(
-    const Tensor& grad, const Tensor& weight, std::vector<Tensor> images, std::vector<int64_t> starts,
-    const Tensor& constants, ScalarType compute_dtype, int64_t prefix_rows, int64_t places,
-    const std::vector<bool>& needs) {
+    const Tensor& grad, const Tensor& product_grad, const Tensor& weight, std::vector<Tensor> images,
+    std::vector<int64_t> starts, const MaybeTensor& table, const Tensor& constants, ScalarType compute_dtype,
+    int64_t prefix_rows, int64_t places, bool tf32, bool has_mean, const std::vector<bool>& needs) {
   Call call("weight", weight);
   require(needs.size() == 3, "needs: expected 3 values, for weight, bias and rows; got ", needs.size());
   require(prefix_rows >= 0, "prefix_rows: ", prefix_rows, " is less than 0");
   const bool need_weight = needs[0], need_bias = needs[1], need_rows = needs[2];
   PatchEmbedInputs inputs{};
   inputs.weight = read_weight(call, weight);
-  inputs.constants = read_constants(call, constants, inputs.weight.sizes[1]);
+  check_weight_fits(inputs.weight);
+  inputs.constants = read_constants(call, "constants", constants, inputs.weight.sizes[1]);
   inputs.compute = type_of("compute_dtype", compute_dtype, FLOATS);
-  Packed packed(call, images, inputs.weight, starts);
+  inputs.tf32 = tf32, inputs.has_mean = has_mean;
+  Packed packed(call, images, inputs.weight, starts, table);
   packed.images.places = std::max(packed.images.places, places);
 
   const int64_t width = inputs.weight.sizes[0], tokens = packed.tokens(prefix_rows);
   PatchEmbedGradients gradients{};
-  gradients.grad = call.read_contiguous("grad", grad, 2, "[tokens, D]", FLOATS);
-  require(gradients.grad.sizes[0] == tokens && gradients.grad.sizes[1] == width, "grad: expected [", tokens, ", ", width,
-          "], got ", gradients.grad);
+  const auto read_grad = [&](const char* name, const Tensor& tensor, Types accepted) {
+    const View view = call.read_contiguous(name, tensor, 2, "[tokens, D]", accepted);
+    require(view.sizes[0] == tokens && view.sizes[1] == width, name, ": expected [", tokens, ", ", width, "], got ", view);
+    return view;
+  };
+  gradients.grad = read_grad("grad", grad, FLOATS);
+  if (need_weight) gradients.product_grad = read_grad("product_grad", product_grad, FLOATS);
   const Type weight_type = inputs.weight.type;
   const auto [D, C, P_h, P_w] = inputs.weight.sizes;
   const Tensor d_weight = need_weight ? call.empty({D, C, P_h, P_w}, weight_type) : call.empty({0}, weight_type);
@@ -145,10 +142,11 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_packed_backward_cuda(
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTVIT_NAMESPACE, m) {
   m.def(
       "patch_embed_packed_cuda(Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor[] images, "
-      "int[] starts, Tensor constants, ScalarType compute_dtype, ScalarType dtype) -> Tensor");
+      "int[] starts, Tensor? table, Tensor constants, ScalarType compute_dtype, ScalarType dtype, bool tf32) -> Tensor");
   m.def(
-      "patch_embed_packed_backward_cuda(Tensor grad, Tensor weight, Tensor[] images, int[] starts, Tensor constants, "
-      "ScalarType compute_dtype, int prefix_rows, int places, bool[3] needs) -> (Tensor, Tensor, Tensor)");
+      "patch_embed_packed_backward_cuda(Tensor grad, Tensor product_grad, Tensor weight, Tensor[] images, int[] starts, "
+      "Tensor? table, Tensor constants, ScalarType compute_dtype, int prefix_rows, int places, bool tf32, bool has_mean, "
+      "bool[3] needs) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FASTVIT_NAMESPACE, FASTVIT_DISPATCH_KEY, m) {

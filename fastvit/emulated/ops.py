@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvit.cpu.add_norm import is_apart
 from fastvit.emulated.call import device, library, type_of, view
+from fastvit.kernels.packed_images import read_images
 
 
 def patch_embed(
@@ -89,6 +90,67 @@ def patch_embed_backward(
     gradients = library().PatchEmbedGradients(view(grad), view(product_grad), view(constants_of_images), *results)
     library().patch_embed_backward(device(), inputs, prefix_rows, gradients)
     return d_images, d_weight, d_bias, d_rows
+
+
+def patch_embed_packed(
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    images: list[Tensor],
+    starts: list[int],
+    table: Tensor,
+    constants: Tensor,
+    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
+    tf32: bool,
+) -> Tensor:
+    """[C, H_i, W_i] each → [Σ R+N_i, D]."""
+    weight = weight.contiguous()
+    held = [_contiguous(tensor) for tensor in (bias, pos_embed, prefix)]
+    none = view(None)
+    inputs = library().PatchEmbedInputs(
+        none, view(weight), *map(view, held), none, view(constants), type_of(compute_dtype), tf32, False
+    )
+    packed, patches = _packed(images, starts, table, weight, 0 if pos_embed is None else pos_embed.shape[0])
+    rows = patches + len(images) * (0 if prefix is None else prefix.shape[0])
+    tokens = weight.new_empty((rows, weight.shape[0]), dtype=dtype)
+    library().patch_embed_packed(device(), inputs, *packed, view(tokens))
+    return tokens
+
+
+def patch_embed_packed_backward(
+    grad: Tensor,
+    product_grad: Tensor,
+    weight: Tensor,
+    images: list[Tensor],
+    starts: list[int],
+    table: Tensor,
+    constants: Tensor,
+    compute_dtype: torch.dtype,
+    prefix_rows: int,
+    places: int,
+    tf32: bool,
+    has_mean: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_weight, d_bias [D] and d_rows [R+P, D], the last two float32; of size 0 where not needed."""
+    need_weight, need_bias, need_rows = needs
+    grad, product_grad, weight = grad.contiguous(), product_grad.contiguous(), weight.contiguous()
+    packed, _ = _packed(images, starts, table, weight, places)
+    width, places = weight.shape[0], packed[2]
+    d_weight = weight.new_empty(weight.shape if need_weight else 0)
+    d_bias = torch.empty(width if need_bias else 0, dtype=torch.float32)
+    d_rows = torch.empty((prefix_rows + places, width) if need_rows else 0, dtype=torch.float32)
+    none = view(None)
+    inputs = library().PatchEmbedInputs(
+        none, view(weight), none, none, none, none, view(constants), type_of(compute_dtype), tf32, has_mean
+    )
+    wanted = zip((d_weight, d_bias, d_rows), needs, strict=True)
+    results = [view(tensor if is_needed else None) for tensor, is_needed in wanted]
+    gradients = library().PatchEmbedGradients(view(grad), view(product_grad), none, none, *results)
+    library().patch_embed_packed_backward(device(), inputs, *packed, prefix_rows, gradients)
+    return d_weight, d_bias, d_rows
 
 
 def add_position(tokens: Tensor, pos_embed: Tensor, prefix: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -216,6 +278,18 @@ def split_heads_backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, has_bias: bool) 
     results = view(d_qkv), view(sums if has_bias else None)
     library().split_heads_backward(device(), *map(view, (d_q, d_k, d_v)), *results)
     return d_qkv, sums
+
+
+def _packed(
+    images: list[Tensor], starts: list[int], table: Tensor, weight: Tensor, places: int
+) -> tuple[tuple[Any, ...], int]:
+    """What the library is told of images of any sizes, and how many patches they have."""
+    height, width = weight.shape[2:]
+    counts = [(image.shape[1] // height) * (image.shape[2] // width) for image in images]
+    places = max(places, *(start + count for start, count in zip(starts, counts, strict=True)))
+    views = [view(image[None]) for image in images]
+    channels_last = read_images(images, starts, (height, width)).layout.channels_last
+    return (views, starts, places, sum(counts), channels_last, view(table)), sum(counts)
 
 
 def _bias_act_inputs(held: Sequence[Tensor | None], *rest: Any) -> Any:
