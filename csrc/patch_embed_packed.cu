@@ -46,6 +46,7 @@ Patches place_patches(const Problem& problem, const PackedImages& images, int pr
 }
 
 Problem problem_of(const PatchEmbedInputs& inputs, const PackedImages& images) {
+  if (!images.table) throw std::invalid_argument("table: none, by which a GPU finds the images");
   Problem problem(images.images[0], inputs.weight);
   problem.channels_last = images.channels_last;
   return problem;

@@ -178,7 +178,7 @@ class Product:
         widths = set() if is_stream else {16}
         if self.image == self.compute and self.vector * self.size >= 4:
             widths.add(min(16, self.vector * self.size))
-        if self.op == "weight_gradient" and self.size == 4:
+        if self.op.endswith("weight_gradient") and self.size == 4:
             widths.add(4)  # gradients of widths that no vector divides
         return ", ".join([*map(str, sorted(widths)), *([MULTICAST] if is_stream else [])])
 
@@ -187,12 +187,13 @@ class Product:
         """As csrc/pipeline.h, ForwardMemory, StreamMemory and WeightGradientMemory in csrc/ have it."""
         rows, columns, depth, _, _, stages, _ = self.tile
         pipeline = stages * (rows + columns) * depth * self.size
-        if self.op == "weight_gradient":
-            return pipeline + stages * depth * 16
+        is_packed = self.op.startswith("packed_")
+        if self.op.endswith("weight_gradient"):
+            return pipeline + stages * depth * (32 if is_packed else 16)
         slabs = self.threads // 32 * 16 * (32 + 8) * 4
         if self.op == "forward_stream":
             return pipeline + slabs + rows * 8 + stages * 16
-        return max(pipeline, slabs) + rows * 8
+        return max(pipeline, slabs) + rows * (16 if is_packed else 8)
 
 
 def _usage(log: str, target: str) -> Iterator[tuple[str, Row]]:

@@ -121,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_packed_backward_cuda(
     return view;
   };
   gradients.grad = read_grad("grad", grad, FLOATS);
-  if (need_weight) gradients.product_grad = read_grad("product_grad", product_grad, FLOATS);
+  // The processor, which has no table, reads the gradient as it is.
+  if (need_weight && table) gradients.product_grad = read_grad("product_grad", product_grad, {inputs.compute});
   const Type weight_type = inputs.weight.type;
   const auto [D, C, P_h, P_w] = inputs.weight.sizes;
   const Tensor d_weight = need_weight ? call.empty({D, C, P_h, P_w}, weight_type) : call.empty({0}, weight_type);
