@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastvit.checks import FLOAT_DTYPES, check_dtype, check_tensor, pairs, require, shape_of, whole
 from fastvit.guards import is_transformed
+from fastvit.transfer import to_device
 
 __all__ = ["Filter", "axis_matrix", "resample_grid", "resample_grids"]
 
@@ -30,6 +31,7 @@ CORNERED = ("bilinear", "bicubic")
 ANTIALIASED = (*CORNERED, "lanczos")
 _COMPUTED = (torch.float32, torch.float64)
 MOST_MATRICES = 256  # of a side of 64 some 4 MB together
+MOST_TAPS = 512  # grids; of 256 positions some 20 MB together
 
 
 class Filter(NamedTuple):
@@ -178,14 +180,70 @@ def grid_rows(
         [P, D], one grid behind the other, and of each image the row that its grid begins at.
     """
     how = _checked_filter(interpolation, antialias, align_corners)
-    grids, first, rows = [], {}, 0
+    first, rows = {}, 0
     for size in sizes:
         if size not in first:
-            grid = table if size == table.shape[:2] else resample_grid(table, *size, how)
-            grids.append(grid.flatten(0, 1))
             first[size] = rows
             rows += size[0] * size[1]
-    return torch.cat(grids) if grids else table.flatten(0, 1)[:0], [first[size] for size in sizes]
+    starts = [first[size] for size in sizes]
+    if not starts:
+        return table.flatten(0, 1)[:0], starts
+    if _is_gathered(table, list(first)):
+        return _gathered(table, list(first), how), starts
+    grids = [table if size == table.shape[:2] else resample_grid(table, *size, how) for size in first]
+    return torch.cat([grid.flatten(0, 1) for grid in grids]), starts
+
+
+FEW_SIZES = 2  # whose products a GPU makes in no more launches than the sums of all sizes take
+
+
+def _is_gathered(table: Tensor, sizes: Sequence[tuple[int, int]]) -> bool:
+    """Whether a grid's positions are better summed one by one, all sizes' in one launch: on a GPU, where launches of
+    two products a size would be what takes the time."""
+    return table.device.type == "cuda" and table.dtype != torch.float64 and len(sizes) > FEW_SIZES and _may_keep()
+
+
+def _gathered(table: Tensor, sizes: Sequence[tuple[int, int]], how: Filter) -> Tensor:
+    """A table [h, w, D] on the grids of these sizes, [Σ rows · columns, D] float32: one copy to the device and one
+    launch."""
+    taps = [_taps(*size, *table.shape[:2], how) for size in sizes]
+    counts, rows, factors = (torch.cat(parts) for parts in zip(*taps, strict=True))
+    starts = counts.cumsum(0, dtype=torch.int32) - counts
+    numbers = to_device(torch.cat([rows, starts, factors.view(torch.int32)]), torch.int32, table.device)
+    rows, starts, factors = numbers.split([len(rows), len(starts), len(factors)])
+    return _Sums.apply(table.flatten(0, 1).float(), rows, starts, factors.view(torch.float32))
+
+
+class _Sums(torch.autograd.Function):
+    """Weighted sums of the rows of a table [n, D]: the i-th of rows[starts[i]:starts[i+1]], by as many factors.
+
+    A function of its own, because torch's bags can be differentiated once, and this, whose gradient is again such sums,
+    any number of times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor, starts: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, starts, factors)
+        ctx.count = len(table)
+        return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=factors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        rows, starts, factors = ctx.saved_tensors
+        sums = torch.bucketize(torch.arange(len(rows), device=rows.device), starts, right=True) - 1
+        ordered, order = torch.sort(rows, stable=True)
+        firsts = torch.searchsorted(ordered, torch.arange(ctx.count, dtype=rows.dtype, device=rows.device))
+        return _Sums.apply(gradients[0], sums[order], firsts, factors[order]), None, None, None
+
+
+@lru_cache(maxsize=MOST_TAPS)
+def _taps(rows: int, columns: int, old_rows: int, old_columns: int, how: Filter) -> tuple[Tensor, Tensor, Tensor]:
+    """What each position of a grid is a sum of, on the host: how many rows of the table [N], which, by what factors."""
+    host = torch.device("cpu")
+    axes = ((rows, old_rows), (columns, old_columns))
+    factors = torch.kron(*(_matrix(new, old, how, None, host, torch.float32) for new, old in axes))
+    bags, found = factors.nonzero(as_tuple=True)
+    return factors.count_nonzero(1).int(), found.int(), factors[bags, found]
 
 
 class _Product(torch.autograd.Function):

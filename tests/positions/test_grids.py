@@ -161,6 +161,28 @@ def test_many_sizes(options, dtype, device):
     assert torch.equal(repeated, got) and torch.equal(again.grad, table.grad)
 
 
+@pytest.mark.parametrize("options", FILTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_all_sizes_at_once(options, dtype, device, monkeypatch):
+    """What a GPU takes for many sizes is what one product after another gives, with as many derivatives."""
+    table = torch.randn(7, 5, 6, device=device, dtype=dtype, requires_grad=True)
+    weights = torch.randn(sum(rows * columns for rows, columns in set(SIZES)), 6, device=device)
+    found = []
+    for gathers in (False, True):
+        monkeypatch.setattr(grids, "_is_gathered", lambda *_, gathers=gathers: gathers)
+        rows, starts = grids.grid_rows(table, SIZES, **options)
+        (gradient,) = torch.autograd.grad((rows.float().square() * weights).sum(), table, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.float().square().sum(), table)
+        found.append((rows, gradient, second, starts))
+        assert rows.dtype == torch.float32 and gradient.dtype == second.dtype == dtype
+    (*one_by_one, starts), (*at_once, same_starts) = found
+    assert starts == same_starts
+    rounding = torch.finfo(dtype).eps
+    for ours, theirs in zip(at_once, one_by_one, strict=True):
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=8 * rounding, atol=16 * rounding * scale)
+
+
 def test_its_own_grid_is_the_table(device):
     table = torch.randn(3, 4, 5, device=device)
     assert torch.equal(resample_grids(table, [(3, 4), (3, 4)]), torch.cat([table.flatten(0, 1)] * 2))
