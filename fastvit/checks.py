@@ -94,8 +94,28 @@ def check_packed_images(images: Any, weight: Tensor, bias: Tensor | None) -> lis
     return images
 
 
+def check_cut_weight(weight: Tensor, order: str, still: bool) -> None:
+    """The weight for cut patches, [D, C, P_h, P_w] or of several frames [D, C, T, P_h, P_w], and what it goes with."""
+    check_tensor("weight", weight)
+    has_frames = weight.dim() == 5
+    check_weight(weight.flatten(1, 2) if has_frames else weight)
+    require(order in ORDERS, f"order: unknown {order!r}; known: {', '.join(ORDERS)}")
+    require(order == "CPP" or not has_frames, f"order: of patches with frames it is CPP, not {order}")
+    if still not in (False, True):
+        raise TypeError(f"still: expected a truth value, got {still!r}")
+    require(has_frames or not still, "still: weight has no frames, [D, C, T, P_h, P_w]")
+
+
+def check_windows(merge: int, grids: list[tuple[int, int]]) -> None:
+    """Whether grids of patches are whole windows of merge × merge."""
+    merge = whole("merge", merge)
+    for index, (rows, columns) in enumerate(grids):
+        is_whole = rows % merge == 0 and columns % merge == 0
+        require(is_whole, f"sizes[{index}]: {rows} x {columns} patches are not whole windows of merge={merge}")
+
+
 def check_cut_patches(patches: Any, weight: Tensor, bias: Tensor | None, sizes: Any) -> list[tuple[int, int]]:
-    """Patches [ΣN_i, C·P_h·P_w] or [B, N_max, C·P_h·P_w] of images of these sizes; gives the sizes."""
+    """Patches [ΣN_i, K] or [B, N_max, K], with as many values as a row of the weight, of images of these sizes."""
     check_tensor("images", patches)
     check_dtype("images", patches.dtype, IMAGE_DTYPES)
     length = math.prod(weight.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -101,6 +102,8 @@ def patch_embed_packed(
     *,
     sizes: Sequence[tuple[int, int]] | None = None,
     order: str = "CPP",
+    still: bool = False,
+    merge: int = 1,
     pos_embed: Tensor | None = None,
     prefix: Tensor | None = None,
     interpolation: str = "bicubic",
@@ -120,10 +123,15 @@ def patch_embed_packed(
         images: a list of [C, H_i, W_i], uint8 or float, of one dtype, each in either layout; H_i and W_i are multiples
             of the patch. Or patches that a processor has cut: [ΣN_i, C·P_h·P_w], image behind image, or
             [B, N_max, C·P_h·P_w] with those that are padding behind an image's own, which are not read.
-        weight: [D, C, P_h, P_w], laid out as the convolution's.
+        weight: [D, C, P_h, P_w], laid out as the convolution's; for cut patches of T frames, whose values are
+            C·T·P_h·P_w, [D, C, T, P_h, P_w] (Qwen2-VL).
         bias: [D].
-        sizes: rows and columns of patches of each image, numbers of Python; for cut patches alone.
+        sizes: rows and columns of patches of each image, numbers of Python; for cut patches alone, as the next three.
         order: of the values of a cut patch: "CPP", as the weight has them, or "PPC" (NaFlexViT, SigLIP 2).
+        still: whether the frames of a cut patch are all the same: then one of them is read, and multiplied by the sum
+            of the weight over them. The others' values are not looked at.
+        merge: patches come in windows of merge × merge, those of a window next to each other (Qwen2-VL), and so the
+            positions of a grid do.
         pos_embed: [h, w, D], the learned positions of a grid, resampled to that of each image; or [ΣN_i, D], a row for
             every patch.
         prefix: [R, D] or [1, R, D], class and register tokens; they become the first R rows of every image and have no
@@ -131,8 +139,7 @@ def patch_embed_packed(
         interpolation, antialias, align_corners: of the positions, as in :func:`fastvit.grids.resample_grids`.
         mean, std: one float a channel, in the 0..1 scale: (x − mean) / std. A tensor is read once (a wait on a GPU).
         dtype: of the tokens; default: autocast's where it is on, else the weight's.
-        backend: "reference", "cpu" or "native"; default: the best that can run here. On a GPU, for which there is no
-            kernel yet, the reference runs, an image at a time.
+        backend: "reference", "cpu", "native", "triton", "cuda" or "emulated"; default: the best that can run here.
 
     Returns:
         Tokens [Σ(R+N_i), D], differentiable once in images (floats), weight, bias, pos_embed and prefix; and offsets
@@ -142,11 +149,14 @@ def patch_embed_packed(
         ValueError, TypeError, RuntimeError: as in :func:`patch_embed`; the message names the image by its index.
     """
     if sizes is None:
+        checks.require(not still and merge == 1, "still, merge: of patches that are cut already, with sizes, alone")
         listed = checks.check_packed_images(images, weight, bias)
         grids = [(image.shape[1] // weight.shape[2], image.shape[2] // weight.shape[3]) for image in listed]
     else:
-        mean, std = _of_values(mean, std, weight, order)
-        grids, listed, weight = _cut_patches(images, weight, bias, sizes, order)
+        checks.check_cut_weight(weight, order, still)
+        mean, std = _of_values(mean, std, weight, order, still)
+        grids, listed, weight = _cut_patches(images, weight, bias, sizes, order, still)
+        checks.check_windows(merge, grids)
     dim = weight.shape[0]
     prefix = checks.rows_of("prefix", prefix, dim, "weight", weight)
     means, stds = checks.normalisation(mean, std, weight.shape[1])
@@ -157,7 +167,7 @@ def patch_embed_packed(
         if pos_embed.dim() == 2:
             table, starts = pos_embed, list(itertools.accumulate(counts, initial=0))[:-1]
         else:
-            table, starts = grid_rows(pos_embed, grids, interpolation, antialias, align_corners)
+            table, starts = grid_rows(pos_embed, grids, interpolation, antialias, align_corners, merge)
     compute_dtype = _autocast_dtype(weight) or weight.dtype
     dtype = _token_dtype(dtype, compute_dtype)
 
@@ -170,12 +180,11 @@ def patch_embed_packed(
     return tokens, to_device(ends, torch.int32, weight.device)
 
 
-def _of_values(mean: Any, std: Any, weight: Tensor, order: str) -> tuple[Any, Any]:
-    """Mean and std of each value of a cut patch, whose channels stand together or in turn."""
-    checks.require(order in checks.ORDERS, f"order: unknown {order!r}; known: {', '.join(checks.ORDERS)}")
-    checks.check_weight(weight)
+def _of_values(mean: Any, std: Any, weight: Tensor, order: str, still: bool) -> tuple[Any, Any]:
+    """Mean and std of each value of a cut patch, whose channels stand together or in turn; of each channel for the one
+    frame of a still."""
     means, stds = checks.normalisation(mean, std, weight.shape[1])
-    area = weight.shape[2] * weight.shape[3]
+    area = 1 if still else math.prod(weight.shape[2:])
     return tuple(
         None if values is None else [v for v in values for _ in range(area)] if order == "CPP" else list(values) * area
         for values in (means, stds)
@@ -183,12 +192,20 @@ def _of_values(mean: Any, std: Any, weight: Tensor, order: str) -> tuple[Any, An
 
 
 def _cut_patches(
-    patches: Any, weight: Tensor, bias: Tensor | None, sizes: Any, order: str
+    patches: Any, weight: Tensor, bias: Tensor | None, sizes: Any, order: str, still: bool
 ) -> tuple[list[tuple[int, int]], list[Tensor], Tensor]:
-    """Patches as images [C·P_h·P_w, 1, N_i] whose patches are single pixels, views; and the weight for those."""
+    """Patches as images, views, and the weight for those: [C·T·P_h·P_w, 1, N_i], whose patches are single pixels; of
+    stills [C, N_i, P_h·P_w], whose patches are rows."""
     grids = checks.check_cut_patches(patches, weight, bias, sizes)
     counts = [rows * columns for rows, columns in grids]
-    weight = (weight if order == "CPP" else weight.permute(0, 2, 3, 1)).flatten(1)[:, :, None, None]
+    if still:
+        frames = patches.unflatten(-1, (*weight.shape[1:3], -1))  # [..., N, C, T, P_h·P_w]
+        maps = frames[..., 0, :].movedim(-2, -3)  # [C, ΣN, P_h·P_w] or [B, C, N, P_h·P_w]
+        kernel = weight.sum(2).flatten(2).unsqueeze(2)
+        if patches.dim() == 2:
+            return grids, list(maps.split(counts, 1)), kernel
+        return grids, [each[:, :count] for each, count in zip(maps.unbind(0), counts, strict=True)], kernel
+    weight = (weight if order == "CPP" else weight.movedim(1, -1)).flatten(1)[:, :, None, None]
     columns = patches.transpose(-1, -2).unsqueeze(-2)  # [K, 1, N] or [B, K, 1, N]
     if patches.dim() == 2:
         return grids, list(columns.split(counts, -1)), weight

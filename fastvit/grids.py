@@ -173,8 +173,11 @@ def grid_rows(
     interpolation: str = "bicubic",
     antialias: bool = True,
     align_corners: bool | None = None,
+    merge: int = 1,
 ) -> tuple[Tensor, list[int]]:
     """A table [h, w, D] on the grids of these sizes, each once, however many images have it.
+
+    The positions of a grid come row by row, or in windows of merge × merge of them, which divides rows and columns.
 
     Returns:
         [P, D], one grid behind the other, and of each image the row that its grid begins at.
@@ -189,9 +192,16 @@ def grid_rows(
     if not starts:
         return table.flatten(0, 1)[:0], starts
     if _is_gathered(table, list(first)):
-        return _gathered(table, list(first), how), starts
+        return _gathered(table, list(first), how, merge), starts
     grids = [table if size == table.shape[:2] else resample_grid(table, *size, how) for size in first]
-    return torch.cat([grid.flatten(0, 1) for grid in grids]), starts
+    return torch.cat([_in_windows(grid, merge) for grid in grids]), starts
+
+
+def _in_windows(grid: Tensor, merge: int) -> Tensor:
+    """[rows, columns, ...] as [rows · columns, ...], in windows of merge × merge."""
+    if merge == 1:
+        return grid.flatten(0, 1)
+    return grid.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2).flatten(0, 3)
 
 
 FEW_SIZES = 2  # whose products a GPU makes in no more launches than the sums of all sizes take
@@ -203,10 +213,10 @@ def _is_gathered(table: Tensor, sizes: Sequence[tuple[int, int]]) -> bool:
     return table.device.type == "cuda" and table.dtype != torch.float64 and len(sizes) > FEW_SIZES and _may_keep()
 
 
-def _gathered(table: Tensor, sizes: Sequence[tuple[int, int]], how: Filter) -> Tensor:
+def _gathered(table: Tensor, sizes: Sequence[tuple[int, int]], how: Filter, merge: int = 1) -> Tensor:
     """A table [h, w, D] on the grids of these sizes, [Σ rows · columns, D] float32: one copy to the device and one
     launch."""
-    taps = [_taps(*size, *table.shape[:2], how) for size in sizes]
+    taps = [_taps(size, tuple(table.shape[:2]), how, merge) for size in sizes]
     counts, rows, factors = (torch.cat(parts) for parts in zip(*taps, strict=True))
     starts = counts.cumsum(0, dtype=torch.int32) - counts
     numbers = to_device(torch.cat([rows, starts, factors.view(torch.int32)]), torch.int32, table.device)
@@ -237,11 +247,11 @@ class _Sums(torch.autograd.Function):
 
 
 @lru_cache(maxsize=MOST_TAPS)
-def _taps(rows: int, columns: int, old_rows: int, old_columns: int, how: Filter) -> tuple[Tensor, Tensor, Tensor]:
+def _taps(new: tuple[int, int], old: tuple[int, int], how: Filter, merge: int) -> tuple[Tensor, Tensor, Tensor]:
     """What each position of a grid is a sum of, on the host: how many rows of the table [N], which, by what factors."""
     host = torch.device("cpu")
-    axes = ((rows, old_rows), (columns, old_columns))
-    factors = torch.kron(*(_matrix(new, old, how, None, host, torch.float32) for new, old in axes))
+    axes = (_matrix(*sides, how, None, host, torch.float32) for sides in zip(new, old, strict=True))
+    factors = _in_windows(torch.kron(*axes).unflatten(0, new), merge)
     bags, found = factors.nonzero(as_tuple=True)
     return factors.count_nonzero(1).int(), found.int(), factors[bags, found]
 

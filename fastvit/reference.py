@@ -43,6 +43,8 @@ def patch_embed_packed(
     *,
     sizes: Sequence[tuple[int, int]] | None = None,
     order: str = "CPP",
+    still: bool = False,
+    merge: int = 1,
     pos_embed: Tensor | None = None,
     prefix: Tensor | None = None,
     interpolation: str = "bicubic",
@@ -54,11 +56,19 @@ def patch_embed_packed(
 ) -> tuple[Tensor, Tensor]:
     """Images of any sizes to packed tokens; arguments and results as in
     :func:`fastvit.functional.patch_embed_packed`."""
-    _, _, height, width = weight.shape
+    if weight.dim() == 5:  # frames are so many more channels, in a still all like the first
+        assert isinstance(images, Tensor)
+        frames = weight.shape[2]
+        if still:
+            cut = images.unflatten(-1, (*weight.shape[1:3], -1))
+            images = cut[..., :1, :].expand_as(cut).flatten(-3)
+        mean, std = (None if given is None else [x for x in given for _ in range(frames)] for given in (mean, std))
+        weight = weight.flatten(1, 2)
+    height, width = weight.shape[2:]
     if sizes is not None:  # put the patches together again
         assert isinstance(images, Tensor)
         split = images.split([rows * columns for rows, columns in sizes]) if images.dim() == 2 else images
-        images = [_joined(patches, size, weight, order) for patches, size in zip(split, sizes, strict=True)]
+        images = [_joined(patches, size, weight, order, merge) for patches, size in zip(split, sizes, strict=True)]
     tokens, first = [weight.new_empty(0, weight.shape[0], dtype=dtype)], 0
     for image in images:
         rows, columns = image.shape[1] // height, image.shape[2] // width
@@ -70,16 +80,21 @@ def patch_embed_packed(
                 grid = F.interpolate(grid.mT, (grid.shape[3], length), mode=interpolation, **filtered)
             positions = grid[0].permute(1, 2, 0).flatten(0, 1)
         given: dict[str, Any] = {"pos_embed": positions, "prefix": prefix, "mean": mean, "std": std, "dtype": dtype}
-        tokens.append(patch_embed(image[None], weight, bias, **given)[0])
+        own = patch_embed(image[None], weight, bias, **given)[0]
+        if merge > 1:  # as the patches came
+            in_rows = own[-rows * columns :].unflatten(0, (rows // merge, merge, columns // merge, merge))
+            own = torch.cat([own[: -rows * columns], in_rows.transpose(1, 2).flatten(0, 3)])
+        tokens.append(own)
         first += rows * columns
     ends = torch.tensor([len(own) for own in tokens]).cumsum(0).to(weight.device, torch.int32)
     return torch.cat(tokens), ends
 
 
-def _joined(patches: Tensor, size: tuple[int, int], weight: Tensor, order: str) -> Tensor:
+def _joined(patches: Tensor, size: tuple[int, int], weight: Tensor, order: str, merge: int) -> Tensor:
     """[N, C·P_h·P_w], or more of them than N, to the image [C, H, W]."""
     (rows, columns), (_, channels, height, width) = size, weight.shape
-    cut = patches[: rows * columns]
+    cut = patches[: rows * columns].unflatten(0, (rows // merge, columns // merge, merge, merge))
+    cut = cut.transpose(1, 2).reshape(rows * columns, -1)
     if order == "CPP":
         cut = cut.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
     else:

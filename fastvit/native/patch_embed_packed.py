@@ -14,12 +14,13 @@ from fastvit.native.patch_embed import multiplied
 def forward(*arguments: Any) -> Tensor:
     """[C, H_i, W_i] each → [Σ R+N_i, D]; arguments as of the op, already checked."""
     *given, compute_dtype, dtype = arguments
-    return run_forward(torch.ops.fastvit_native.patch_embed_packed_cuda, None, *given, multiplied(compute_dtype), dtype)
+    settled = (*given, multiplied(compute_dtype), dtype)
+    return run_forward(torch.ops.fastvit_native.patch_embed_packed_cuda, None, *settled)
 
 
 def backward(*arguments: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The gradients of images, weight, bias, and prefix and position rows; none of the images, or of size 0, where not
     needed. That of the images, which few train, is plain PyTorch's."""
     *given, compute_dtype, prefix_rows, table_rows, needs = arguments
-    op = torch.ops.fastvit_native.patch_embed_packed_backward_cuda
-    return run_backward(op, None, *given, multiplied(compute_dtype), prefix_rows, table_rows, needs)
+    settled = (*given, multiplied(compute_dtype), prefix_rows, table_rows, needs)
+    return run_backward(torch.ops.fastvit_native.patch_embed_packed_backward_cuda, None, *settled)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,6 +96,51 @@ def test_cut_patches_are_the_images(backend: str, device: str, order: str, padde
     assert torch.equal(offsets, same_offsets)
 
 
+@pytest.mark.parametrize("still", [False, True], ids=["clip", "still"])
+def test_frames_are_a_convolution_over_time(backend: str, device: str, still: bool) -> None:
+    """Patches [N, C·T·P·P] and a weight as Qwen2-VL's: those of its Conv3d, of stills by one frame of each."""
+    frames, sizes = 2, [(2, 4), (6, 2)]
+    patches = torch.randn(20, C, frames, P, P, device=device)
+    if still:
+        patches[:, :, 1] = patches[:, :, 0]
+    weight = torch.randn(D, C, frames, P, P, device=device, requires_grad=True)
+    expected = F.conv3d(patches, weight).flatten(1)
+    read = patches.clone()
+    if still:
+        read[:, :, 1] = torch.nan
+    tokens, _ = functional.patch_embed_packed(read.flatten(1), weight, sizes=sizes, still=still, backend=backend)
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
+    grad = torch.randn_like(tokens)
+    ours, theirs = (torch.autograd.grad(out, weight, grad)[0] for out in (tokens, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_of_patches_in_windows(backend: str, device: str) -> None:
+    sizes, merge = [(4, 6), (2, 2), (6, 4)], 2
+    t = make(device, sizes=sizes)
+    images, table = t.pop("images"), t["pos_embed"]
+    in_rows, offsets = functional.patch_embed_packed(torch.cat(cut(images, "CPP")), **t, sizes=sizes, backend=backend)
+
+    def windows(rows: Tensor, size: tuple[int, int]) -> Tensor:
+        grid = rows.unflatten(0, size)
+        return torch.stack([
+            grid[top + y, left + x]
+            for top in range(0, size[0], merge) for left in range(0, size[1], merge)
+            for y in range(merge) for x in range(merge)
+        ])  # fmt: skip
+
+    patches = [windows(own, size) for own, size in zip(cut(images, "CPP"), sizes, strict=True)]
+    options = {"sizes": sizes, "merge": merge, "backend": backend}
+    tokens, _ = functional.patch_embed_packed(torch.cat(patches), **t, **options)
+    expected = [
+        torch.cat([own[:2], windows(own[2:], size)])
+        for own, size in zip(in_rows.split([2 + r * c for r, c in sizes]), sizes, strict=True)
+    ]
+    torch.testing.assert_close(tokens, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), table)[0] for out in (tokens, torch.cat(expected)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_only_what_is_asked_for_has_a_gradient(backend: str, device: str) -> None:
     t = make(device)
     first, *others = t["images"]
@@ -171,6 +217,17 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
      "sizes: expected a pair of Python numbers an image, got Tensor; of a tensor take .tolist"),
     ({"images": torch.randn(4, 48), "sizes": [(2, 2.0)]}, TypeError, "sizes: expected whole numbers of Python"),
     ({"images": torch.randn(4, 48), "sizes": [(2, 2)], "order": "CP"}, ValueError, "order: unknown 'CP'; known: CPP"),
+    ({"images": torch.randn(4, 96), "weight": torch.randn(D, C, 2, P, P), "sizes": [(2, 2)], "order": "PPC"},
+     ValueError, "order: of patches with frames it is CPP, not PPC"),
+    ({"images": torch.randn(4, 48), "weight": torch.randn(D, C, 2, P, P), "sizes": [(2, 2)]}, ValueError,
+     r"images: expected patches \[N, 96\]"),
+    ({"weight": torch.randn(D, C, 2, P, P)}, ValueError, r"weight: expected 4 dimensions \[D, C, P_h, P_w\], got 5"),
+    ({"images": torch.randn(4, 48), "sizes": [(2, 2)], "still": True}, ValueError, "still: weight has no frames"),
+    ({"still": True}, ValueError, "still, merge: of patches that are cut already, with sizes, alone"),
+    ({"merge": 2}, ValueError, "still, merge: of patches that are cut already, with sizes, alone"),
+    ({"images": torch.randn(10, 48), "sizes": [(2, 2), (2, 3)], "merge": 2}, ValueError,
+     r"sizes\[1\]: 2 x 3 patches are not whole windows of merge=2"),
+    ({"images": torch.randn(4, 48), "sizes": [(2, 2)], "merge": 0}, ValueError, "merge: 0 must be at least 1"),
     ({"mean": (0.5,) * 2, "std": (0.5,) * 3}, ValueError, "mean: 2 values, expected 3"),
 ]  # fmt: skip
 

@@ -29,6 +29,8 @@ class PackedInputs(Inputs):
 
     sizes: Sizes | None = None
     order: str = "CPP"
+    still: bool = False
+    merge: int = 1
     interpolation: str = "bicubic"
     antialias: bool = True
     align_corners: bool | None = None
@@ -46,6 +48,9 @@ class PackedCase(Case[PackedInputs]):
     images: str = "same"  # uint8, same, or the name of a float dtype
     layout: str = "nchw"  # nchw, channels_last, mixed (both), cropped; of cut patches: packed, padded
     order: str = "CPP"
+    frames: int = 1  # of a cut patch
+    still: bool = False
+    merge: int = 1
     bias: bool = True
     prefix: int = 1
     positions: str = "grid"  # none, grid, rows
@@ -60,7 +65,8 @@ class PackedCase(Case[PackedInputs]):
     def make(self, draw: Draw) -> PackedInputs:
         (ph, pw), compute = self.patch, draw.compute
         table_dtype = self.table_dtype(compute)
-        length = self.channels * ph * pw
+        length = self.channels * self.frames * ph * pw
+        kernel = (self.channels, *((self.frames,) if self.frames > 1 else ()), ph, pw)
         counts = [rows * columns for rows, columns in self.sizes]
         shapes = {"none": None, "grid": (*self.grid, self.width), "rows": (sum(counts), self.width)}
         table = shapes[self.positions]
@@ -70,7 +76,7 @@ class PackedCase(Case[PackedInputs]):
         return PackedInputs(
             tensors={
                 **self._images(draw),
-                "weight": draw.normal(self.width, self.channels, ph, pw, dtype=weight_dtype, scale=length**-0.5),
+                "weight": draw.normal(self.width, *kernel, dtype=weight_dtype, scale=length**-0.5),
                 "bias": draw.normal(self.width, dtype=table_dtype) if self.bias else None,
                 "pos_embed": None if table is None else draw.normal(*table, dtype=table_dtype),
                 "prefix": draw.normal(self.prefix, self.width, dtype=table_dtype) if self.prefix else None,
@@ -79,6 +85,8 @@ class PackedCase(Case[PackedInputs]):
             compute=compute,
             sizes=self.sizes if self.layout in ("packed", "padded") else None,
             order=self.order,
+            still=self.still,
+            merge=self.merge,
             interpolation=interpolation,
             antialias=antialias,
             align_corners=align_corners,
@@ -93,7 +101,7 @@ class PackedCase(Case[PackedInputs]):
         (ph, pw), compute = self.patch, draw.compute
         dtype = {"uint8": torch.uint8, "same": compute}.get(self.images) or DTYPES[self.images]
         counts = [rows * columns for rows, columns in self.sizes]
-        length = self.channels * ph * pw
+        length = self.channels * self.frames * ph * pw
         if self.layout == "packed":
             return {"images": draw.laid_out((sum(counts), length), "contiguous", dtype)}
         if self.layout == "padded":
@@ -110,7 +118,12 @@ def plain(inputs: PackedInputs, tensors: Tensors, tf32: bool = False) -> Tensor:
     """The eager pipeline, a loop over the images: to-float, normalise, cast, convolution, interpolate, add, cat."""
     weight, bias, table, prefix = (tensors[name] for name in ("weight", "bias", "pos_embed", "prefix"))
     assert weight is not None
-    images = _uncut(inputs, tensors_of("images", tensors), weight)
+    images = tensors_of("images", tensors)
+    if weight.dim() == 5:  # of several frames, as so many more channels; of stills the first one alone
+        if inputs.still:
+            images = [patches.unflatten(-1, (*weight.shape[1:3], -1))[..., 0, :].flatten(-2) for patches in images]
+        weight = weight.sum(2) if inputs.still else weight.flatten(1, 2)
+    images = _uncut(inputs, images, weight)
     convolution = tf32_conv2d if tf32 else F.conv2d
     tokens, first = [], 0
     with torch.autocast(weight.device.type, inputs.compute, enabled=inputs.autocast):
@@ -120,7 +133,11 @@ def plain(inputs: PackedInputs, tensors: Tensors, tf32: bool = False) -> Tensor:
             x = image.float() / 255 if image.dtype is torch.uint8 else image
             if inputs.mean is not None and inputs.std is not None:
                 x = x.float()
-                x = (x - x.new_tensor(inputs.mean).view(-1, 1, 1)) / x.new_tensor(inputs.std).view(-1, 1, 1)
+                repeats = x.shape[0] // len(inputs.mean)  # frames
+                mean, std = (
+                    x.new_tensor(v).repeat_interleave(repeats)[:, None, None] for v in (inputs.mean, inputs.std)
+                )
+                x = (x - mean) / std
             x = x if inputs.autocast else x.to(inputs.compute)
             out = convolution(x[None], kernel, offset, stride=kernel.shape[2:])
             rows, columns = out.shape[2:]
@@ -141,7 +158,8 @@ def _positions(inputs: PackedInputs, table: Tensor, rows: int, columns: int, fir
     options: dict[str, Any] = {"antialias": inputs.antialias, "align_corners": inputs.align_corners}
     for length in (rows, columns):  # see the reference
         grid = F.interpolate(grid.mT, (grid.shape[3], length), mode=inputs.interpolation, **options)
-    return grid[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+    windows = grid[0].unflatten(2, (-1, inputs.merge)).unflatten(1, (-1, inputs.merge))  # [D, r/m, m, c/m, m]
+    return windows.permute(1, 3, 2, 4, 0).flatten(0, 3).to(table.dtype)
 
 
 def _uncut(inputs: PackedInputs, images: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
@@ -239,6 +257,10 @@ OP = Op(
         _RAW("cut patches, (P, P, C), raw", layout="packed", order="PPC", positions="rows", prefix=5),
         _P("aligned corners, without antialias", filter=("bilinear", False, True), grid=(4, 4)),
         _P("fp32 images, normalised", images="float32", normalise=True, out="float32"),
+        _P("patches of two frames in windows", layout="packed", frames=2, merge=2, sizes=((2, 4), (4, 2), (6, 4)),
+           filter=("bilinear", False, True)),
+        _RAW("stills of two frames, raw", layout="packed", frames=2, still=True, prefix=0, parameters="masters"),
+        _P("padded stills of three frames", layout="padded", frames=3, still=True, normalise=True, channels=2),
         _P("no images", sizes=(), batch=0),
         _P("a hundred sizes", sizes=tuple((1 + i % 10, 1 + i // 10) for i in range(100)), patch=(2, 2), width=24),
     ),
