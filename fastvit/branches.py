@@ -174,12 +174,14 @@ def _projected(x: Normed, products: Products) -> Tensor:
 
 
 def _attend(
-    linear: Any, heads: int, setup: Setup, norms: tuple[Any, Any], dropout: float, **options: Any
+    linear: Any, heads: int, setup: Setup, norms: tuple[Any, Any], dropout: float, attend: Any = None, **options: Any
 ) -> Callable[[Normed], Tensor]:
-    """The same of a linear layer, with what goes over queries and keys."""
+    """The same of a linear layer, with what goes over queries and keys; `attend(q, k, v, dropout)`, where it is given,
+    makes [B, T, D] of [B, H, T, D/H] each."""
     weight, bias, backend = attribute(linear, "weight"), attribute(linear, "bias"), setup.backend
     is_as_it_is = bool(why_not_linear(linear))
-    if all(norm is None or (type(norm) is nn.Identity and not why_observed(norm)) for norm in norms):
+    has_norms = not all(norm is None or (type(norm) is nn.Identity and not why_observed(norm)) for norm in norms)
+    if attend is None and not has_norms:
         if not is_as_it_is:
             return attend_packed(weight, bias, heads, setup, dropout=dropout, **options)
         return lambda x: functional.attention(
@@ -192,6 +194,8 @@ def _attend(
         qkv, added = (linear(x.tensor()), None) if is_as_it_is else (_projected(x, products), bias)
         q, k, v = functional.split_heads(qkv, added, heads, backend=backend)
         q, k = (tensor if norm is None else norm(tensor) for norm, tensor in zip(norms, (q, k), strict=True))
+        if attend is not None:
+            return attend(q, k, v, dropout)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options).transpose(1, 2).flatten(2)
 
     return run

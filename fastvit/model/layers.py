@@ -380,14 +380,18 @@ class Block(nn.Module):
         setup = Setup.of(x, None, self.residual_dtype is not None)
         if setup is not None:
             options = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
-            return self.stream(Stream(x), setup, True, **options).tensor(setup)
+            return self._run(Stream(x), setup, True, **options).tensor(setup)
         branch = self.attn(self.norm1(self._branch_input(x)), attn_mask=attn_mask, is_causal=is_causal)
         x = self._add(x, self.drop_path1(self.ls1(branch)))
         branch = self.mlp(self.norm2(self._branch_input(x)))
         return self._add(x, self.drop_path2(self.ls2(branch)))
 
-    def stream(self, stream: Stream, setup: Setup, ends: bool = False, **options: Any) -> Stream:
-        """The same on the residual stream, which `ends` here or goes on; options of attention by name."""
+    def stream(self, stream: Stream, setup: Setup) -> Stream | None:
+        """The same on the residual stream; None for a subclass with a forward of its own."""
+        return self._run(stream, setup) if type(self).forward is Block.forward else None
+
+    def _run(self, stream: Stream, setup: Setup, ends: bool = False, **options: Any) -> Stream:
+        """On the residual stream, which `ends` here or goes on; options of attention by name."""
         make = functools.partial(self._halves, setup, ends, options)
         for half in make() if options else trunk.kept(self, (setup, ends), make):
             stream = trunk.run_half(stream, half, setup)

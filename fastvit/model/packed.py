@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from fastvit.checks import check_image_list
 from fastvit.guards import attribute, why_not_plain, why_observed
 from fastvit.model.layers import Attention, Block, DropPath, LayerScale, Mlp, QuickGELU, first_parameter
+from fastvit.stream import Setup, Stream
 from fastvit.transfer import to_device
+from fastvit.trunk import TIMM, half_of, run_half
 
 __all__ = ["Packing", "features", "logits"]
 
@@ -91,16 +93,7 @@ def _tokens(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
     x, packing = _embed(model, images)
     if not packing.order:
         return x, packing
-    if why_not_plain(model.blocks, nn.Sequential):
-        x = packing.by_batch(model.blocks, x)
-    else:
-        for block in model.blocks:
-            run = _run_block if _is_plain(block) else _run_batches
-            if model.grad_checkpointing:
-                x = checkpoint(run, block, x, packing, use_reentrant=False)
-            else:
-                x = run(block, x, packing)
-    return packing.each(model.norm, model._leave_residual(x)), packing
+    return packing.each(model.norm, model._leave_residual(_run_blocks(model, x, packing))), packing
 
 
 def _is_own(model: Any, *names: str) -> bool:
@@ -182,6 +175,44 @@ def _is_plain(block: Any) -> bool:
     return all(_is_by_token(part) for part in parts if part is not attention and part not in drops)
 
 
+def _run_blocks(model: Any, x: Tensor, packing: Packing) -> Tensor:
+    """All blocks one after another; by the trunk's ops, where these pay, as one sequence [1, ΣT, D]."""
+    if why_not_plain(model.blocks, nn.Sequential):
+        return packing.by_batch(model.blocks, x)
+    setup = Setup.of(x[None], None, model.residual_dtype is not None)
+    stream = Stream(x[None])
+    for block in model.blocks:
+        if setup is not None and not model.grad_checkpointing and _is_plain(block) and not _drops_depth(block):
+            stream = _stream_block(block, stream, packing, setup)
+            continue
+        x = (stream.residual if setup is None else stream.tensor(setup))[0]
+        run = _run_block if _is_plain(block) else _run_batches
+        if model.grad_checkpointing:
+            x = checkpoint(run, block, x, packing, use_reentrant=False)
+        else:
+            x = run(block, x, packing)
+        stream = Stream(x[None])
+    return (stream.residual if setup is None else stream.tensor(setup))[0]
+
+
+def _stream_block(block: Block, stream: Stream, packing: Packing, setup: Setup, ends: bool = False) -> Stream:
+    """`Block.stream`, but for attention within each image."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        q, k, v = (each[0].transpose(0, 1) for each in (q, k, v))  # [ΣT, heads, D/heads]
+        return _within_images(q, k, v, dropout, packing).flatten(1)[None]
+
+    first, second = TIMM
+    stream = run_half(stream, half_of(block, first, setup, attend=attend), setup)
+    return run_half(stream, half_of(block, second, setup._replace(ends=ends)), setup)
+
+
+def _drops_depth(block: Block) -> bool:
+    """Whether stochastic depth is at work, which draws a factor an image."""
+    drops = (block.drop_path1, block.drop_path2)
+    return any(isinstance(drop, DropPath) and drop.training and drop.drop_prob for drop in drops)
+
+
 def _run_batches(block: nn.Module, x: Tensor, packing: Packing) -> Tensor:
     """Any block, on one batch after another of images with as many tokens."""
     return packing.by_batch(block, x)
@@ -189,6 +220,9 @@ def _run_batches(block: nn.Module, x: Tensor, packing: Packing) -> Tensor:
 
 def _run_block(block: Block, x: Tensor, packing: Packing) -> Tensor:
     """[ΣT, D] to [ΣT, D]: `Block.forward`, but for attention within each image, and depth that is dropped by image."""
+    setup = None if _drops_depth(block) else Setup.of(x[None], None, block.residual_dtype is not None)
+    if setup is not None:
+        return _stream_block(block, Stream(x[None]), packing, setup, ends=True).tensor(setup)[0]
     branch = block.ls1(_attend(block.attn, block.norm1(block._branch_input(x)), packing))
     x = block._add(x, _drop_path(block.drop_path1, branch, packing))
     branch = block.ls2(block.mlp(block.norm2(block._branch_input(x))))
@@ -201,16 +235,20 @@ def _attend(attention: Any, x: Tensor, packing: Packing) -> Tensor:
     q, k, v = attention.qkv(x).unflatten(-1, (3, *heads)).unbind(1)  # each [ΣT, heads, D/heads]
     q, k = attention.q_norm(q), attention.k_norm(k)
     dropout = attention.attn_drop.p if attention.training else 0.0
-    if x.is_cuda and not dropout and v.dtype in (torch.float16, torch.bfloat16):
-        out = _attend_at_once(q.to(v.dtype), k.to(v.dtype), v, packing)
-    else:
-        found = []
-        for batch in zip(*(packing.batches(each) for each in (q, k, v)), strict=True):
-            of_q, of_k, of_v = (each.transpose(1, 2) for each in batch)  # [B, heads, T, D/heads]
-            own = F.scaled_dot_product_attention(of_q, of_k, of_v, dropout_p=dropout)
-            found.append(own.transpose(1, 2).flatten(0, 1))
-        out = torch.cat(found)
+    out = _within_images(q, k, v, dropout, packing)
     return attention.proj_drop(attention.proj(attention.norm(out.flatten(1))))
+
+
+def _within_images(q: Tensor, k: Tensor, v: Tensor, dropout: float, packing: Packing) -> Tensor:
+    """Attention of [ΣT, heads, D/heads] each, to the same."""
+    if v.is_cuda and not dropout and v.dtype in (torch.float16, torch.bfloat16):
+        return _attend_at_once(q.to(v.dtype), k.to(v.dtype), v, packing)
+    found = []
+    for batch in zip(*(packing.batches(each) for each in (q, k, v)), strict=True):
+        of_q, of_k, of_v = (each.transpose(1, 2) for each in batch)  # [B, heads, T, D/heads]
+        own = F.scaled_dot_product_attention(of_q, of_k, of_v, dropout_p=dropout)
+        found.append(own.transpose(1, 2).flatten(0, 1))
+    return torch.cat(found)
 
 
 def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

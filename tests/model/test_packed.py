@@ -11,10 +11,21 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from fastvit.backend import launch_counts
+from fastvit import stream
+from fastvit.backend import launch_counts, why_unavailable
 from fastvit.model.layers import Block, DropPath, GluMlp
 
 SIZES = [(32, 48), (16, 16), (48, 32), (32, 48), (64, 32), (16, 80)]
+
+
+@pytest.fixture(params=["modules", "ops"], autouse=True)
+def by_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether blocks run by the trunk's ops, as they do where there are more tokens."""
+    if request.param == "ops":
+        if reason := why_unavailable("native", "cpu"):
+            pytest.skip(f"without the library for the processor no model runs by ops here: {reason}")
+        monkeypatch.setattr(stream, "LEAST_ON_A_CPU", 0)
+    return request.param == "ops"
 
 
 def make(**options: Any) -> fastvit.VisionTransformer:
@@ -81,6 +92,16 @@ def test_the_embedding_is_one_call() -> None:
     make()(images())
     made = {key: count - before.get(key, 0) for key, count in launch_counts().items() if "patch_embed" in key[0]}
     assert [op for (op, _), count in made.items() if count] == ["patch_embed_packed"] and sum(made.values()) == 1
+
+
+def test_the_blocks_are_run_by_the_ops(by_ops: bool) -> None:
+    """One call for all images of what they are: additions with the norms behind them, and gradients of heads."""
+    model = make(drop_path_rate=0.1)
+    before = launch_counts()
+    model(images()).sum().backward()
+    made = {op: count - before.get((op, "native"), 0) for (op, _), count in launch_counts().items()}
+    expected = {"add_norm": 4, "add_norm_backward": 4, "split_heads_backward": 2, "bias_act": 2}
+    assert {op: made.get(op, 0) for op in expected} == (expected if by_ops else dict.fromkeys(expected, 0))
 
 
 def _hooked(model: fastvit.VisionTransformer) -> None:

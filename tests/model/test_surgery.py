@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 import fastvit
-from fastvit import guards
+from fastvit import guards, stream
 from fastvit.backend import launch_counts, reset_launch_counts
+from fastvit.model.layers import Block
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 IMAGES = (2, 3, 24, 32)
@@ -474,3 +475,28 @@ def test_a_subclass_with_positions_of_its_own(tiny, monkeypatch):
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if name != "pos_embed"})
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-5)
+
+
+class Halved(Block):
+    """A block that somebody has written over ours."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return super().forward(x, **options) / 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_block_with_a_forward_of_its_own_runs_it(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    """Also among blocks that run by the trunk's ops, which are not called as modules."""
+    torch.manual_seed(0)
+    options = {"img_size": (24, 32), "patch_size": 8, "embed_dim": WIDTH, "num_heads": 3, "depth": 2}
+    model = fastvit.VisionTransformer(**options).eval()
+    model.set_grad_checkpointing(checkpointing)
+    images = torch.randn(IMAGES)
+    model.blocks[0].__class__ = Halved
+    found = []
+    for least in (2**40, 0):
+        monkeypatch.setattr(stream, "LEAST_ON_A_CPU", least)
+        found.append(model(images))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    model.blocks[0].__class__ = Block
+    assert not torch.allclose(found[0], model(images), atol=1e-3)
