@@ -24,7 +24,7 @@ from fastvit.checks import FLOAT_DTYPES, check_dtype, check_tensor, pairs, requi
 from fastvit.guards import is_transformed
 from fastvit.transfer import to_device
 
-__all__ = ["Filter", "axis_matrix", "resample_grid", "resample_grids"]
+__all__ = ["Filter", "axis_matrix", "gathered", "grid_rows", "resample_grid", "resample_grids"]
 
 MODES = ("nearest", "nearest-exact", "area", "bilinear", "bicubic", "lanczos")
 CORNERED = ("bilinear", "bicubic")
@@ -192,7 +192,7 @@ def grid_rows(
     if not starts:
         return table.flatten(0, 1)[:0], starts
     if _is_gathered(table, list(first)):
-        return _gathered(table, list(first), how, merge), starts
+        return gathered(table, list(first), how, merge), starts
     grids = [table if size == table.shape[:2] else resample_grid(table, *size, how) for size in first]
     return torch.cat([_in_windows(grid, merge) for grid in grids]), starts
 
@@ -213,7 +213,7 @@ def _is_gathered(table: Tensor, sizes: Sequence[tuple[int, int]]) -> bool:
     return table.device.type == "cuda" and table.dtype != torch.float64 and len(sizes) > FEW_SIZES and _may_keep()
 
 
-def _gathered(table: Tensor, sizes: Sequence[tuple[int, int]], how: Filter, merge: int = 1) -> Tensor:
+def gathered(table: Tensor, sizes: Sequence[tuple[int, int]], how: Filter, merge: int = 1) -> Tensor:
     """A table [h, w, D] on the grids of these sizes, [Σ rows · columns, D] float32: one copy to the device and one
     launch."""
     taps = [_taps(size, tuple(table.shape[:2]), how, merge) for size in sizes]

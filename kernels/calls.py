@@ -20,7 +20,8 @@ from fastvit.kernels.manifest import Entry
 
 # Ops of PyTorch that launch nothing.
 FREE = frozenset(
-    "empty empty_like empty_strided new_empty view select slice detach alias expand permute as_strided".split()
+    "empty empty_like empty_strided new_empty view select slice detach alias expand permute as_strided unbind "
+    "split_with_sizes".split()
 )
 
 

@@ -9,13 +9,13 @@ The rows of a tile may be those of several images, whose strides differ: where e
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from fastvit import grids
 from fastvit.cpu import patch_embed_packed as plain
 from fastvit.kernels import launch, manifest
 from fastvit.kernels.add_position import supported
@@ -495,33 +495,34 @@ def _check_sizes(tokens: int, positions: int, width: int) -> None:
         raise ValueError(f"images: {tokens} tokens and {positions} positions; there must be less than 2^31 of each")
 
 
-# Calls that stand for the op where launches are counted: 64 uint8 images of 2 to 4:1 for ViT-B/16, in bfloat16, with
-# fp32 parameters, class token, and a position of its own for every patch.
-def _example() -> tuple[list[Tensor], Tensor]:
-    grids = [(14, 14), (10, 20), (20, 10), (7, 28), (16, 12), (12, 16), (9, 21), (25, 8)] * 8
-    images = [torch.empty(3, 16 * rows, 16 * columns, dtype=torch.uint8, device="meta") for rows, columns in grids]
-    return images, torch.empty(768, 3, 16, 16, device="meta")
+# Calls that stand for the op where launches are counted: 64 uint8 images of eight shapes for ViT-B/16, in bfloat16,
+# with fp32 parameters, a class token, and positions of a grid of 16 x 16 for each shape.
+GRIDS = ((14, 14), (10, 20), (20, 10), (7, 28), (16, 12), (12, 16), (9, 21), (25, 8)) * 8
+
+
+def _example() -> tuple[list[Tensor], Tensor, list[int]]:
+    images = [torch.empty(3, 16 * rows, 16 * columns, dtype=torch.uint8, device="meta") for rows, columns in GRIDS]
+    first = {grid: sum(rows * columns for rows, columns in GRIDS[:i]) for i, grid in enumerate(GRIDS[:8])}
+    return images, torch.empty(768, 3, 16, 16, device="meta"), [first[grid] for grid in GRIDS]
 
 
 def _example_forward() -> Tensor:
-    images, weight = _example()
-    starts = list(itertools.accumulate((image[0].numel() // 256 for image in images), initial=0))
-    bias, prefix = weight.new_empty(768), weight.new_empty(1, 768)
-    positions = weight.new_empty(starts.pop(), 768)
+    images, weight, starts = _example()
+    bias, prefix, table = weight.new_empty(768), weight.new_empty(1, 768), weight.new_empty(16, 16, 768)
+    positions = grids.gathered(table, GRIDS[:8], grids.Filter())
     settings = [0.5] * 3, [0.5] * 3, torch.bfloat16, torch.bfloat16
     return forward(weight, bias, positions, prefix, images, starts, *settings)
 
 
 def _example_backward() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    images, weight = _example()
-    starts = list(itertools.accumulate((image[0].numel() // 256 for image in images), initial=0))
-    rows = starts.pop()
-    grad = weight.new_empty(rows + len(images), 768, dtype=torch.bfloat16)
-    settings = [0.5] * 3, [0.5] * 3, torch.bfloat16, 1, rows
+    images, weight, starts = _example()
+    patches = sum(rows * columns for rows, columns in GRIDS)
+    grad = weight.new_empty(patches + len(images), 768, dtype=torch.bfloat16)
+    settings = [0.5] * 3, [0.5] * 3, torch.bfloat16, 1, patches // 8
     return backward(grad, weight, images, starts, *settings, (False, True, True, True))
 
 
 CALLS = {
-    "patch_embed_packed forward, 64 sizes": _example_forward,
+    "patch_embed_packed forward, 64 images": _example_forward,
     "patch_embed_packed backward of all parameters": _example_backward,
 }

@@ -169,6 +169,19 @@ def test_values_are_never_waited_for(backend: str) -> None:
         tokens.sum().backward()
 
 
+def test_a_gpu_is_never_waited_for(backend: str, device: str) -> None:
+    """Also not for what the host copies to it: offsets, the table of images, and what positions are made of."""
+    if device != "cuda":
+        pytest.skip("only a GPU runs beside the host")
+    t = make(device, uint8=True)
+    for mode in ("default", "error"):  # the first call loads kernels and constants
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            functional.patch_embed_packed(**t, **NORMALISATION, backend=backend)[0].sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_compiled_whole_and_once_for_all_sizes(backend: str, device: str) -> None:
     graphs: list[Any] = []
 
