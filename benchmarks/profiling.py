@@ -41,7 +41,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "fused block ops": ("add_norm", "bias_act", "pack_heads", "split_heads"),
     "patch embedding": (
         "fastvit::", "patch_embed", "add_position", "prepare_weight", "position_table", "reduce_weight_gradient",
-        "sum_rows", "sum_segments",
+        "sum_rows", "sum_segments", "packed_forward", "packed_weight_gradient", "place_rows", "sum_positions",
     ),
     "attention": ("attention", "flash", "fmha", "sdpa", "mem_eff"),
     "optimizer": ("optimizer", "adam", "multi_tensor"),

@@ -17,6 +17,7 @@ from fastvit import functional
 from fastvit.cpu.linear import linear as apply_linear
 from fastvit.guards import attribute, forward_of, full_name, why_not_plain, why_not_plain_parameters, why_observed
 from fastvit.half_block import Products
+from fastvit.positions import rotate
 from fastvit.stream import MOST_READY, Normed, Result, Setup
 
 __all__ = [
@@ -174,14 +175,22 @@ def _projected(x: Normed, products: Products) -> Tensor:
 
 
 def _attend(
-    linear: Any, heads: int, setup: Setup, norms: tuple[Any, Any], dropout: float, attend: Any = None, **options: Any
+    linear: Any,
+    heads: int,
+    setup: Setup,
+    norms: tuple[Any, Any],
+    dropout: float,
+    attend: Callable[..., Tensor] | None = None,
+    rotary: Tensor | None = None,
+    **options: Any,
 ) -> Callable[[Normed], Tensor]:
-    """The same of a linear layer, with what goes over queries and keys; `attend(q, k, v, dropout)`, where it is given,
-    makes [B, T, D] of [B, H, T, D/H] each."""
+    """The same of a linear layer, with what goes over queries and keys: norms, and `rotary` as of
+    `fastvit.positions.rotary_2d`. `attend(q, k, v, dropout)`, where it is given, makes [B, T, D] of [B, H, T, D/H]
+    each."""
     weight, bias, backend = attribute(linear, "weight"), attribute(linear, "bias"), setup.backend
     is_as_it_is = bool(why_not_linear(linear))
     has_norms = not all(norm is None or (type(norm) is nn.Identity and not why_observed(norm)) for norm in norms)
-    if attend is None and not has_norms:
+    if attend is None and rotary is None and not has_norms:
         if not is_as_it_is:
             return attend_packed(weight, bias, heads, setup, dropout=dropout, **options)
         return lambda x: functional.attention(
@@ -194,6 +203,8 @@ def _attend(
         qkv, added = (linear(x.tensor()), None) if is_as_it_is else (_projected(x, products), bias)
         q, k, v = functional.split_heads(qkv, added, heads, backend=backend)
         q, k = (tensor if norm is None else norm(tensor) for norm, tensor in zip(norms, (q, k), strict=True))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         if attend is not None:
             return attend(q, k, v, dropout)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options).transpose(1, 2).flatten(2)

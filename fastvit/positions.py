@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvit.grids import Filter, resample_grid
 
-__all__ = ["numbers_where_traced", "resample_pos_embed", "sincos_2d"]
+__all__ = ["numbers_where_traced", "resample_pos_embed", "rotary_2d", "rotate", "sincos_2d"]
 
 
 def sincos_2d(
@@ -57,6 +57,51 @@ def sincos_2d(
     of_y = torch.cat([y.sin(), y.cos()], dim=1)[:, None].expand(-1, columns, -1)
     table = torch.cat([of_x, of_y], dim=2).reshape(rows * columns, dim)
     return F.pad(table, (0, 0, num_prefix_tokens, 0)).to(dtype)
+
+
+def rotary_2d(
+    grid: Sequence[int],
+    dim: int,
+    *,
+    num_prefix_tokens: int = 0,
+    temperature: float = 10000.0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Rotary positions on a grid (Su et al., 2021), rows and columns apart, as timm's `RotaryEmbeddingCat` has them.
+
+    With ω_i = temperature^(−i / (dim/4)), of a head's dim values the pairs (2i, 2i + 1) of the first half are turned by
+    the angle y · ω_i, and those of the second by x · ω_i; see :func:`rotate`.
+
+    Args:
+        grid: rows and columns of patches.
+        dim: width of a head; a multiple of 4.
+        num_prefix_tokens: class and register tokens in front, which are not turned.
+        temperature: sets the longest wavelength, 2π · temperature.
+
+    Returns:
+        [2, num_prefix_tokens + rows · columns, dim] float32: cosines and sines.
+
+    Raises:
+        ValueError: a width that can't be.
+    """
+    rows, columns = _grid("grid", grid)
+    if dim < 4 or dim % 4 != 0:
+        raise ValueError(f"dim: {dim} is not a positive multiple of 4, which rotary positions need")
+    omega = temperature ** -(torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4))
+    y = torch.arange(rows, dtype=torch.float32, device=device)[:, None] * omega  # [rows, dim/4]
+    x = torch.arange(columns, dtype=torch.float32, device=device)[:, None] * omega
+    of_y, of_x = y[:, None].expand(-1, columns, -1), x.expand(rows, -1, -1)
+    angles = torch.cat([of_y, of_x], dim=2).flatten(0, 1).repeat_interleave(2, 1)  # [N, dim]
+    angles = F.pad(angles, (0, 0, num_prefix_tokens, 0))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Queries or keys [..., dim] turned by cosines and sines [2, ..., dim], in float32, and rounded once."""
+    cosines, sines = rotary.unbind(0)
+    wide = x.to(torch.promote_types(x.dtype, rotary.dtype))
+    turned = torch.stack([-wide[..., 1::2], wide[..., ::2]], dim=-1).flatten(-2)
+    return (wide * cosines + turned * sines).to(x.dtype)
 
 
 def resample_pos_embed(

@@ -154,15 +154,16 @@ def _factors(drop_path: Any, branch: Tensor, scale: Tensor | None) -> Tensor:
     return drop_path(branch.new_ones((branch.shape[0], 1, 1), dtype=dtype)).flatten().float()
 
 
-def run_blocks(blocks: Iterable[Any], x: Tensor, setup: Setup) -> Tensor:
-    """Blocks one after another. A block has a `stream(stream, setup)` that gives the stream behind it, or None where it
-    runs its own code; it is called as a module, with a tensor, where somebody watches it."""
+def run_blocks(blocks: Iterable[Any], x: Tensor, setup: Setup, **options: Any) -> Tensor:
+    """Blocks one after another, each with these options. A block has a `stream(stream, setup)` that gives the stream
+    behind it, or None where it runs its own code; it is called as a module, with a tensor, where somebody watches it.
+    """
     stream = Stream(x)
     for block in blocks:
         following = None
         if hasattr(block, "stream") and not why_observed(block):
-            following = block.stream(stream, setup)
-        stream = Stream(block(stream.tensor(setup))) if following is None else following
+            following = block.stream(stream, setup, **options)
+        stream = Stream(block(stream.tensor(setup), **options)) if following is None else following
     return stream.tensor(setup)
 
 

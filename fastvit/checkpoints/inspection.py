@@ -225,7 +225,7 @@ def _model_lines(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "images", f"{_size(a['img_size'])}, patches {_size(a['patch_size'])}, {a['in_chans']} channels; {classes}"
     tokens = "a class token" if a["class_token"] else "no class token"
     tokens += f", {a['reg_tokens']} registers" if a["reg_tokens"] else ""
-    positions = {"learn": "learned", "sincos": "sine and cosine"}.get(a["pos_embed"], "no")
+    positions = {"learn": "learned", "sincos": "sine and cosine", "rotary": "rotary"}.get(a["pos_embed"], "no")
     yield "tokens", f"{tokens}, {positions} positions; pooling: {a['global_pool'] or 'none'}"
     said = "assumed" if any(line.startswith("norm_eps=") for line in found.assumed) else "as the config says"
     yield "norms", f"{a['norm_layer']}, eps {a['norm_eps']:g} ({said})"

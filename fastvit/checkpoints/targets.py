@@ -39,6 +39,8 @@ def to_schema(recognised: Recognised, schema: str) -> tuple[State, dict[str, Any
     if schema == "fastvit":
         return _fastvit(recognised)
     if schema == "timm":
+        if arguments["pos_embed"] == "rotary":
+            raise CheckpointError("timm's VisionTransformer can't express pos_embed='rotary'")
         return write_names(TIMM, "", recognised.state), timm_config(recognised.family, arguments)
     if schema == "torchvision":
         _check({**PLAIN, "qkv_bias": (True,), "act_layer": ("gelu",)}, "torchvision's ViT", arguments)

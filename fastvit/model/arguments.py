@@ -15,7 +15,7 @@ __all__ = ["POOLS", "check_arguments", "check_pool"]
 POOLS = ("", "avg", "avgmax", "max", "token", "map")
 LEAST = {"in_chans": 1, "num_classes": 0, "embed_dim": 1, "depth": 0, "num_heads": 1, "reg_tokens": 0}
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "pos_embed": ("", "none", "learn", "sincos"),
+    "pos_embed": ("", "none", "learn", "sincos", "rotary"),
     "weight_init": SCHEMES,
     "attn_layer": ("", "attn"),
     "residual_dtype": (None, torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -48,6 +48,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         require(known, f"{name}: {value!r} is not known; accepted: {_listed(accepted)}")
     fits = given["pos_embed"] != "sincos" or dim % 4 == 0
     require(fits, f"embed_dim: {dim} is not a multiple of 4, which pos_embed='sincos' needs")
+    if given["pos_embed"] == "rotary":
+        width = dim // heads
+        require(width % 4 == 0, f"num_heads: pos_embed='rotary' needs heads of a multiple of 4 values, not {width}")
+        fits = not given["patch_drop_rate"]
+        require(fits, "patch_drop_rate: pos_embed='rotary' has no positions for some of the patches alone; accepted: 0")
     for name, rate in given.items():
         fits = not name.endswith("_rate") or 0.0 <= rate < 1.0
         require(fits, f"{name}: {rate} must be at least 0 and less than 1")

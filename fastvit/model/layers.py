@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastvit import branches, trunk
 from fastvit.model.initialisation import trunc_normal_
+from fastvit.positions import rotate
 from fastvit.stream import Setup, Stream
 
 __all__ = [
@@ -246,8 +247,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        q, k, v = self._heads(x)
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rotary: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [B, T, D] to the same; `rotary` [2, T, D/heads] as of `fastvit.positions.rotary_2d`."""
+        q, k, v = self._heads(x, rotary)
         x = F.scaled_dot_product_attention(
             q,
             k,
@@ -259,17 +263,18 @@ class Attention(nn.Module):
         x = x.transpose(1, 2).flatten(2)  # [B, T, D]
         return self.proj_drop(self.proj(self.norm(x)))
 
-    def attention_map(self, x: Tensor) -> Tensor:
+    def attention_map(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """The softmax weights, [B, heads, T, T], rows summing to one; no dropout."""
-        q, k, _ = self._heads(x)
+        q, k, _ = self._heads(x, rotary)
         scores = (q * self.scale) @ k.transpose(-2, -1)
         return scores.float().softmax(dim=-1)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, D/heads]
-        return self.q_norm(q), self.k_norm(k), v
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if rotary is None else (rotate(q, rotary), rotate(k, rotary), v)
 
 
 class AttentionPool(nn.Module):
@@ -376,19 +381,23 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rotary: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [B, T, D] to the same; `rotary` as of :class:`Attention`."""
+        turned = {} if rotary is None else {"rotary": rotary}
         setup = Setup.of(x, None, self.residual_dtype is not None)
         if setup is not None:
             options = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
-            return self._run(Stream(x), setup, True, **options).tensor(setup)
-        branch = self.attn(self.norm1(self._branch_input(x)), attn_mask=attn_mask, is_causal=is_causal)
+            return self._run(Stream(x), setup, True, **options, **turned).tensor(setup)
+        branch = self.attn(self.norm1(self._branch_input(x)), attn_mask=attn_mask, is_causal=is_causal, **turned)
         x = self._add(x, self.drop_path1(self.ls1(branch)))
         branch = self.mlp(self.norm2(self._branch_input(x)))
         return self._add(x, self.drop_path2(self.ls2(branch)))
 
-    def stream(self, stream: Stream, setup: Setup) -> Stream | None:
+    def stream(self, stream: Stream, setup: Setup, **options: Any) -> Stream | None:
         """The same on the residual stream; None for a subclass with a forward of its own."""
-        return self._run(stream, setup) if type(self).forward is Block.forward else None
+        return self._run(stream, setup, **options) if type(self).forward is Block.forward else None
 
     def _run(self, stream: Stream, setup: Setup, ends: bool = False, **options: Any) -> Stream:
         """On the residual stream, which `ends` here or goes on; options of attention by name."""

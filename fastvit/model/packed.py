@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from fastvit.checks import check_image_list
+from fastvit.checks import check_image_list, require
 from fastvit.guards import attribute, why_not_plain, why_observed
 from fastvit.model.layers import Attention, Block, DropPath, LayerScale, Mlp, QuickGELU, first_parameter
+from fastvit.positions import rotate
 from fastvit.stream import Setup, Stream
 from fastvit.transfer import to_device
 from fastvit.trunk import TIMM, half_of, run_half
@@ -93,7 +94,8 @@ def _tokens(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
     x, packing = _embed(model, images)
     if not packing.order:
         return x, packing
-    return packing.each(model.norm, model._leave_residual(_run_blocks(model, x, packing))), packing
+    rotary = _rotary(model, images, packing)
+    return packing.each(model.norm, model._leave_residual(_run_blocks(model, x, packing, rotary))), packing
 
 
 def _is_own(model: Any, *names: str) -> bool:
@@ -144,6 +146,17 @@ def _positions(model: Any, embed: Any) -> Tensor | None:
     return model.pos_embed[0, model._positioned_prefix_tokens :].unflatten(0, tuple(embed.grid_size))
 
 
+def _rotary(model: Any, images: list[Tensor], packing: Packing) -> Tensor | None:
+    """The rotary positions of all tokens as they stand, [2, ΣT, D/heads]; None where the model has none."""
+    tables: dict[Any, Any] = {}
+    for image in images:
+        grid = image.shape[1:]
+        tables[grid] = tables.get(grid) or model._rotary(grid, image.device)
+    if not all(tables.values()):
+        return None
+    return torch.cat([tables[images[i].shape[1:]]["rotary"] for i in packing.order], dim=1)
+
+
 def _with_patches_dropped(drop: Any, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
     if _is_by_token(drop):
         return drop(x), packing
@@ -175,27 +188,30 @@ def _is_plain(block: Any) -> bool:
     return all(_is_by_token(part) for part in parts if part is not attention and part not in drops)
 
 
-def _run_blocks(model: Any, x: Tensor, packing: Packing) -> Tensor:
+def _run_blocks(model: Any, x: Tensor, packing: Packing, rotary: Tensor | None) -> Tensor:
     """All blocks one after another; by the trunk's ops, where these pay, as one sequence [1, ΣT, D]."""
-    if why_not_plain(model.blocks, nn.Sequential):
+    if reason := why_not_plain(model.blocks, nn.Sequential):
+        require(rotary is None, f"blocks: with pos_embed='rotary' they are called one by one, and the whole {reason}")
         return packing.by_batch(model.blocks, x)
     setup = Setup.of(x[None], None, model.residual_dtype is not None)
     stream = Stream(x[None])
     for block in model.blocks:
         if setup is not None and not model.grad_checkpointing and _is_plain(block) and not _drops_depth(block):
-            stream = _stream_block(block, stream, packing, setup)
+            stream = _stream_block(block, stream, packing, rotary, setup)
             continue
         x = (stream.residual if setup is None else stream.tensor(setup))[0]
         run = _run_block if _is_plain(block) else _run_batches
         if model.grad_checkpointing:
-            x = checkpoint(run, block, x, packing, use_reentrant=False)
+            x = checkpoint(run, block, x, packing, rotary, use_reentrant=False)
         else:
-            x = run(block, x, packing)
+            x = run(block, x, packing, rotary)
         stream = Stream(x[None])
     return (stream.residual if setup is None else stream.tensor(setup))[0]
 
 
-def _stream_block(block: Block, stream: Stream, packing: Packing, setup: Setup, ends: bool = False) -> Stream:
+def _stream_block(
+    block: Block, stream: Stream, packing: Packing, rotary: Tensor | None, setup: Setup, ends: bool = False
+) -> Stream:
     """`Block.stream`, but for attention within each image."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -203,7 +219,7 @@ def _stream_block(block: Block, stream: Stream, packing: Packing, setup: Setup, 
         return _within_images(q, k, v, dropout, packing).flatten(1)[None]
 
     first, second = TIMM
-    stream = run_half(stream, half_of(block, first, setup, attend=attend), setup)
+    stream = run_half(stream, half_of(block, first, setup, attend=attend, rotary=rotary), setup)
     return run_half(stream, half_of(block, second, setup._replace(ends=ends)), setup)
 
 
@@ -213,27 +229,35 @@ def _drops_depth(block: Block) -> bool:
     return any(isinstance(drop, DropPath) and drop.training and drop.drop_prob for drop in drops)
 
 
-def _run_batches(block: nn.Module, x: Tensor, packing: Packing) -> Tensor:
+def _run_batches(block: nn.Module, x: Tensor, packing: Packing, rotary: Tensor | None) -> Tensor:
     """Any block, on one batch after another of images with as many tokens."""
-    return packing.by_batch(block, x)
+    if rotary is None:
+        return packing.by_batch(block, x)
+    tables = packing.batches(rotary.transpose(0, 1))  # [B, T, 2, D/heads] each
+    return torch.cat([
+        block(batch, rotary=table.movedim(2, 0).unsqueeze(2)).flatten(0, 1)
+        for batch, table in zip(packing.batches(x), tables, strict=True)
+    ])  # fmt: skip
 
 
-def _run_block(block: Block, x: Tensor, packing: Packing) -> Tensor:
+def _run_block(block: Block, x: Tensor, packing: Packing, rotary: Tensor | None) -> Tensor:
     """[ΣT, D] to [ΣT, D]: `Block.forward`, but for attention within each image, and depth that is dropped by image."""
     setup = None if _drops_depth(block) else Setup.of(x[None], None, block.residual_dtype is not None)
     if setup is not None:
-        return _stream_block(block, Stream(x[None]), packing, setup, ends=True).tensor(setup)[0]
-    branch = block.ls1(_attend(block.attn, block.norm1(block._branch_input(x)), packing))
+        return _stream_block(block, Stream(x[None]), packing, rotary, setup, ends=True).tensor(setup)[0]
+    branch = block.ls1(_attend(block.attn, block.norm1(block._branch_input(x)), packing, rotary))
     x = block._add(x, _drop_path(block.drop_path1, branch, packing))
     branch = block.ls2(block.mlp(block.norm2(block._branch_input(x))))
     return block._add(x, _drop_path(block.drop_path2, branch, packing))
 
 
-def _attend(attention: Any, x: Tensor, packing: Packing) -> Tensor:
+def _attend(attention: Any, x: Tensor, packing: Packing, rotary: Tensor | None) -> Tensor:
     """`Attention.forward` within each image."""
     heads = attention.num_heads, attention.head_dim
     q, k, v = attention.qkv(x).unflatten(-1, (3, *heads)).unbind(1)  # each [ΣT, heads, D/heads]
     q, k = attention.q_norm(q), attention.k_norm(k)
+    if rotary is not None:
+        q, k = rotate(q, rotary.unsqueeze(2)), rotate(k, rotary.unsqueeze(2))
     dropout = attention.attn_drop.p if attention.training else 0.0
     out = _within_images(q, k, v, dropout, packing)
     return attention.proj_drop(attention.proj(attention.norm(out.flatten(1))))

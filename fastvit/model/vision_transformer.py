@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -31,7 +32,7 @@ from fastvit.model.layers import (
     to_module_dtype,
 )
 from fastvit.model.patch_embed import NORMS, PatchEmbed, as_floats, is_given_up, model_normalisation
-from fastvit.positions import resample_pos_embed, sincos_2d
+from fastvit.positions import resample_pos_embed, rotary_2d, sincos_2d
 from fastvit.stream import Setup
 from fastvit.trunk import run_blocks
 
@@ -59,7 +60,8 @@ class VisionTransformer(nn.Module):
         qk_norm: norm on queries and keys. scale_attn_norm, scale_mlp_norm: norm before the last layer of each.
         init_values: LayerScale starts here; None or 0: no LayerScale.
         class_token: put a class token in front.
-        pos_embed: "learn"; "sincos", a fixed table in the same place, not trained; "" or "none".
+        pos_embed: "learn"; "sincos", a fixed table in the same place, not trained; "rotary", which turns queries and
+            keys in every block (`fastvit.positions.rotary_2d`); "" or "none".
         no_embed_class: class and register tokens get no position.
         reg_tokens: how many register tokens.
         pre_norm: norm before the blocks (and no bias in the patch embedding), as in CLIP.
@@ -153,6 +155,7 @@ class VisionTransformer(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.num_reg_tokens = reg_tokens
+        self.num_heads = num_heads
         self.has_class_token = class_token
         self.no_embed_class = no_embed_class
         self.pool_include_prefix = pool_include_prefix
@@ -180,7 +183,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim, **factory)) if reg_tokens else None
         self.pos_embed: nn.Parameter | None = None
-        if self.pos_embed_kind != "none":
+        if self.pos_embed_kind in ("learn", "sincos"):
             rows = self.patch_embed.num_patches + self._positioned_prefix_tokens
             table = torch.empty(1, rows, embed_dim, **factory)
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed_kind == "learn")
@@ -490,12 +493,13 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, C, H, W] to the normed tokens of the last block, [B, R+N, D]."""
+        rotary = self._rotary(x.shape[2:], x.device)
         x = self._embed(x)
         if attn_mask is None and not is_causal and not self.grad_checkpointing:
-            x = self._run_blocks(x)
+            x = self._run_blocks(x, **rotary)
         else:
             for block in self.blocks:
-                x = self._run_block(block, x, attn_mask, is_causal)
+                x = self._run_block(block, x, attn_mask, is_causal, **rotary)
         return self.norm(self._leave_residual(x))
 
     def forward_packed(self, images: Sequence[Tensor]) -> Tensor:
@@ -515,19 +519,38 @@ class VisionTransformer(nn.Module):
         offsets[i] to offsets[i+1]."""
         return packed.features(self, images)
 
-    def _run_blocks(self, x: Tensor) -> Tensor:
+    def _rotary(self, size: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """What blocks are given for images of this height and width, with pos_embed="rotary"."""
+        if self.pos_embed_kind != "rotary" or not len(self.blocks):
+            return {}
+        grid, heads = self.patch_embed.dynamic_feat_size(size), self.num_heads
+        options: dict[str, Any] = {"num_prefix_tokens": self.num_prefix_tokens, "device": device}
+        return {"rotary": rotary_2d(grid, self.embed_dim // heads, **options)}
+
+    def _run_blocks(self, x: Tensor, **rotary: Tensor) -> Tensor:
         """All blocks one after another."""
         setup = (
             None if why_not_plain(self.blocks, nn.Sequential) else Setup.of(x, None, self.residual_dtype is not None)
         )
-        return self.blocks(x) if setup is None else run_blocks(self.blocks, x, setup)
+        if setup is not None:
+            return run_blocks(self.blocks, x, setup, **rotary)
+        if not rotary:
+            return self.blocks(x)
+        # A sequence gives its parts nothing but a tensor.
+        reason = why_not_plain(self.blocks, nn.Sequential)
+        require(not reason, f"blocks: with pos_embed='rotary' they are called one by one, and the whole {reason}")
+        for block in self.blocks:
+            x = block(x, **rotary)
+        return x
 
-    def _run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _run_block(
+        self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **rotary: Tensor
+    ) -> Tensor:
         if attn_mask is not None or is_causal:
-            return block(x, attn_mask=attn_mask, is_causal=is_causal)
+            return block(x, attn_mask=attn_mask, is_causal=is_causal, **rotary)
         if self.grad_checkpointing:
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return checkpoint(functools.partial(block, **rotary), x, use_reentrant=False)
+        return block(x, **rotary)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens [B, R+N, D] to features [B, D], or to themselves where there is no pooling."""
@@ -587,13 +610,14 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"output_fmt: {output_fmt!r} is not known; accepted: 'NCHW', 'NLC'")
         taken = _block_indices(len(self.blocks), indices)
         size = x.shape[2:]
+        rotary = self._rotary(size, x.device)
         x = self._embed(x)
         rows, columns = self.patch_embed.dynamic_feat_size(size)
         if output_fmt == "NCHW" and x.shape[1] != self.num_prefix_tokens + rows * columns:
             raise ValueError(f"output_fmt: 'NCHW' needs all of {rows} x {columns} patches and no other; use 'NLC'")
         maps: list[Tensor] = []
         for index, block in enumerate(list(self.blocks)[: max(taken) + 1 if stop_early else None]):
-            x = self._run_block(block, x, attn_mask, is_causal)
+            x = self._run_block(block, x, attn_mask, is_causal, **rotary)
             if index in taken:
                 maps.append(self.norm(self._leave_residual(x)) if norm else x)
 
@@ -635,14 +659,15 @@ class VisionTransformer(nn.Module):
             One [B, heads, T, T] float tensor a block, T = R+N: row i holds what token i looks at and sums to one.
         """
         taken = _block_indices(len(self.blocks), indices)
+        rotary = self._rotary(x.shape[2:], x.device)
         x = self._embed(x)
         maps: list[Tensor] = []
         block: Any
         for index, block in enumerate(list(self.blocks)[: max(taken) + 1]):
             if index in taken:
-                maps.append(block.attn.attention_map(block.norm1(self._leave_residual(x))))
+                maps.append(block.attn.attention_map(block.norm1(self._leave_residual(x)), **rotary))
             if index < max(taken):
-                x = block(x)
+                x = block(x, **rotary)
         return maps
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastvit
 from fastvit.checkpoints import CheckpointError, load_pretrained
 from fastvit.checkpoints.arguments import mlp_ratio_of
 from fastvit.checkpoints.files import read_checkpoint
@@ -162,6 +163,18 @@ def test_cannot(schema, arguments, named, timm_vit):
     config = {"fastvit": {"global_pool": arguments.get("global_pool", "token")}}
     found = recognised(timm_vit(**arguments).state_dict(), config, size_hint=arguments.get("img_size"))
     with pytest.raises(CheckpointError, match=named):
+        to_schema(found, schema)
+
+
+@pytest.mark.parametrize("schema", ["timm", "torchvision", "huggingface"])
+def test_rotary_positions_are_ours_alone(schema):
+    """A file of them has no tensor for positions: in another library the model would have none."""
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 5}
+    model = fastvit.VisionTransformer(**small, pos_embed="rotary", qkv_bias=True)
+    found = recognised(model.state_dict(), {"fastvit": {**small, "pos_embed": "rotary", "global_pool": "token"}})
+    assert found.arguments["pos_embed"] == "rotary" and not found.problems
+    assert to_schema(found, "fastvit")[1]["fastvit"]["pos_embed"] == "rotary"
+    with pytest.raises(CheckpointError, match="can't express .*pos_embed='rotary'"):
         to_schema(found, schema)
 
 

@@ -212,7 +212,7 @@ FAULTS = (
         "rows unguarded",
         BFLOAT16,
         "patch_embed_forward.h",
-        "    if (row >= p.pixels.rows()) return;\n",
+        "    if (row >= patch_rows<PACKED>(p.pixels)) return;\n",
         "",
         "outside",
     ),
@@ -220,7 +220,7 @@ FAULTS = (
         "no class token",
         BFLOAT16,
         "patch_embed_forward.h",
-        "if (is_wide) return copy_prefix<EIGHT, Tile, THREADS>(p, first_row, first_column);",
+        "if (is_wide) return copy_prefix<EIGHT, Tile, THREADS, PACKED>(p, first_row, first_column);",
         "return;",
         "never written",
     ),
@@ -232,7 +232,7 @@ FAULTS = (
         "!pixels.keep ? int64_t{0}",
         "value",
     ),
-    Fault("scale dropped", BFLOAT16, "patch_embed_forward.h", "sums[i] * p.scale;", "sums[i];", "value"),
+    Fault("scale dropped", BFLOAT16, "patch_embed_forward.h", "+= sums[i] * p.scale;", "+= sums[i];", "value"),
     # Patches
     Fault("patches unguarded", BFLOAT16, "patches.h", "origin >= 0 && k < p.k_length", "k < p.k_length", "global"),
     Fault(
@@ -351,7 +351,7 @@ FAULTS = (
     Fault(
         "rows of weights for tiles",
         OPS,
-        "patch_embed.cu",
+        "patch_embed_problem.h",
         "p.in_tiles = has_stream(",
         "p.in_tiles = false && has_stream(",
         "outside",
@@ -485,7 +485,7 @@ FAULTS = (
     Fault(
         "a table too short",
         OPS,
-        "patch_embed.cu",
+        "patch_embed_problem.h",
         'queue.scratch<float>("table", static_cast<int64_t>(prefix_rows + p.patches) * p.width)',
         'queue.scratch<float>("table", static_cast<int64_t>(p.patches) * p.width)',
         "outside",

@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "registers without positions": {"reg_tokens": 4, "no_embed_class": True},
     "registers with positions": {"reg_tokens": 2, "pool_include_prefix": True, "global_pool": "avgmax"},
     "sines and cosines": {"pos_embed": "sincos"},
+    "rotary positions": {"pos_embed": "rotary", "reg_tokens": 2, "qk_norm": True},
     "no positions": {"pos_embed": "", "class_token": False, "global_pool": "max"},
     "norms everywhere": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "pre_norm": True},
     "LayerScale, SwiGLU": {"init_values": 0.1, "mlp_layer": GluMlp},
@@ -169,6 +170,13 @@ def test_what_was_changed_runs_as_it_is(change: Callable[[fastvit.VisionTransfor
     model = make()
     change(model)
     hold(model, images())
+
+
+def test_rotary_positions_are_an_images_own() -> None:
+    """Also where a block takes batches of images with as many tokens, whose grids differ."""
+    model = make(pos_embed="rotary")
+    _own_block(model)
+    hold(model, images(sizes=[(32, 48), (48, 32), (16, 96), (32, 48)]))
 
 
 def test_features_come_in_the_order_of_the_images() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastvit.positions import resample_pos_embed, sincos_2d
+import fastvit
+from fastvit.positions import resample_pos_embed, rotary_2d, rotate, sincos_2d
 
 
 def mae_table(size: int, dim: int) -> np.ndarray:
@@ -39,6 +40,86 @@ def test_sincos_by_hand():
     torch.testing.assert_close(table[y, x], torch.tensor(expected, dtype=torch.float64))
     assert sincos_2d((2, 3), 8).dtype == torch.float32
     assert sincos_2d((2, 3), 8, temperature=20.0).ne(sincos_2d((2, 3), 8)).any()
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (14, 14)])
+def test_rotary_positions_are_those_of_timm(grid, timm):
+    from timm.layers import RotaryEmbeddingCat, apply_rot_embed_cat
+
+    theirs = RotaryEmbeddingCat(32, in_pixels=False, feat_shape=grid).get_embed()
+    x = torch.randn(2, 3, grid[0] * grid[1], 32)
+    ours = rotary_2d(grid, 32, num_prefix_tokens=2)
+    torch.testing.assert_close(rotate(x, ours[:, 2:]), apply_rot_embed_cat(x, theirs), rtol=1e-5, atol=1e-5)
+    prefix = torch.randn(2, 32)
+    assert torch.equal(rotate(prefix, ours[:, :2]), prefix)
+    assert rotate(x.bfloat16(), ours[:, 2:]).dtype == torch.bfloat16
+
+
+def test_rotary_products_go_by_distances_alone():
+    queries, keys = torch.randn(2, 16, dtype=torch.float64)
+    table = rotary_2d((5, 6), 16).double().unflatten(1, (5, 6))
+
+    def product(of_query, of_key):
+        return rotate(queries, table[:, of_query[0], of_query[1]]) @ rotate(keys, table[:, of_key[0], of_key[1]])
+
+    torch.testing.assert_close(product((0, 1), (2, 4)), product((2, 2), (4, 5)), rtol=1e-6, atol=1e-6)
+    assert not torch.isclose(product((0, 1), (2, 4)), product((0, 1), (4, 2)))
+
+
+def rotary_model(**options):
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+    model = fastvit.VisionTransformer(**{**small, "pos_embed": "rotary", "global_pool": "avg", **options}).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(20)  # so that attention prefers some tokens to others
+    return model
+
+
+def test_a_rotary_model_sees_where_patches_are():
+    """Whichever way its blocks run; and the maps and features that it is asked for are those of its forward."""
+    model, images = rotary_model(class_token=False), torch.randn(2, 3, 32, 32)
+    alone = model(images)
+    assert not torch.allclose(alone, model(images.flip(3).unflatten(3, (4, 8)).flip(4).flatten(3)), atol=1e-3)
+    model.pos_embed_kind = "none"
+    assert not torch.allclose(alone, model(images), atol=1e-3)
+    model.pos_embed_kind = "rotary"
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(images), alone)
+    final, maps = model.forward_intermediates(images, 1)
+    torch.testing.assert_close(final, model.forward_features(images))
+    attention = model.get_attention_maps(images)[1]
+    assert attention.shape == (2, 3, 16, 16) and maps[0].shape == (2, 48, 4, 4)
+    masked = model.forward_features(images, attn_mask=torch.zeros(16, 16))
+    torch.testing.assert_close(masked, final, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rotary_model_compiles_whole():
+    model, images = rotary_model(dynamic_img_size=True), torch.randn(2, 3, 32, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for given in (images, torch.randn(3, 3, 40, 32)):
+        torch.testing.assert_close(compiled(given), model(given))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 8}, "num_heads: pos_embed='rotary' needs heads of a multiple of 4 values, not 6"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate: pos_embed='rotary' has no positions for some of the patches"),
+    ],
+)
+def test_bad_rotary_models(options, message):
+    with pytest.raises(ValueError, match=message):
+        rotary_model(**options)
+
+
+def test_watched_sequences_have_no_rotary_positions():
+    model = rotary_model()
+    model.blocks.register_forward_hook(lambda *_: None)
+    for given in (torch.randn(1, 3, 32, 32), [torch.randn(3, 32, 32)]):
+        with pytest.raises(ValueError, match="blocks: with pos_embed='rotary' they are called one by one"):
+            model(given)
 
 
 def expect_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
