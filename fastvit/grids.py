@@ -3,8 +3,8 @@
 Every mode of `torch.nn.functional.interpolate` is linear in the image and treats one axis after the other. A table P of
 h × w positions on another grid is therefore A_h · P · A_wᵀ, and its gradient the same product with both matrices
 transposed. The matrices are what torch itself makes of an identity, made once for a size. What results differs from
-`interpolate` by the rounding of sums, less than 8 eps of the largest position. A position that is not finite makes all
-others so, not its neighbours alone.
+`interpolate` by the rounding of sums, less than 8 eps of the largest position. A position that is not finite may make
+all others so, not its neighbours alone.
 """
 
 from __future__ import annotations

@@ -79,6 +79,9 @@ def patch_embed_packed(
                 filtered: dict[str, Any] = {"antialias": antialias, "align_corners": align_corners}
                 grid = F.interpolate(grid.mT, (grid.shape[3], length), mode=interpolation, **filtered)
             positions = grid[0].permute(1, 2, 0).flatten(0, 1)
+        elif positions is not None and merge > 1:  # rows that come as the patches do
+            windows = positions.unflatten(0, (rows // merge, columns // merge, merge, merge))
+            positions = windows.transpose(1, 2).flatten(0, 3)
         given: dict[str, Any] = {"pos_embed": positions, "prefix": prefix, "mean": mean, "std": std, "dtype": dtype}
         own = patch_embed(image[None], weight, bias, **given)[0]
         if merge > 1:  # as the patches came

@@ -43,7 +43,7 @@ class Images:
         pixel = layout.channels
         rows = _rows_of_patch(pixel)
         length = pixel // rows
-        if any(tensor.shape[1] > 1 or tensor.stride(2) != pixel for tensor in self.tensors if tensor.shape[2] > 1):
+        if not all(_is_row_of_pixels(tensor, pixel) for tensor in self.tensors):
             return None
         table = self.table.clone()
         table[2], table[3], table[4] = 0, length, 1
@@ -112,6 +112,14 @@ def _rows_of_patch(values: int) -> int:
     rows of an even length before others, which are read value by value."""
     divisors = [rows for rows in range(1, values + 1) if values % rows == 0]
     return min(divisors, key=lambda rows: (values // rows % 2, cdiv(rows, 4) * cdiv(values // rows, 16), rows))
+
+
+def _is_row_of_pixels(image: Tensor, pixel: int) -> bool:
+    """Whether the pixels [C] of an image lie one behind the other, in one row or one column."""
+    _, height, width = image.shape
+    if height > 1 and width > 1:
+        return False
+    return max(height, width) == 1 or image.stride(2 if width > 1 else 1) == pixel
 
 
 def _strides(image: Tensor) -> tuple[int, ...]:

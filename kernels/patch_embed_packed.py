@@ -86,15 +86,16 @@ def _packed_forward(
     in_width = (d < width)[None, :]
     table_row = tl.where(is_prefix, m_safe % tl.maximum(prefix, 1), prefix)
     acc = tl.load(table_ptr + (table_row * width)[:, None] + d[None, :], mask=in_width, other=0.0)
+    rows_wide = rows.to(tl.int64)
     if (has_positions != 0) & (is_prefix == 0):
-        position = tl.load(places_ptr + 2 * rows + patch_row).to(tl.int64)
+        position = tl.load(places_ptr + 2 * rows_wide + patch_row).to(tl.int64)
         positions_ptrs = positions_ptr + (position * width)[:, None] + d[None, :]
         added = tl.load(positions_ptrs, mask=in_width, other=0.0).to(tl.float32)
         acc += added * 256.0 if UINT8 else added  # as the weights of uint8 images are, see prepare_weight.py
 
     origin = tl.load(origins_ptr + patch_row) * ALIGN
     channel_stride = tl.load(places_ptr + patch_row) * ALIGN
-    row_stride = tl.load(places_ptr + rows + patch_row) * ALIGN
+    row_stride = tl.load(places_ptr + rows_wide + patch_row) * ALIGN
     k = tl.arange(0, BLOCK_K)
     row_in_step = k // RUN
     column = k % RUN
@@ -121,7 +122,7 @@ def _packed_forward(
     before = tl.load(first_ptr + image, mask=is_prefix & (m < total), other=0)  # patches of the images before
     token = before + m
     if is_prefix == 0:
-        token = tl.load(places_ptr + 3 * rows + m, mask=m < total, other=0).to(tl.int64)
+        token = tl.load(places_ptr + 3 * rows_wide + m, mask=m < total, other=0).to(tl.int64)
     store_tokens(tokens_ptr, token, acc, m < total, tile_n * BLOCK_N, width, BLOCK_M, BLOCK_N)
 
 
@@ -173,10 +174,12 @@ def _packed_weight_gradient(
     start = split * rows_per_split
     # Known one step ahead, so that the loads of the pixels need not wait for these.
     ahead = tl.minimum(start + tl.arange(0, BLOCK_M), rows - 1)
+    rows_ptr = places_ptr + rows.to(tl.int64)
+    tokens_ptr = rows_ptr + 2 * rows.to(tl.int64)
     next_origin = tl.load(origins_ptr + ahead)
     next_channel = tl.load(places_ptr + ahead)
-    next_row = tl.load(places_ptr + rows + ahead)
-    next_token = tl.load(places_ptr + 3 * rows + ahead)
+    next_row = tl.load(rows_ptr + ahead)
+    next_token = tl.load(tokens_ptr + ahead)
     for m_start in range(start, tl.minimum(start + rows_per_split, rows), BLOCK_M):
         m = m_start + tl.arange(0, BLOCK_M)
         valid = m < rows
@@ -186,8 +189,8 @@ def _packed_weight_gradient(
         ahead = tl.minimum(m + BLOCK_M, rows - 1)
         next_origin = tl.load(origins_ptr + ahead)
         next_channel = tl.load(places_ptr + ahead)
-        next_row = tl.load(places_ptr + rows + ahead)
-        next_token = tl.load(places_ptr + 3 * rows + ahead)
+        next_row = tl.load(rows_ptr + ahead)
+        next_token = tl.load(tokens_ptr + ahead)
         if MASKED:
             inside = (place < stretch) & (row < patch_height)
             pixels = tl.load(image_ptrs, mask=valid[:, None] & inside[None, :], other=0)
@@ -321,7 +324,8 @@ def forward(
         out = output_of(variant, kernel_dtype)
         return ENTRIES.find(FORWARD, variant, image.dtype, compute_dtype, table, out, precision)
 
-    plan = plan_for(find, packed.layout, width, [image] if positions is None else [image, positions])
+    read = [packed.base] if positions is None else [packed.base, positions]
+    plan = plan_for(find, packed.layout, width, read)
     entry, order, is_uint8 = plan.entry, plan.order, image.dtype == torch.uint8
     if positions is not None and entry.key[0] == "generic":
         positions = positions.float()
@@ -455,7 +459,7 @@ def _weight_plan(packed: Images, grad: Tensor) -> Plan:
         lambda variant: ENTRIES.find(WEIGHT, variant, image.dtype, grad.dtype, precision),
         packed.layout,
         grad.shape[-1],
-        [image, grad],
+        [packed.base, grad],
     )
 
 

@@ -5,6 +5,7 @@ Everything that becomes one call lies in one module of the host, which changes i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -511,6 +512,8 @@ class Qwen3VLVisionModel(Fused):
 
     # Patches are projected, rows of the table looked up, weighted and summed, and both added.
     known = ("7d46292acd9ea8b7",)
+    # Which rows, and by what weights: the host's function, and that for an axis.
+    known_taps = ("67e7323f7c4b7df3", "aaa26d0d671f3516")
 
     @classmethod
     def refusal(cls, module: Any) -> str:
@@ -565,7 +568,14 @@ class Qwen3VLVisionModel(Fused):
             and "interp_indices" not in kwargs
             and "interp_weights" not in kwargs
             and attribute(self.pos_embed, "weight").dtype != torch.float64
+            and self._taps() == self.known_taps
         )
+
+    def _taps(self) -> tuple[str, str]:
+        """Of the host's functions that find the rows of its table and their weights, as they are now."""
+        found = vars(inspect.getmodule(own_class(self))).get("get_vision_interpolation_indices_and_weights")
+        axis = getattr(found, "__globals__", {}).get("_interpolation_axis_taps_weights")
+        return fingerprint(found), fingerprint(axis)
 
     def _table(self, clips: list[list[int]], count: int) -> Tensor | None:
         """The positions of all patches, [N, D], those that are merged behind the tower next to one another; None for

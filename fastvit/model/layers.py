@@ -250,7 +250,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rotary: Tensor | None = None
     ) -> Tensor:
-        """Tokens [B, T, D] to the same; `rotary` [2, T, D/heads] as of `fastvit.positions.rotary_2d`."""
+        """Tokens [B, T, D] to the same; `rotary` [2, T, D/heads], as of `fastvit.positions.rotary_2d`, or [2, B, 1, T,
+        D/heads]."""
         q, k, v = self._heads(x, rotary)
         x = F.scaled_dot_product_attention(
             q,
@@ -396,8 +397,8 @@ class Block(nn.Module):
         return self._add(x, self.drop_path2(self.ls2(branch)))
 
     def stream(self, stream: Stream, setup: Setup, **options: Any) -> Stream | None:
-        """The same on the residual stream; None for a subclass with a forward of its own."""
-        return self._run(stream, setup, **options) if type(self).forward is Block.forward else None
+        """The same on the residual stream; None for a class whose forward is another one."""
+        return self._run(stream, setup, **options) if type(self).forward is _BLOCK else None
 
     def _run(self, stream: Stream, setup: Setup, ends: bool = False, **options: Any) -> Stream:
         """On the residual stream, which `ends` here or goes on; options of attention by name."""
@@ -418,6 +419,8 @@ class Block(nn.Module):
     def _branch_input(self, x: Tensor) -> Tensor:
         return x if self.residual_dtype is None else to_module_dtype(x, self)
 
+
+_BLOCK = Block.forward
 
 branches.know(
     scales={LayerScale.forward: "gamma"},

@@ -19,8 +19,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from fastvit.checks import check_image_list, require
-from fastvit.guards import attribute, why_not_plain, why_observed
-from fastvit.model.layers import Attention, Block, DropPath, LayerScale, Mlp, QuickGELU, first_parameter
+from fastvit.guards import attribute, forward_of, why_not_plain, why_observed
+from fastvit.model.layers import Attention, Block, DropPath, GluMlp, LayerScale, Mlp, QuickGELU, first_parameter
 from fastvit.positions import rotate
 from fastvit.stream import Setup, Stream
 from fastvit.transfer import to_device
@@ -165,21 +165,29 @@ def _with_patches_dropped(drop: Any, x: Tensor, packing: Packing) -> tuple[Tenso
     return torch.cat([batch.flatten(0, 1) for batch in kept]), packing._replace(groups=groups)
 
 
-# What treats every token by itself, whatever dimensions there are before the last.
-_BY_TOKEN = (
-    *(nn.Identity, nn.Dropout, nn.LayerNorm, nn.RMSNorm, nn.Linear),
-    *(nn.GELU, nn.SiLU, nn.ReLU, nn.Sigmoid, QuickGELU, LayerScale, Mlp),
+# What treats every token by itself, whatever dimensions there are before the last: by the `forward` that these classes
+# have now, so that a subclass with its own is not taken for one, nor a class whose forward somebody replaces.
+_BY_TOKEN = frozenset(
+    kind.forward
+    for kind in (
+        *(nn.Identity, nn.Dropout, nn.LayerNorm, nn.RMSNorm, nn.Linear),
+        *(nn.GELU, nn.SiLU, nn.ReLU, nn.Sigmoid, QuickGELU, LayerScale, Mlp, GluMlp),
+    )
 )
+_WRITTEN_OUT = Block.forward, Attention.forward  # here
 
 
 def _is_by_token(module: nn.Module) -> bool:
-    return all(isinstance(part, _BY_TOKEN) and not why_observed(part) for part in module.modules())
+    return all(forward_of(type(part)) in _BY_TOKEN and not why_observed(part) for part in module.modules())
 
 
 def _is_plain(block: Any) -> bool:
     """Whether a block and its attention are the ones that are written out here, and all else is done by token."""
     attention = attribute(block, "attn")
     if _has_any_global_hook() or why_not_plain(block, Block) or why_not_plain(attention, Attention):
+        return False
+    is_as_written = (Block.forward, Attention.forward) == _WRITTEN_OUT and "_heads" not in vars(attention)
+    if not is_as_written:
         return False
     drops = attribute(block, "drop_path1"), attribute(block, "drop_path2")
     if not all(isinstance(drop, nn.Identity) or not why_not_plain(drop, DropPath) for drop in drops):

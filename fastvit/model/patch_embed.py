@@ -161,7 +161,9 @@ class PatchEmbed(nn.Module):
         is_raw = any(image.dtype == torch.uint8 for image in images)
         mean, std = (self.mean, self.std) if is_raw else (None, None)
         height, width = self.patch_size
-        if self.dynamic_img_pad and any(image.shape[1] % height or image.shape[2] % width for image in images):
+        is_cut_off = any(image.shape[1] % height or image.shape[2] % width for image in images)
+        # Images of several dtypes are refused below: among them none is to be normalised for another's sake.
+        if self.dynamic_img_pad and is_cut_off and len({image.dtype for image in images}) == 1:
             images = [pad_to_patches(normalised(image[None], mean, std), self.patch_size)[0] for image in images]
             mean, std = None, None  # a mean is no whole grey level
         images = check_packed_images(images, weight, bias)  # whose errors name them by their places as they were given

@@ -193,6 +193,20 @@ def test_other_positions(change: Callable[[Any, Any], None]):
     expect_the_same(model, untouched, 1, **arguments)
 
 
+def test_taps_that_are_found_otherwise_are_the_library_s(monkeypatch: pytest.MonkeyPatch):
+    """By a function of its own that is not the one that is known."""
+    model, untouched = pair("transformers-qwen3-vl")
+    host = import_peer("transformers.models.qwen3_vl.modeling_qwen3_vl")
+    shipped = host.get_vision_interpolation_indices_and_weights
+
+    def doubled(*given: Any, **options: Any) -> Any:
+        indices, weights = shipped(*given, **options)
+        return indices, 2 * weights
+
+    monkeypatch.setattr(host, "get_vision_interpolation_indices_and_weights", doubled)
+    expect_the_same(model, untouched, 1, hidden_states=patches(), grid_thw=torch.tensor([[1, 6, 8]]))
+
+
 def test_positions_in_float64_are_the_library_s():
     """Which finds out what to read in float32."""
     model, untouched = (side.double() for side in pair("transformers-qwen3-vl"))

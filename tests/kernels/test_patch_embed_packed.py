@@ -104,3 +104,23 @@ def test_more_images_than_a_program_has_rows(device: str) -> None:
     tokens = patch_embed_packed.forward(weight, None, positions, None, images, starts, None, None, FP32, FP32)
     expected = memory[order].double().flatten(1) @ weight.double().flatten(1).T + positions
     torch.testing.assert_close(tokens.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+PIXELS = [  # shapes and strides
+    ((8, 5, 1), (1, 32, 8)), ((1, 3, 1), (1, 4, 1)), ((48, 1, 4), (1, 0, 48)), ((48, 3, 1), (1, 48, 7)),
+    ((6, 1, 3), (1, 0, 13)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "strides"), PIXELS)
+def test_pixels_that_are_patches_wherever_they_lie(device: str, shape: Any, strides: Any) -> None:
+    """Columns and rows of pixels, side by side or not: read as patches that have rows, or as they are."""
+    from fastvit.kernels import patch_embed_packed
+
+    image = torch.randn(500, device=device).as_strided(shape, strides, 3)
+    weight = torch.randn(16, shape[0], 1, 1, device=device)
+    starts = [0, 0]
+    images = [image, image.clone()]
+    tokens = patch_embed_packed.forward(weight, None, None, None, images, starts, None, None, FP32, FP32)
+    expected = (weight.flatten(1).double() @ image.flatten(1).double()).T.repeat(2, 1)
+    torch.testing.assert_close(tokens.double(), expected, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import fastvit
 from fastvit import stream
 from fastvit.backend import launch_counts, why_unavailable
-from fastvit.model.layers import Block, DropPath, GluMlp
+from fastvit.model import packed
+from fastvit.model.layers import Attention, Block, DropPath, GluMlp, LayerNorm
 
 SIZES = [(32, 48), (16, 16), (48, 32), (32, 48), (64, 32), (16, 80)]
 
@@ -159,9 +160,30 @@ def _own_embedding(model: fastvit.VisionTransformer) -> None:
     model.__class__ = OwnEmbedding
 
 
+class OwnNorm(LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - x.mean(-2, keepdim=True)
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - 0.5 * super().forward(x).mean(-2, keepdim=True)
+
+
+class OwnIdentity(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5 * x.mean(-2, keepdim=True)
+
+
+def _subclasses_across_tokens(model: fastvit.VisionTransformer) -> None:
+    model.norm.__class__ = model.blocks[0].norm1.__class__ = OwnNorm
+    model.blocks[0].mlp.fc1.__class__ = model.blocks[1].attn.proj.__class__ = OwnLinear
+    model.pos_drop = model.norm_pre = model.blocks[1].ls1 = OwnIdentity()
+
+
 CHANGES = [
     _hooked, _own_block, _parts_across_tokens, _drops_across_tokens, _hooks_that_count_on_batches, _own_steps,
-    _own_embedding,
+    _own_embedding, _subclasses_across_tokens,
 ]  # fmt: skip
 
 
@@ -170,6 +192,27 @@ def test_what_was_changed_runs_as_it_is(change: Callable[[fastvit.VisionTransfor
     model = make()
     change(model)
     hold(model, images())
+
+
+@pytest.mark.parametrize("kind", [Attention, Block, nn.LayerNorm])
+def test_a_forward_that_is_replaced_in_its_class_runs(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = kind.forward
+
+    def changed(self: nn.Module, x: Tensor, *given: Any, **options: Any) -> Tensor:
+        return shipped(self, x, *given, **options) - 0.5 * x.mean(-2, keepdim=True)
+
+    model = make()
+    before = model(images())
+    monkeypatch.setattr(kind, "forward", changed)
+    hold(model, images())
+    assert not torch.allclose(model(images()), before, atol=1e-3)
+
+
+def test_images_of_several_dtypes_are_refused_before_any_is_padded() -> None:
+    model = make(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), dynamic_img_pad=True)
+    given = [torch.rand(3, 30, 32), torch.zeros(3, 30, 32, dtype=torch.uint8)]
+    with pytest.raises((TypeError, ValueError), match="images"):
+        model(given)
 
 
 def test_rotary_positions_are_an_images_own() -> None:
@@ -200,28 +243,28 @@ def test_under_autocast_and_with_checkpoints() -> None:
     assert at_once.dtype == alone.dtype and (at_once - alone).norm() < 0.02 * alone.norm()
 
 
-class Watched(nn.LayerNorm):
-    """Keeps what it is given, and gives the same for every token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        vars(self).setdefault("seen", []).append(x)
-        return torch.ones_like(x)
-
-
-def test_depth_is_dropped_image_by_image() -> None:
+def test_depth_is_dropped_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = make(drop_path_rate=0.5).train(), images()
-    block = model.blocks[0]
-    block.drop_path1 = DropPath(0.5)
-    block.norm1, block.norm2 = Watched(48), Watched(48)
+    model.blocks[0].drop_path1 = DropPath(0.5)
+    seen: list[Tensor] = []
+    shipped = packed._drop_path
+
+    def noted(drop: nn.Module, branch: Tensor, packing: packed.Packing) -> Tensor:
+        dropped = shipped(drop, branch, packing)
+        if drop is model.blocks[0].drop_path1:
+            seen.append(dropped)
+        return dropped
+
+    monkeypatch.setattr(packed, "_drop_path", noted)
     for _ in range(40):
         model.forward_features_packed(given)
     kept = set()
-    for start, end in zip(vars(block.norm1)["seen"], vars(block.norm2)["seen"], strict=True):
-        assert start.dim() == 2  # all images at once
-        by_image = (end - start).norm(dim=1).split(sorted(1 + h * w // 256 for h, w in SIZES))
+    for dropped in seen:
+        assert dropped.dim() == 2  # all images at once
+        by_image = dropped.norm(dim=1).split(sorted(1 + h * w // 256 for h, w in SIZES))
         assert all(bool((each == 0).all() or (each > 0).all()) for each in by_image)
         kept.add(tuple(bool(each[0] > 0) for each in by_image))
-    assert len(kept) > 10
+    assert len(seen) == 40 and len(kept) > 10
 
 
 def test_patches_are_dropped_image_by_image() -> None:

@@ -259,6 +259,7 @@ OP = Op(
         _P("fp32 images, normalised", images="float32", normalise=True, out="float32"),
         _P("patches of two frames in windows", layout="packed", frames=2, merge=2, sizes=((2, 4), (4, 2), (6, 4)),
            filter=("bilinear", False, True)),
+        _P("windows, a row a patch", layout="padded", merge=2, sizes=((2, 4), (4, 2)), positions="rows", patch=(4, 4)),
         _RAW("stills of two frames, raw", layout="packed", frames=2, still=True, prefix=0, parameters="masters"),
         _P("padded stills of three frames", layout="padded", frames=3, still=True, normalise=True, channels=2),
         _P("no images", sizes=(), batch=0),
