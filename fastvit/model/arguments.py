@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from fastvit.checks import require
 from fastvit.model.initialisation import SCHEMES
 
-__all__ = ["POOLS", "check_arguments", "check_pool"]
+__all__ = ["POOLS", "block_indices", "check_arguments", "check_pool"]
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map")
 LEAST = {"in_chans": 1, "num_classes": 0, "embed_dim": 1, "depth": 0, "num_heads": 1, "reg_tokens": 0}
@@ -56,6 +56,20 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name, rate in given.items():
         fits = not name.endswith("_rate") or 0.0 <= rate < 1.0
         require(fits, f"{name}: {rate} must be at least 0 and less than 1")
+
+
+def block_indices(blocks: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Which blocks are meant: the last so many, the listed ones, or all."""
+    if indices is None:
+        indices = blocks
+    if isinstance(indices, int):
+        if not 0 < indices <= blocks:
+            raise ValueError(f"indices: the last {indices} blocks, but there are {blocks}; accepted: 1 to {blocks}")
+        return list(range(blocks - indices, blocks))
+    taken = [index + blocks if index < 0 else index for index in indices]
+    if not taken or not all(0 <= index < blocks for index in taken):
+        raise ValueError(f"indices: {list(indices)} out of range; accepted: {-blocks} to {blocks - 1}")
+    return taken
 
 
 def _listed(values: tuple[Any, ...]) -> str:

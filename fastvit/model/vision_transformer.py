@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvit.checks import check_tensor, require, shape_of
 from fastvit.guards import attribute, full_name, why_not_plain, why_not_plain_tensor, why_observed
 from fastvit.model import packed
-from fastvit.model.arguments import check_arguments, check_pool
+from fastvit.model.arguments import block_indices, check_arguments, check_pool
 from fastvit.model.checkpoints import check_state_dict
 from fastvit.model.initialisation import initialise, trunc_normal_
 from fastvit.model.layers import (
@@ -351,7 +351,7 @@ class VisionTransformer(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what :meth:`forward_intermediates` does not need for these blocks; returns the blocks taken."""
-        taken = _block_indices(len(self.blocks), indices)
+        taken = block_indices(len(self.blocks), indices)
         self.blocks = nn.Sequential(*list(self.blocks)[: max(taken) + 1])
         if prune_norm:
             self.norm = nn.Identity()
@@ -608,7 +608,7 @@ class VisionTransformer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: {output_fmt!r} is not known; accepted: 'NCHW', 'NLC'")
-        taken = _block_indices(len(self.blocks), indices)
+        taken = block_indices(len(self.blocks), indices)
         size = x.shape[2:]
         rotary = self._rotary(size, x.device)
         x = self._embed(x)
@@ -658,7 +658,7 @@ class VisionTransformer(nn.Module):
         Returns:
             One [B, heads, T, T] float tensor a block, T = R+N: row i holds what token i looks at and sums to one.
         """
-        taken = _block_indices(len(self.blocks), indices)
+        taken = block_indices(len(self.blocks), indices)
         rotary = self._rotary(x.shape[2:], x.device)
         x = self._embed(x)
         maps: list[Tensor] = []
@@ -690,17 +690,3 @@ def _positioned(x: Tensor, table: Tensor | None) -> Tensor:
     fits = table.dim() < 2 or table.shape[-2] in (1, x.shape[1])
     require(fits, f"pos_embed: shape {shape_of(table)} does not fit {x.shape[1]} tokens")
     return x + table
-
-
-def _block_indices(blocks: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Which blocks are meant: the last so many, the listed ones, or all."""
-    if indices is None:
-        indices = blocks
-    if isinstance(indices, int):
-        if not 0 < indices <= blocks:
-            raise ValueError(f"indices: the last {indices} blocks, but there are {blocks}; accepted: 1 to {blocks}")
-        return list(range(blocks - indices, blocks))
-    taken = [index + blocks if index < 0 else index for index in indices]
-    if not taken or not all(0 <= index < blocks for index in taken):
-        raise ValueError(f"indices: {list(indices)} out of range; accepted: {-blocks} to {blocks - 1}")
-    return taken
