@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -19,8 +20,11 @@ def jit_function(entry: Entry) -> Any:
     return getattr(importlib.import_module(f"fastvit.kernels.{entry.module}"), entry.function)
 
 
-def launch(entry: Entry, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Run the kernel of a manifest entry on the device of its tensors, on that device's current stream."""
+def launch(entry: Entry, grid: tuple[int, ...], *, reads: Sequence[Tensor] = (), **arguments: Any) -> None:
+    """Run the kernel of a manifest entry on the device of its tensors, on that device's current stream.
+
+    `reads`: tensors that it finds by addresses beside those it is given; for who counts what is read.
+    """
     if 0 in grid:
         return
     kernel = jit_function(entry)

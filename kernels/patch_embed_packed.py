@@ -340,6 +340,7 @@ def forward(
     launch.launch(
         entry,
         (tiles_m * cdiv(width, block_n),),
+        reads=packed.tensors,
         images_ptr=packed.base,
         weight_ptr=prepared.weight,
         table_ptr=prepared.table,
@@ -436,6 +437,7 @@ def _weight_parts(
     launch.launch(
         plan.entry,
         (tiles, splits),
+        reads=packed.tensors,
         images_ptr=packed.base,
         grad_ptr=grad,
         constants_ptr=constants,

@@ -164,16 +164,21 @@ def test_the_forward_leaves_room_for_two(image: str) -> None:
 
 
 def test_launches_of_a_call() -> None:
-    """Nothing is cast, and nothing launched, besides the preparation and the product, there and back."""
+    """Nothing is cast, and nothing launched, besides the preparation and the product, there and back; of images of any
+    sizes their table is copied, and their positions are summed from copied numbers."""
     from fastvit.kernels.calls import counted
 
     launches = {call.name: [entry.kernel for entry in call.launches] for call in counted()}
-    assert all(not call.others for call in counted())
+    packed = {"forward, 64 images": ["_to_copy", "_embedding_bag_forward_only", "_to_copy"]}
+    packed["backward of all parameters"] = ["_to_copy"]
+    for call in counted():
+        assert call.others == packed.get(call.name.removeprefix("patch_embed_packed "), []), call.name
+    assert launches["patch_embed_packed forward, 64 images"] == ["place_rows", "prepare_weight", "packed_forward"]
     for parameters in ("fp32", "bf16"):
         assert launches[f"patch_embed forward, {parameters} parameters"] == ["prepare_weight", "patch_embed_forward"]
     backward = ["patch_embed_weight_gradient", "reduce_weight_gradient"]
     assert launches["patch_embed backward of all parameters"] == backward
-    assert all(call.bytes > 50e6 for call in counted())
+    assert all(call.bytes > 30e6 for call in counted())
 
 
 def test_other_kernels_around_a_launch_are_counted() -> None:

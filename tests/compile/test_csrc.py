@@ -113,6 +113,8 @@ def test_the_shared_memory_of_a_product_is_its_stages_and_origins() -> None:
     product = tool.Product.of(ALIGNED)
     assert product.shared_bytes == 3 * (64 + 64) * 32 * 2 + 64 * 8
     assert tool.Product.of(HOPPER).shared_bytes == 4 * (192 + 192) * 64 * 2 + 12 * 16 * 40 * 4 + 192 * 8 + 64
+    packed = f"patch_embed_packed_forward<bf16, 8, {SMALL}, TensorCoresByRows>"
+    assert tool.Product.of(packed).shared_bytes == product.shared_bytes + 64 * 8
     assert tool.Product.of("sum_rows<fp16, 8>") is None
 
 

@@ -27,7 +27,7 @@ class Recorder:
         self.seen: Counter[tuple[Any, str]] = Counter()
         self.binders: dict[int, Any] = {}
 
-    def __call__(self, entry: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    def __call__(self, entry: Any, grid: tuple[int, ...], *, reads: Any = (), **arguments: Any) -> None:
         assert all(size > 0 for size in grid) and grid[0] < 2**31 and max((*grid[1:], 0)) < 2**16
         from fastvit.kernels.launch import jit_function
 
