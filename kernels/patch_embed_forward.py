@@ -44,14 +44,21 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def as_multiplied(
-    pixels, normaliser_ptr, k_start, k, k_length, CONVERT: tl.constexpr, TF32: tl.constexpr, COMPUTE: tl.constexpr
+    pixels,
+    normaliser_ptr,
+    shift_start,
+    scale_start,
+    k,
+    CONVERT: tl.constexpr,
+    TF32: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     """Pixels [BLOCK_M, BLOCK_K] normalised and rounded, where they are not multiplied as they are."""
     UINT8: tl.constexpr = pixels.dtype == tl.uint8
     if CONVERT:
-        pixels = pixels.to(tl.float32) - tl.load(normaliser_ptr + k_start + k)[None, :]
+        pixels = pixels.to(tl.float32) - tl.load(normaliser_ptr + shift_start + k)[None, :]
         if not UINT8:  # the scale of uint8 is in the weight
-            pixels = pixels * tl.load(normaliser_ptr + k_length + k_start + k)[None, :]
+            pixels = pixels * tl.load(normaliser_ptr + scale_start + k)[None, :]
         pixels = pixels.to(COMPUTE)
     if TF32 and not UINT8:  # centred uint8 pixels are exact
         pixels = round_to_tf32(pixels)
@@ -174,7 +181,9 @@ def _patch_embed_forward(
             pixels = tl.load(image_ptrs + offset, mask=inside[None, :], other=0)
         else:
             pixels = tl.load(image_ptrs + offset)
-        pixels = as_multiplied(pixels, normaliser_ptr, step * BLOCK_K, k, steps * BLOCK_K, CONVERT, TF32, COMPUTE)
+        pixels = as_multiplied(
+            pixels, normaliser_ptr, step * BLOCK_K, (steps + step) * BLOCK_K, k, CONVERT, TF32, COMPUTE
+        )
         weight = tl.load(weight_ptrs + step * BLOCK_K)
         acc = tl.dot(pixels, weight.T, acc, input_precision=PRECISION)
 

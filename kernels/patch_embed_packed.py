@@ -112,7 +112,9 @@ def _packed_forward(
             pixels = tl.load(image_ptrs + offset[:, None], mask=inside[None, :], other=0)
         else:
             pixels = tl.load(image_ptrs + offset[:, None])
-        pixels = as_multiplied(pixels, normaliser_ptr, step * BLOCK_K, k, steps * BLOCK_K, CONVERT, TF32, COMPUTE)
+        pixels = as_multiplied(
+            pixels, normaliser_ptr, step * BLOCK_K, (steps + step) * BLOCK_K, k, CONVERT, TF32, COMPUTE
+        )
         weight = tl.load(weight_ptrs + step * BLOCK_K)
         acc = tl.dot(pixels, weight.T, acc, input_precision=PRECISION)
 
