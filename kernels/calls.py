@@ -6,7 +6,7 @@ declares the calls that stand for its op, as `CALLS`: functions that make one, b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -39,7 +39,7 @@ class Call:
         kernels = ", ".join(entry.kernel for entry in self.launches)
         return self.name, len(self.launches), len(self.others), f"{self.bytes / 1e6:.1f}", kernels
 
-    def note(self, entry: Entry, grid: tuple[int, ...], *, reads: Sequence[Tensor] = (), **arguments: Any) -> None:
+    def note(self, entry: Entry, grid: tuple[int, ...], *, reads: Any = (), **arguments: Any) -> None:
         """In place of a launch."""
         self.launches.append(entry)
         tensors = [value for value in (*arguments.values(), *reads) if isinstance(value, Tensor)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ def jit_function(entry: Entry) -> Any:
     return getattr(importlib.import_module(f"fastvit.kernels.{entry.module}"), entry.function)
 
 
-def launch(entry: Entry, grid: tuple[int, ...], *, reads: Sequence[Tensor] = (), **arguments: Any) -> None:
+def launch(entry: Entry, grid: tuple[int, ...], *, reads: Any = (), **arguments: Any) -> None:
     """Run the kernel of a manifest entry on the device of its tensors, on that device's current stream.
 
     `reads`: tensors that it finds by addresses beside those it is given; for who counts what is read.
