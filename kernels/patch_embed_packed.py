@@ -378,18 +378,15 @@ def backward(
     """Gradients of images, weight, bias, and prefix and position rows; none of the images, or of size 0, where not
     needed. That of the images, which few train, is plain PyTorch's."""
     need_images, need_weight, need_bias, need_rows = needs
-    if not images:
-        given = grad, weight, images, starts, mean, std, compute_dtype, prefix_rows, table_rows
+    given = grad, weight, images, starts, mean, std, compute_dtype, prefix_rows, table_rows
+    if not images or not (need_weight or need_bias or need_rows):
         return plain.backward(*given, needs)
-    d_images: list[Tensor] = []
-    if need_images:
-        given = grad, weight, images, starts, mean, std, compute_dtype, prefix_rows, table_rows
-        d_images = plain.backward(*given, (True, False, False, False))[0]
+    d_images = plain.backward(*given, (True, False, False, False))[0] if need_images else []
     packed, kernel, mean, std = _read(images, starts, weight, mean, std)
     grad = supported(grad).contiguous()
     width, positions = weight.shape[0], max(packed.positions, table_rows)
     _check_sizes(grad.shape[0], positions, width)
-    product_grad = grad.to(compute_dtype)
+    product_grad = grad.to(compute_dtype) if need_weight else grad
     plan = _weight_plan(packed, product_grad)
     rows = placed(packed, weight.device, prefix_rows, plan.entry.constant("ALIGN"))
     d_weight, d_bias = weight.new_empty(0), grad.new_empty(0, dtype=torch.float32)

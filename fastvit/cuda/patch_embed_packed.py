@@ -73,7 +73,7 @@ def run_backward(
     if need_images:
         d_images = plain.backward(*given, (True, False, False, False))[0]
     # The processor reads the gradient as it is.
-    product_grad = grad.to(compute_dtype) if multiplies_at_tf32 is not None else grad
+    product_grad = grad.to(compute_dtype) if rest[0] and multiplies_at_tf32 is not None else grad
     constants = constants_of(mean, std, weight.shape[1], images[0], compute_dtype)
     described = _described(images, starts, weight, multiplies_at_tf32 is not None)
     tf32 = multiplies_at_tf32 is not None and multiplies_at_tf32(compute_dtype)

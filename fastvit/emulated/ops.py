@@ -284,12 +284,10 @@ def _packed(
     images: list[Tensor], starts: list[int], table: Tensor, weight: Tensor, places: int
 ) -> tuple[tuple[Any, ...], int]:
     """What the library is told of images of any sizes, and how many patches they have."""
-    height, width = weight.shape[2:]
-    counts = [(image.shape[1] // height) * (image.shape[2] // width) for image in images]
-    places = max(places, *(start + count for start, count in zip(starts, counts, strict=True)))
+    found = read_images(images, starts, (weight.shape[2], weight.shape[3]))
     views = [view(image[None]) for image in images]
-    channels_last = read_images(images, starts, (height, width)).layout.channels_last
-    return (views, starts, places, sum(counts), channels_last, view(table)), sum(counts)
+    places = max(places, found.positions)
+    return (views, starts, places, found.rows, found.layout.channels_last, view(table)), found.rows
 
 
 def _bias_act_inputs(held: Sequence[Tensor | None], *rest: Any) -> Any:

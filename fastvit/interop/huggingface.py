@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.grids import Filter, resample_grid
+from fastvit.grids import grid_rows
 from fastvit.guards import attribute
 from fastvit.interop.host import Fused, Part, cat_rows, holds_a_patch, may_be_read, present, why_not_table
 from fastvit.interop.huggingface_blocks import TRUNK, fingerprint
@@ -24,7 +24,7 @@ from fastvit.positions import numbers_where_traced
 __all__ = ["MIXINS", "TRUNK"]
 
 
-class Deferred:
+class Unprojected:
     """Images on their way through code of the host's to its convolution, which gives what `projected` gives."""
 
     def __init__(self, images: Tensor, batch: int, projected: Callable[[], Any]) -> None:
@@ -32,7 +32,7 @@ class Deferred:
         self.device = images.device
         self.projected = projected
 
-    def to(self, *_: Any, **__: Any) -> Deferred:
+    def to(self, *_: Any, **__: Any) -> Unprojected:
         return self  # our op converts what it reads
 
     @classmethod
@@ -351,7 +351,7 @@ class Idefics3Embeddings(Embeddings):
         batch = 1 if _are_alike(mask) else images.shape[0]
         # The host's code from its convolution to the addition of positions, [1 or B, N, D], which is where ours begins.
         unpositioned = Unpositioned(lambda positions: self._positioned(images, positions))
-        return super(Embeddings, self).forward(Deferred(images, batch, lambda: unpositioned), mask[:batch])
+        return super(Embeddings, self).forward(Unprojected(images, batch, lambda: unpositioned), mask[:batch])
 
     def _positioned(self, images: Tensor, positions: Tensor) -> Tensor:
         batch = positions.shape[0]
@@ -402,7 +402,7 @@ class PixtralVisionModel(Fused):
             return super().forward(self.as_the_host_takes_them(images), image_sizes, *args, **kwargs)
         if isinstance(image_sizes, Tensor) and not image_sizes.is_floating_point():
             image_sizes = image_sizes.tolist()  # one wait for the device, where the host has two an image
-        deferred = Deferred(images, images.shape[0], lambda: self._maps(images, image_sizes))
+        deferred = Unprojected(images, images.shape[0], lambda: self._maps(images, image_sizes))
         return super().forward(deferred, image_sizes, *args, **kwargs)
 
     def _maps(self, images: Tensor, sizes: Any) -> Any:
@@ -584,15 +584,13 @@ class Qwen3VLVisionModel(Fused):
         is_whole = all(rows % merge == 0 and columns % merge == 0 for _, rows, columns in clips)
         if not is_whole or sum(frames * rows * columns for frames, rows, columns in clips) != count:
             return None
-        table = self.pos_embed.weight.unflatten(0, (side, side))
-        how = Filter(self.interpolation_mode, False, self.interpolation_align_corners)
-        grids: dict[tuple[int, int], Tensor] = {}
-        for _, rows, columns in clips:
-            if (rows, columns) not in grids:
-                grid = resample_grid(table, rows, columns, how)
-                blocks = grid.reshape(rows // merge, merge, columns // merge, merge, -1).transpose(1, 2)
-                grids[rows, columns] = blocks.flatten(0, 3)
-        return torch.cat([grids[rows, columns] for frames, rows, columns in clips for _ in range(frames)])
+        table = self.pos_embed.weight.unflatten(0, (side, side)).float()
+        frames = [(rows, columns) for count_of, rows, columns in clips for _ in range(count_of)]
+        how = self.interpolation_mode, False, self.interpolation_align_corners
+        positions, starts = grid_rows(table, frames, *how, merge)
+        return torch.cat([
+            positions[start : start + rows * columns] for start, (rows, columns) in zip(starts, frames, strict=True)
+        ])  # fmt: skip
 
 
 class KimiPatchEmbed(Fused):

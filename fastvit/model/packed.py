@@ -148,10 +148,7 @@ def _positions(model: Any, embed: Any) -> Tensor | None:
 
 def _rotary(model: Any, images: list[Tensor], packing: Packing) -> Tensor | None:
     """The rotary positions of all tokens as they stand, [2, ΣT, D/heads]; None where the model has none."""
-    tables: dict[Any, Any] = {}
-    for image in images:
-        grid = image.shape[1:]
-        tables[grid] = tables.get(grid) or model._rotary(grid, image.device)
+    tables = {size: model._rotary(size, images[0].device) for size in {image.shape[1:] for image in images}}
     if not all(tables.values()):
         return None
     return torch.cat([tables[images[i].shape[1:]]["rotary"] for i in packing.order], dim=1)

@@ -529,15 +529,13 @@ class VisionTransformer(nn.Module):
 
     def _run_blocks(self, x: Tensor, **rotary: Tensor) -> Tensor:
         """All blocks one after another."""
-        setup = (
-            None if why_not_plain(self.blocks, nn.Sequential) else Setup.of(x, None, self.residual_dtype is not None)
-        )
+        reason = why_not_plain(self.blocks, nn.Sequential)
+        setup = None if reason else Setup.of(x, None, self.residual_dtype is not None)
         if setup is not None:
             return run_blocks(self.blocks, x, setup, **rotary)
         if not rotary:
             return self.blocks(x)
         # A sequence gives its parts nothing but a tensor.
-        reason = why_not_plain(self.blocks, nn.Sequential)
         require(not reason, f"blocks: with pos_embed='rotary' they are called one by one, and the whole {reason}")
         for block in self.blocks:
             x = block(x, **rotary)
