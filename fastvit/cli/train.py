@@ -31,6 +31,7 @@ def train(
     batch_size: int | None = typer.Option(
         None, help="Images a step in each process, at most.", show_default="32; folder: 64"
     ),
+    accumulate_steps: int | None = typer.Option(None, help="Batches in each process before a step.", show_default="1"),
     tokens_per_batch: int | None = typer.Option(
         None,
         help="Instead of --batch-size, for a folder: each image keeps its shape, and this many tokens are a step in "

@@ -14,7 +14,7 @@ from fastvit.checkpoints.formats import read_file
 from fastvit.files import sync, written_whole
 
 FORMAT = "fastvit-training-checkpoint"
-VERSION = 2
+VERSION = 3
 LONGEST = 600  # characters of torch's list of what does not fit
 
 

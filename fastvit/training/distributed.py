@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,10 @@ class Team:
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` with gradients averaged over all processes."""
         return model if self.world == 1 else nn.parallel.DistributedDataParallel(model)
+
+    def gradients(self, forward: Any, *, are_last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a part of a step: only the last one's gradients are averaged."""
+        return nullcontext() if self.world == 1 or are_last else forward.no_sync()
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes."""

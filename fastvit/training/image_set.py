@@ -1,13 +1,13 @@
 """What every set of images gives: raw uint8 batches with labels, in an order drawn from seed and epoch alone.
 
-The augmentation of a whole epoch is drawn at once, a row an image, so that it depends neither on the number of worker
-processes nor on where a resumed run starts. Nothing draws from torch's global random numbers.
+The order and the augmentation of a whole epoch are drawn at once, a row a place of the order, so that they depend
+neither on the number of processes and workers nor on where a resumed run starts. Nothing draws from torch's global
+random numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,39 +22,59 @@ Batch = tuple[Any, Tensor]  # images uint8 [B, C, H, W] or an ImageList, labels 
 
 
 class ImageSet(Dataset[Any]):
-    """Images by index, with labels.
+    """Images with labels by their places in an order, which is that of the set until an epoch's is drawn.
 
     Args:
         read: gives the images at some indices, uint8 [B, C, H, W] or an ImageList, augmented by their rows of random
             numbers.
-        labels: int64 [N].
+        labels: int64 [N], of the images by index.
         draws: how many numbers in [0, 1) the augmentation of an image takes; 0: the set is not augmented.
-        tokens: of each image of an ImageList, those of the model's prefix included; else none.
+        tokens: of each image of an ImageList by index, those of the model's prefix included; else none.
+        shuffle: gives an order of all N indices, int64 [N], from a generator; None: any order is as good.
     """
 
     def __init__(
-        self, read: Callable[[list[int], Tensor], Any], labels: Tensor, draws: int = 0, tokens: Sequence[int] = ()
+        self,
+        read: Callable[[list[int], Tensor], Any],
+        labels: Tensor,
+        draws: int = 0,
+        tokens: Sequence[int] = (),
+        shuffle: Callable[[torch.Generator], Tensor] | None = None,
     ) -> None:
-        self.read, self.labels, self.draws, self.tokens = read, labels, draws, tokens
+        self.read, self.labels, self.draws = read, labels, draws
+        self._tokens = torch.tensor(tokens, dtype=torch.int64)
+        self._shuffle = shuffle or (lambda generator: torch.randperm(len(labels), generator=generator))
+        self.order = torch.arange(len(labels))
         self.random = torch.zeros(len(labels), 0)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def tokens(self) -> list[int]:
+        """Of the image at each place."""
+        return self._tokens[self.order].tolist() if len(self._tokens) else []
+
     def draw(self, seed: int, epoch: int) -> None:
-        """Draw this epoch's augmentation."""
+        """Draw this epoch's order and augmentation."""
+        self.order = self._shuffle(epoch_generator(seed, epoch, "order"))
         if self.draws:
             self.random = torch.rand(len(self), self.draws, generator=epoch_generator(seed, epoch, "augment"))
 
-    def __getitem__(self, indices: list[int]) -> Any:
+    def __getitem__(self, places: list[int]) -> Any:
         """A Batch."""
+        indices = self.order[places]
         # A worker's exception arrives with its traceback inside the message: send the error itself instead.
         try:
-            return self.read(indices, self.random[indices]), self.labels[indices]
+            return self.read(indices.tolist(), self.random[places]), self.labels[indices]
         except DataError as error:
             if get_worker_info() is None:
                 raise
             return error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are no forks of this process: they read, and draw nothing."""
+        return {**self.__dict__, "_shuffle": None}
 
 
 @dataclass(frozen=True)
@@ -94,26 +114,8 @@ def split_by_class(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return torch.cat(train).sort().values, torch.cat(test).sort().values
 
 
-def training_batches(
-    length: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1
-) -> list[list[int]]:
-    """This process's batches of one epoch: a fixed shuffle in as few batches as can be, of the same size but for one.
-
-    Every image is in one, but for what is left over where `world` does not divide the length.
-    """
-    order = torch.randperm(length, generator=epoch_generator(seed, epoch, "order"))
-    mine = order[rank : length - length % world : world]
-    count = math.ceil(len(mine) / batch_size)
-    return [part.tolist() for part in mine.tensor_split(count)] if count else []
-
-
-def evaluation_batches(length: int, batch_size: int, *, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """This process's share of the test set, every image exactly once over all processes."""
-    return [part.tolist() for part in torch.arange(length)[rank::world].split(batch_size) if len(part)]
-
-
 def iterate(images: ImageSet, batches: list[list[int]], *, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
-    """The given batches in order. Raises DataError, whichever process met it."""
+    """The images at the given places, in order. Raises DataError, whichever process met it."""
     workers = min(workers, len(batches))
     sampler: Any = batches  # without a batch size of its own, the loader asks the set for each whole list
     generator = torch.Generator()

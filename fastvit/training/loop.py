@@ -13,12 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .any_size import packed, packed_training_batches
+from .batches import (
+    Part,
+    Step,
+    evaluation_parts,
+    packed_evaluation_parts,
+    packed_training_steps,
+    parts_of,
+    training_steps,
+)
 from .digits import load_digits
 from .distributed import join_team
 from .errors import OptionError, TrainingError
 from .folder import load_folder
-from .image_set import Batch, ImageData, evaluation_batches, iterate, training_batches
+from .image_set import Batch, ImageData, iterate
 from .observers import Observer
 from .options import TrainOptions
 from .run import LAST, Run, restore, save, start
@@ -67,45 +75,60 @@ def train_epoch(run: Run, forward: nn.Module, observers: Sequence[Observer] = ()
     options, team, images = run.options, run.team, run.data.train
     forward.train()
     images.draw(options.seed, run.epoch)
-    place = {"seed": options.seed, "epoch": run.epoch, "rank": team.rank, "world": team.world}
-    if options.tokens_per_batch:
-        batches = packed_training_batches(images.tokens, options.tokens_per_batch, **place)
-    else:
-        batches = training_batches(len(images), options.batch_size, **place)
-    if not batches:
-        raise TrainingError(f"{len(images)} training images are too few for {team.world} processes")
+    steps = epoch_steps(run)
+    parts = [parts_of(step, team.rank, team.world) for step in steps[run.step :]]
+    places = [part.places for step in parts for part in step]
+    batches = iterate(images, places, workers=options.workers, pin=team.device.type == "cuda")
     waiting: list[Tensor] = []  # losses still on the device
-    for batch in iterate(images, batches[run.step :], workers=options.workers, pin=team.device.type == "cuda"):
-        rate = learning_rate(run.epoch * len(batches) + run.step, len(batches), options)
-        waiting.append(train_step(run, forward, batch, rate))
+    for step in parts:
+        rate = learning_rate(run.epoch * len(steps) + run.step, len(steps), options)
+        waiting.append(train_step(run, forward, step, batches, rate))
         run.step += 1
-        to_be_saved = options.save_steps and run.step % options.save_steps == 0 and run.step < len(batches)
-        if team.device.type == "cpu" or len(waiting) == CHECK_EVERY or run.step == len(batches) or to_be_saved:
+        to_be_saved = options.save_steps and run.step % options.save_steps == 0 and run.step < len(steps)
+        if team.device.type == "cpu" or len(waiting) == CHECK_EVERY or run.step == len(steps) or to_be_saved:
             _collect(run, waiting)
-        _each(observers, "on_step", run, len(batches))
+        _each(observers, "on_step", run, len(steps))
         if to_be_saved:
             save(run)
 
 
-def train_step(run: Run, forward: nn.Module, batch: Batch, rate: float) -> Tensor:
-    """One step on one batch; the loss, still on the device.
+def epoch_steps(run: Run) -> list[Step]:
+    """Of the epoch that the training set has drawn."""
+    options, images = run.options, run.data.train
+    ways = run.planned_world * options.accumulate_steps
+    if options.tokens_per_batch:
+        return packed_training_steps(images.tokens, options.tokens_per_batch, ways)
+    return training_steps(len(images), options.batch_size, ways)
 
-    It is the mean over this process's images, and the gradient the mean of that of all processes: under a budget of
-    tokens, where these may have other numbers of images in a step, one among fewer counts for more.
+
+def train_step(run: Run, forward: nn.Module, parts: Sequence[Part], batches: Iterator[Batch], rate: float) -> Tensor:
+    """One step on the next batches, one for each of `parts`; this process's share of the loss, still on the device.
+
+    The mean of these shares over all processes is the mean loss over the images of the step, and the gradient is that
+    of this mean, whoever has how many of the images.
     """
-    images, labels = (part.to(run.team.device, non_blocking=True) for part in batch)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    with autocast(run):
-        loss = F.cross_entropy(forward(images), labels, label_smoothing=run.options.label_smoothing)
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
+    total = torch.zeros((), device=run.team.device)
+    for index, (part, batch) in enumerate(zip(parts, batches, strict=False)):
+        with run.team.gradients(forward, are_last=index == len(parts) - 1):
+            loss = batch_loss(run, forward, batch) * (part.share * run.team.world)
+            run.scaler.scale(loss).backward()
+        total += loss.detach()
     if run.options.clip_grad:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip_grad)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    return loss.detach()
+    return total
+
+
+def batch_loss(run: Run, forward: nn.Module, batch: Batch) -> Tensor:
+    """The mean over a batch."""
+    images, labels = (part.to(run.team.device, non_blocking=True) for part in batch)
+    with autocast(run):
+        return F.cross_entropy(forward(images), labels, label_smoothing=run.options.label_smoothing)
 
 
 def autocast(run: Run) -> torch.autocast:
@@ -153,14 +176,18 @@ def evaluate(run: Run) -> tuple[float, float]:
     options, team, images = run.options, run.team, run.data.test
     run.model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=team.device)  # loss, hits, images
+    place = {"rank": team.rank, "world": team.world}
     if options.tokens_per_batch:
-        batches = packed(range(team.rank, len(images), team.world), images.tokens, options.tokens_per_batch)
+        parts = packed_evaluation_parts(images.tokens, options.tokens_per_batch, **place)
     else:
-        batches = evaluation_batches(len(images), 4 * options.batch_size, rank=team.rank, world=team.world)
-    for batch in iterate(images, batches, workers=options.workers):
-        pixels, labels = (part.to(team.device) for part in batch)
+        parts = evaluation_parts(len(images), 4 * options.batch_size, **place)
+    batches = iterate(images, [part.places for part in parts], workers=options.workers)
+    for part, batch in zip(parts, batches, strict=False):
+        pixels, labels = (value.to(team.device) for value in batch)
         with autocast(run):
             logits = run.model(pixels).float()
+        if not part.share:
+            continue
         hits = (logits.argmax(-1) == labels).sum()
         sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), hits, hits.new_tensor(len(labels))])
     loss_sum, hit_count, count = team.total(sums).tolist()

@@ -29,6 +29,7 @@ class TrainOptions:
     validation_share: float = 0.2  # of a folder without train/ and val/
     epochs: int = 0  # 0: 36 for the digits, 100 for a folder
     batch_size: int = 0  # in each process; 0: 32 for the digits, 64 for a folder, none beside tokens_per_batch
+    accumulate_steps: int = 1  # batches in each process before a step
     tokens_per_batch: int = 0  # in each process, of images that keep their shapes; 0: off, all are image_size
     max_tokens: int = 0  # patches of an image at most, with tokens_per_batch; 0: as many as image_size has
     lr: float = 0.0  # 0: 2e-3 for the digits, 5e-4 for a folder
@@ -127,6 +128,7 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("validation_share", "a number above 0 and below 1", lambda v: _number(v) and 0 < v < 1),
     ("epochs", "a whole number of at least 1", lambda v: _whole(v, 1)),
     ("batch_size", "a whole number of at least 1", lambda v: _whole(v, 0)),  # 0 is left beside tokens_per_batch alone
+    ("accumulate_steps", "a whole number of at least 1", lambda v: _whole(v, 1)),
     ("tokens_per_batch", "a whole number of at least 1 (0: off)", lambda v: _whole(v, 0)),
     ("max_tokens", "a whole number of at least 1 (0: the patches of image_size)", lambda v: _whole(v, 0)),
     ("lr", "a number above 0", lambda v: _number(v) and v > 0),

@@ -31,6 +31,7 @@ class Run:
 
     Attributes:
         arguments: those that `model` was built with.
+        planned_world: for how many processes its steps were made, which are the same on another number of them.
         epoch, step: how many are finished; of the steps, in the current epoch, whose losses add up to `epoch_loss`.
         history: a row an epoch: epoch, train_loss (the mean over its steps), test_loss, test_accuracy, lr.
         losses: of each step of this process, from where it resumed.
@@ -44,6 +45,7 @@ class Run:
     arguments: dict[str, Any]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    planned_world: int
     epoch: int = 0
     step: int = 0
     epoch_loss: float = 0.0
@@ -79,6 +81,7 @@ def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
         arguments=arguments,
         optimizer=make_optimizer(model, lr=options.lr, weight_decay=options.weight_decay),
         scaler=torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16"),
+        planned_world=team.world,
     )
 
 
@@ -108,6 +111,7 @@ def save(run: Run, *, is_best: bool = False) -> None:
             "scaler": run.scaler.state_dict(),
             "epoch": run.epoch,
             "step": run.step,
+            "planned_world": run.planned_world,
             "processes": processes,
             "history": run.history,
         }
@@ -138,6 +142,7 @@ def restore(run: Run, contents: dict[str, Any]) -> None:
         if contents["scaler"]:
             run.scaler.load_state_dict(contents["scaler"])
         run.epoch, run.step = int(contents["epoch"]), int(contents["step"])
+        run.planned_world = int(contents["planned_world"])
         run.history = [dict(row) for row in contents["history"]]
         _restore_process(run, contents["processes"])
     except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
@@ -145,15 +150,15 @@ def restore(run: Run, contents: dict[str, Any]) -> None:
 
 
 def _restore_process(run: Run, processes: list[dict[str, Any]]) -> None:
-    """Random numbers and the running sum, where the run has as many processes as the checkpoint's had."""
-    if len(processes) == run.team.world:
-        own = processes[run.team.rank]
-        run.epoch_loss = float(own["epoch_loss"])
-        torch.set_rng_state(own["torch"])
-        if run.team.device.type == "cuda" and "cuda" in own:
-            torch.cuda.set_rng_state(own["cuda"], run.team.device)
-    elif run.step:
-        raise ValueError(f"it was saved inside an epoch by {len(processes)} processes, not {run.team.world}")
+    """The running sum, and random numbers where the run has as many processes as the checkpoint's had."""
+    run.epoch_loss = sum(float(one["epoch_loss"]) for one in processes) / len(processes)
+    if len(processes) != run.team.world:
+        return  # dropout and stochastic depth draw from the seeds of a new run
+    own = processes[run.team.rank]
+    run.epoch_loss = float(own["epoch_loss"])
+    torch.set_rng_state(own["torch"])
+    if run.team.device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"], run.team.device)
 
 
 def resume_options(path: str | Path, given: dict[str, Any]) -> tuple[TrainOptions, dict[str, Any]]:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 import fastvit
 from fastvit.training import CheckpointError, DataError, OptionError, TrainOptions, resume_options, train
 from fastvit.training import models as models_module
-from fastvit.training.any_size import ImageList, grid_within, packed, packed_training_batches
+from fastvit.training.any_size import ImageList, grid_within
+from fastvit.training.batches import packed_training_steps, parts_of
 from fastvit.training.decoding import decode, random_box, upright_size
 from fastvit.training.distributed import Team
 from fastvit.training.image_set import ImageData, iterate
@@ -187,52 +188,6 @@ def test_an_image_list_is_its_images() -> None:
     assert_same(ImageList.of(images).to(torch.device("cpu")), images, "images")
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
-def fewest_batches(lengths: list[int], most: int) -> tuple[int, int]:
-    """By trying all: how few parts of at most `most` a sequence falls into, and then the least largest of them."""
-    best = {0: (0, 0)}
-    for end in range(1, len(lengths) + 1):
-        parts = [(start, sum(lengths[start:end])) for start in range(end)]
-        best[end] = min((best[i][0] + 1, max(best[i][1], total)) for i, total in parts if total <= most)
-    return best[len(lengths)]
-
-
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=14), more=st.integers(0, 60))
-def test_batches_are_as_few_and_as_even_as_the_order_allows(lengths: list[int], more: int) -> None:
-    most = max(lengths) + more
-    order = list(range(len(lengths)))[::-1]
-    batches = packed(order, lengths, most)
-    assert [index for batch in batches for index in batch] == order
-    totals = [sum(lengths[index] for index in batch) for batch in batches]
-    assert (len(batches), max(totals)) == fewest_batches(lengths[::-1], most)
-
-
-@given(
-    tokens=st.lists(st.integers(1, 30), max_size=40),
-    more=st.integers(0, 90),
-    world=st.integers(1, 5),
-    seed=st.integers(0, 9),
-)
-def test_every_process_has_as_many_batches(tokens: list[int], more: int, world: int, seed: int) -> None:
-    most = max(tokens, default=1) + more
-    parts = [packed_training_batches(tokens, most, seed=seed, epoch=1, rank=rank, world=world) for rank in range(world)]
-    assert len({len(part) for part in parts}) == 1
-    batches = [batch for part in parts for batch in part]
-    assert all(batch and sum(tokens[index] for index in batch) <= most for batch in batches)
-    seen = sorted(index for batch in batches for index in batch)
-    left = len(tokens) - len(set(seen))
-    assert len(seen) == len(set(seen))
-    assert left == 0 or (left < world and all(len(batch) == 1 for batch in batches))
-
-
-def test_the_order_is_drawn_from_seed_and_epoch() -> None:
-    drawn = [packed_training_batches([5] * 40, 25, seed=seed, epoch=epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert drawn[0] != drawn[1] and drawn[0] != drawn[2]
-    assert drawn[0] == packed_training_batches([5] * 40, 25, seed=0, epoch=0)
-
-
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -240,13 +195,21 @@ def test_it_learns_and_its_checkpoint_takes_any_size(photos: Path, tmp_path: Pat
     result = train(options(photos, epochs=8, lr=5e-3, batch_size=0))
     assert result.history[-1]["train_loss"] < 0.8 * result.history[0]["train_loss"]
     assert result.test_accuracy > 0.8
-    steps = [len(packed_training_batches(result.data.train.tokens, BUDGET, seed=0, epoch=i)) for i in range(8)]
-    assert len(result.losses) == sum(steps)
+    assert len(result.losses) == sum(steps_of(result.data, BUDGET, epochs=8))
     loaded = fastvit.load_pretrained(tmp_path / "run" / "last.pt").eval()
     images = result.data.test[list(range(4))][0].to(torch.device("cpu"))
     expected = result.model.eval()(images)
     assert torch.equal(loaded(images), expected)
     torch.testing.assert_close(torch.cat([loaded(image[None]) for image in images]), expected)
+
+
+def steps_of(data: ImageData, most: int, *, epochs: int) -> list[int]:
+    """How many an epoch of one process has."""
+    found = []
+    for epoch in range(epochs):
+        data.train.draw(0, epoch)
+        found.append(len(packed_training_steps(data.train.tokens, most, 1)))
+    return found
 
 
 def begin(photos: Path, **more: Any) -> tuple[Run, ImageData]:
@@ -258,20 +221,21 @@ def begin(photos: Path, **more: Any) -> tuple[Run, ImageData]:
 def test_a_step_is_the_mean_of_its_images_alone(photos: Path) -> None:
     run, data = begin(photos)
     data.train.draw(0, 0)
-    indices = packed_training_batches(data.train.tokens, BUDGET, seed=0, epoch=0)[0]
-    batch = data.train[indices]
+    parts = parts_of(packed_training_steps(data.train.tokens, BUDGET, 1)[0])
+    batch = data.train[parts[0].places]
     images = batch[0].to(torch.device("cpu"))
     assert len({image.shape for image in images}) > 1
     files = [file for name in "ab" for file in sorted((photos / name).iterdir())]
     kept = sorted(set(files) - set(held_out(photos)))
-    labels = [int(kept[index].parent.name == "b") for index in indices]
+    labels = [int(kept[data.train.order[place]].parent.name == "b") for place in parts[0].places]
     losses = [
         F.cross_entropy(run.model(image[None]), torch.tensor([label]), label_smoothing=0.1)
         for image, label in zip(images, labels, strict=True)
     ]
     mean = torch.stack(losses).mean()
     gradients = torch.autograd.grad(mean, list(run.model.parameters()))
-    torch.testing.assert_close(train_step(run, run.model, batch, 1e-3), mean.detach(), atol=1e-6, rtol=1e-6)
+    loss = train_step(run, run.model, parts, iter([batch]), 1e-3)
+    torch.testing.assert_close(loss, mean.detach(), atol=1e-6, rtol=1e-6)
     for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
@@ -345,8 +309,7 @@ def test_two_processes_have_as_many_steps(photos: Path, tmp_path: Path) -> None:
     one, other = in_two_processes(tmp_path / "run", epochs=2, max_tokens=12, **given)
     assert one["history"] == other["history"] and one["sum"] == other["sum"]
     assert one["losses"] != other["losses"]
-    tokens = load_data(options(photos)).train.tokens
-    alone = [len(packed_training_batches(tokens, 45, seed=0, epoch=epoch)) for epoch in range(2)]
+    alone = steps_of(load_data(options(photos)), 45, epochs=2)
     assert any(count % 2 for count in alone), "one must be halved, or this test shows little"
     assert len(one["losses"]) == len(other["losses"]) == sum((count + 1) // 2 for count in alone)
 

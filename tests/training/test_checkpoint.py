@@ -59,7 +59,7 @@ def test_foreign_checkpoints(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="not a training checkpoint"):
             load_checkpoint(path)
     torch.save({"format": module.FORMAT, "version": 99}, path)
-    with pytest.raises(CheckpointError, match="version 99; accepted is 2"):
+    with pytest.raises(CheckpointError, match="version 99; accepted is 3"):
         load_checkpoint(path)
 
 

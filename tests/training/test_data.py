@@ -18,7 +18,7 @@ from fastvit.training import DataError, OptionError, TrainOptions
 from fastvit.training.decoding import decode, in_eight_bits, random_box
 from fastvit.training.digits import digit_tensors, shift
 from fastvit.training.folder import scan, split_folder
-from fastvit.training.image_set import evaluation_batches, iterate, split_by_class, training_batches
+from fastvit.training.image_set import iterate, split_by_class
 from fastvit.training.loop import load_data
 
 WriteImages = Callable[[Path, dict[str, int]], Path]
@@ -57,19 +57,16 @@ def test_shift_moves_each_image_by_its_own_amount() -> None:
     assert moved[1, :, 0].sum() == 0 and moved[2, :, -1:].sum() == 0
 
 
-def test_every_training_image_once_over_all_processes() -> None:
-    parts = [training_batches(103, 10, seed=1, epoch=2, rank=rank, world=2) for rank in range(2)]
-    seen = [index for part in parts for batch in part for index in batch]
-    assert len(seen) == len(set(seen)) == 102, "51 in each process"
-    assert all([len(batch) for batch in part] == [9, 9, 9, 8, 8, 8] for part in parts)
-    assert training_batches(103, 10, seed=1, epoch=3) != training_batches(103, 10, seed=1, epoch=2)
-    assert training_batches(103, 10, seed=1, epoch=3) == training_batches(103, 10, seed=1, epoch=3)
-    assert training_batches(3, 10, seed=0, epoch=0) and not training_batches(1, 10, seed=0, epoch=0, world=2)
-
-
-def test_every_test_image_once_over_all_processes() -> None:
-    seen = [i for rank in range(3) for batch in evaluation_batches(50, 8, rank=rank, world=3) for i in batch]
-    assert sorted(seen) == list(range(50))
+def test_the_order_is_drawn_from_seed_and_epoch() -> None:
+    images = load_data(TrainOptions()).train
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        images.draw(seed, epoch)
+        orders.append(images.order.tolist())
+        assert sorted(orders[-1]) == list(range(len(images)))
+    assert orders[0] == orders[3] and orders[0] != orders[1] != orders[2] != orders[0]
+    labels = images.labels[images.order]
+    assert torch.equal(images[[5, 2]][1], labels[[5, 2]])
 
 
 def test_folder_gives_raw_squares_and_holds_out_a_share_of_each_class(

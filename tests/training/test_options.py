@@ -28,6 +28,7 @@ def test_defaults_follow_the_data() -> None:
         ("epochs", 1.5),
         ("epochs", True),
         ("batch_size", -3),
+        ("accumulate_steps", 0),
         ("lr", -0.1),
         ("lr", math.nan),
         ("lr", math.inf),
