@@ -22,6 +22,7 @@ __all__ = [
     "attribute",
     "forward_of",
     "full_name",
+    "is_sharded",
     "is_transformed",
     "warn_once",
     "why_no_projection",
@@ -52,7 +53,19 @@ def why_observed(module: nn.Module) -> str:
         return "has hooks"
     if "forward" in module.__dict__:
         return "has a forward that was replaced on the module itself"
+    if "_compiled_call_impl" in module.__dict__:
+        return "is compiled by itself"
     return ""
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module is observed by FSDP2 and by nobody else: its hooks gather the parameters for a call, whatever
+    the call is given and gives."""
+    if module._backward_pre_hooks or module._backward_hooks or vars(module).keys() & {"forward", "_compiled_call_impl"}:
+        return False
+    hooks = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
+    owners = [type(getattr(hook, "__self__", None)).__module__ for hook in hooks]
+    return bool(hooks) and all(owner.startswith("torch.distributed.fsdp.") for owner in owners)
 
 
 def why_not_plain_tensor(tensor: Tensor | None) -> str:

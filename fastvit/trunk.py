@@ -8,6 +8,7 @@ wrapped or of another class runs as it is, and the stream becomes the tensor tha
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 
 from fastvit import branches
 from fastvit.branches import Run, is_dropping, whole
-from fastvit.guards import Snapshot, attribute, why_observed
+from fastvit.cpu.linear import linear
+from fastvit.guards import Snapshot, attribute, is_sharded, why_observed
 from fastvit.half_block import Settings
 from fastvit.stream import Norm, Normed, Result, Setup, Stream
 
-__all__ = ["TIMM", "Half", "Kept", "Names", "half_of", "kept", "run_blocks", "run_half", "why_not_half"]
+__all__ = ["TIMM", "Half", "Kept", "Names", "half_of", "kept", "run_blocks", "run_half", "takes_run", "why_not_half"]
 
 
 class Half(NamedTuple):
@@ -96,8 +98,8 @@ class Kept(NamedTuple):
 
 def kept(block: nn.Module, key: Any, make: Callable[[], tuple[Half, Half]]) -> tuple[Half, Half]:
     """The halves of a block as they were made with this key, if nothing in the block has changed since then."""
-    if torch.compiler.is_compiling():
-        return make()  # what it looks at becomes guards of the graph
+    if torch.compiler.is_compiling() or why_observed(block):
+        return make()  # what it looks at becomes guards of the graph; a snapshot with hooks holds for no call
     attributes = vars(block)
     found = attributes.get("fastvit_kept")
     # Replicas and shallow copies have that of another block.
@@ -161,10 +163,33 @@ def run_blocks(blocks: Iterable[Any], x: Tensor, setup: Setup, **options: Any) -
     stream = Stream(x)
     for block in blocks:
         following = None
-        if hasattr(block, "stream") and not why_observed(block):
+        if not hasattr(block, "stream"):
+            pass
+        elif not why_observed(block):
             following = block.stream(stream, setup, **options)
+        elif takes_run(block):
+            following = block(stream, run=functools.partial(_outliving, setup=setup, **options))
         stream = Stream(block(stream.tensor(setup), **options)) if following is None else following
     return stream.tensor(setup)
+
+
+TAKING_RUN: set[Any] = set()  # forwards of blocks that give `run(block, x)` where they are given a `run`
+
+
+def takes_run(block: Any) -> bool:
+    """Whether a block is sharded and its call, whose hooks gather its parameters, may be given something to run."""
+    return type(block).forward in TAKING_RUN and is_sharded(block)
+
+
+def _outliving(block: Any, stream: Stream, setup: Setup, **options: Any) -> Stream | None:
+    """The stream behind a block whose parameters are there for the call alone: without any of them."""
+    following = block.stream(stream, setup, **options)
+    if following is None or following.branch is None:
+        return following
+    tensor, bias, weight = following.branch
+    branch = Result(tensor if weight is None else linear(tensor, weight), None if bias is None else bias.clone())
+    scale = following.scale
+    return following._replace(branch=branch, scale=None if scale is None else scale.clone())
 
 
 def why_not_half(half: Half) -> str:

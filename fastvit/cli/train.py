@@ -56,7 +56,19 @@ def train(
         None, "--augment/--no-augment", help="Random shifts (digits), crops and flips (folder).", show_default="on"
     ),
     amp: str | None = typer.Option(None, help="Mixed precision: off, bf16, fp16.", show_default="off"),
-    compile: bool | None = typer.Option(None, "--compile", help="Use torch.compile."),
+    compile: bool | None = typer.Option(None, "--compile", help="Use torch.compile; in shards, on each block."),
+    shard: str | None = typer.Option(
+        None,
+        help="Under torchrun: none (a whole model in each process, DDP), full (parameters, gradients and AdamW's "
+        "averages in shards over all processes, FSDP2), hybrid (over the processes of a machine, copied to each).",
+        show_default="none",
+    ),
+    shard_size: int | None = typer.Option(
+        None, help="With --shard hybrid: processes that hold one model.", show_default="those of a machine"
+    ),
+    checkpoint_blocks: int | None = typer.Option(
+        None, help="Recompute so many blocks in the backward pass instead of keeping activations.", show_default="0"
+    ),
     seed: int | None = typer.Option(None, help="Of weights, order and augmentation.", show_default="0"),
     device: str | None = typer.Option(None, help="auto, cpu, cuda, cuda:N.", show_default="auto"),
     threads: int | None = typer.Option(None, help="Threads on a CPU.", show_default="1; folder: as torch chooses"),

@@ -69,9 +69,10 @@ def compare_with_timm() -> Comparison:
     mean, std = (torch.tensor(arguments.pop(name), device=team.device).view(-1, 1, 1) for name in ("mean", "std"))
     theirs.model = import_peer("timm.models.vision_transformer").VisionTransformer(**arguments).to(team.device)
     theirs.model.load_state_dict(ours.model.state_dict())
+    theirs.forward = theirs.model
     theirs.optimizer = make_optimizer(theirs.model, lr=options.lr, weight_decay=options.weight_decay)
     # timm's model takes normalised float images: what its loader makes of raw ones.
     theirs.model.register_forward_pre_hook(lambda _, images: ((images[0].float() / 255 - mean) / std,))
     for run in (ours, theirs):
-        train_epoch(run, run.model)
+        train_epoch(run)
     return Comparison(ours.losses, theirs.losses)

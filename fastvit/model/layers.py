@@ -383,9 +383,21 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rotary: Tensor | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rotary: Tensor | None = None,
+        *,
+        run: Callable[[Block, Any], Any] | None = None,
     ) -> Tensor:
-        """Tokens [B, T, D] to the same; `rotary` as of :class:`Attention`."""
+        """Tokens [B, T, D] to the same; `rotary` as of :class:`Attention`.
+
+        With `run`, what `run(self, x)` gives, whatever `x` is: for those who run the block's parts by themselves, but
+        need the call, whose hooks gather the parameters of a sharded block.
+        """
+        if run is not None:
+            return run(self, x)
         turned = {} if rotary is None else {"rotary": rotary}
         setup = Setup.of(x, None, self.residual_dtype is not None)
         if setup is not None:
@@ -421,6 +433,7 @@ class Block(nn.Module):
 
 
 _BLOCK = Block.forward
+trunk.TAKING_RUN.add(_BLOCK)
 
 branches.know(
     scales={LayerScale.forward: "gamma"},

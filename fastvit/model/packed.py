@@ -24,7 +24,7 @@ from fastvit.model.layers import Attention, Block, DropPath, GluMlp, LayerScale,
 from fastvit.positions import rotate
 from fastvit.stream import Setup, Stream
 from fastvit.transfer import to_device
-from fastvit.trunk import TIMM, half_of, run_half
+from fastvit.trunk import TIMM, half_of, run_half, takes_run
 
 __all__ = ["Packing", "features", "logits"]
 
@@ -178,10 +178,15 @@ def _is_by_token(module: nn.Module) -> bool:
     return all(forward_of(type(part)) in _BY_TOKEN and not why_observed(part) for part in module.modules())
 
 
-def _is_plain(block: Any) -> bool:
-    """Whether a block and its attention are the ones that are written out here, and all else is done by token."""
+def _is_plain(block: Any, is_gathered: bool = False) -> bool:
+    """Whether a block and its attention are the ones that are written out here, and all else is done by token.
+
+    With `is_gathered` in a call of the block, whose class and hooks may be those of FSDP2.
+    """
     attention = attribute(block, "attn")
-    if _has_any_global_hook() or why_not_plain(block, Block) or why_not_plain(attention, Attention):
+    if _has_any_global_hook() or why_not_plain(attention, Attention):
+        return False
+    if not is_gathered and why_not_plain(block, Block):
         return False
     is_as_written = (Block.forward, Attention.forward) == _WRITTEN_OUT and "_heads" not in vars(attention)
     if not is_as_written:
@@ -200,13 +205,14 @@ def _run_blocks(model: Any, x: Tensor, packing: Packing, rotary: Tensor | None) 
         return packing.by_batch(model.blocks, x)
     setup = Setup.of(x[None], None, model.residual_dtype is not None)
     stream = Stream(x[None])
-    for block in model.blocks:
-        if setup is not None and not model.grad_checkpointing and _is_plain(block) and not _drops_depth(block):
+    for index, block in enumerate(model.blocks):
+        is_recomputed = model._is_recomputed(index)
+        if setup is not None and not is_recomputed and _is_plain(block) and not _drops_depth(block):
             stream = _stream_block(block, stream, packing, rotary, setup)
             continue
         x = (stream.residual if setup is None else stream.tensor(setup))[0]
-        run = _run_block if _is_plain(block) else _run_batches
-        if model.grad_checkpointing:
+        run = _run_block if _is_plain(block) else _run_sharded if takes_run(block) else _run_batches
+        if is_recomputed:
             x = checkpoint(run, block, x, packing, rotary, use_reentrant=False)
         else:
             x = run(block, x, packing, rotary)
@@ -234,8 +240,16 @@ def _drops_depth(block: Block) -> bool:
     return any(isinstance(drop, DropPath) and drop.training and drop.drop_prob for drop in drops)
 
 
-def _run_batches(block: nn.Module, x: Tensor, packing: Packing, rotary: Tensor | None) -> Tensor:
+def _run_sharded(block: Any, x: Tensor, packing: Packing, rotary: Tensor | None) -> Tensor:
+    """A block whose parameters its hooks gather, in one call: every process must gather as often as the others."""
+    run = _run_block if _is_plain(block, is_gathered=True) else _run_batches
+    return block(x, run=lambda block, x: run(block, x, packing, rotary))
+
+
+def _run_batches(block: Any, x: Tensor, packing: Packing, rotary: Tensor | None) -> Tensor:
     """Any block, on one batch after another of images with as many tokens."""
+    if takes_run(block):
+        block = block.forward  # in a call of it
     if rotary is None:
         return packing.by_batch(block, x)
     tables = packing.batches(rotary.transpose(0, 1))  # [B, T, 2, D/heads] each

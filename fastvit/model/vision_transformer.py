@@ -162,6 +162,7 @@ class VisionTransformer(nn.Module):
         self.dynamic_img_size = dynamic_img_size
         self.residual_dtype = residual_dtype
         self.grad_checkpointing = False
+        self.checkpointed_blocks: int | None = None
         self.pos_embed_kind = pos_embed or "none"
 
         embed_norm = norm_layer_of(embed_norm_layer, "embed_norm_layer")
@@ -310,7 +311,8 @@ class VisionTransformer(nn.Module):
     # ---- changing a built model ----------------------------------------------------------------------------------
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        """Recompute the blocks in the backward pass instead of keeping their activations: the first so many that the
+        attribute `checkpointed_blocks` says, or all where it is None."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -495,11 +497,11 @@ class VisionTransformer(nn.Module):
         """Images [B, C, H, W] to the normed tokens of the last block, [B, R+N, D]."""
         rotary = self._rotary(x.shape[2:], x.device)
         x = self._embed(x)
-        if attn_mask is None and not is_causal and not self.grad_checkpointing:
+        if attn_mask is None and not is_causal and not self._is_recomputed(0):
             x = self._run_blocks(x, **rotary)
         else:
-            for block in self.blocks:
-                x = self._run_block(block, x, attn_mask, is_causal, **rotary)
+            for index, block in enumerate(self.blocks):
+                x = self._run_block(index, block, x, attn_mask, is_causal, **rotary)
         return self.norm(self._leave_residual(x))
 
     def forward_packed(self, images: Sequence[Tensor]) -> Tensor:
@@ -541,12 +543,17 @@ class VisionTransformer(nn.Module):
             x = block(x, **rotary)
         return x
 
+    def _is_recomputed(self, index: int) -> bool:
+        """Whether the block is, in the backward pass."""
+        limit = self.checkpointed_blocks
+        return self.grad_checkpointing and (limit is None or index < limit)
+
     def _run_block(
-        self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **rotary: Tensor
+        self, index: int, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **rotary: Tensor
     ) -> Tensor:
         if attn_mask is not None or is_causal:
             return block(x, attn_mask=attn_mask, is_causal=is_causal, **rotary)
-        if self.grad_checkpointing:
+        if self._is_recomputed(index):
             return checkpoint(functools.partial(block, **rotary), x, use_reentrant=False)
         return block(x, **rotary)
 
@@ -615,7 +622,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"output_fmt: 'NCHW' needs all of {rows} x {columns} patches and no other; use 'NLC'")
         maps: list[Tensor] = []
         for index, block in enumerate(list(self.blocks)[: max(taken) + 1 if stop_early else None]):
-            x = self._run_block(block, x, attn_mask, is_causal, **rotary)
+            x = self._run_block(index, block, x, attn_mask, is_causal, **rotary)
             if index in taken:
                 maps.append(self.norm(self._leave_residual(x)) if norm else x)
 

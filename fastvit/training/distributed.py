@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import OptionError, TrainingError
 
@@ -22,17 +22,17 @@ class Team:
     device: torch.device
     rank: int = 0
     world: int = 1
+    local_world: int = 1  # processes on this machine
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` with gradients averaged over all processes."""
-        return model if self.world == 1 else nn.parallel.DistributedDataParallel(model)
-
     def gradients(self, forward: Any, *, are_last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a part of a step: only the last one's gradients are averaged."""
+        if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
+            forward.set_requires_gradient_sync(are_last)
+            return nullcontext()
         return nullcontext() if self.world == 1 or are_last else forward.no_sync()
 
     def total(self, values: Tensor) -> Tensor:
@@ -54,19 +54,26 @@ class Team:
 
 
 @contextmanager
-def join_team(device: str) -> Iterator[Team]:
-    """Join the processes that torchrun started, or be one alone. `device`: auto, cpu, cuda or cuda:N."""
+def join_team(device: str, *, always: bool = False) -> Iterator[Team]:
+    """Join the processes that torchrun started, or be one alone, with `always` in a process group all the same.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+    """
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 and not always:
         yield Team(chosen)
         return
     if not dist.is_available():
-        raise TrainingError("this build of torch has no torch.distributed; run without torchrun")
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        raise TrainingError("this build of torch has no torch.distributed; run in one process, with --shard none")
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+    # Gloo beside NCCL: objects and checkpoints go from memory to memory of the processors.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **alone)
     try:
-        yield Team(chosen, dist.get_rank(), dist.get_world_size())
+        yield Team(chosen, dist.get_rank(), world, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
     finally:
         dist.destroy_process_group()
 

@@ -31,6 +31,7 @@ from .observers import Observer
 from .options import TrainOptions
 from .run import LAST, Run, restore, save, start
 from .schedule import learning_rate
+from .sharding import gather_nothing
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the GPU
@@ -43,7 +44,7 @@ def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observ
     can mend.
     """
     started = time.perf_counter()
-    with join_team(options.device) as team, _threads(options.threads):
+    with join_team(options.device, always=options.shard != "none") as team, _threads(options.threads):
         if resume is None and (Path(options.output) / LAST).exists():
             raise OptionError(
                 "output", options.output, f"a folder without a run; go on with --resume {options.output}/{LAST}"
@@ -54,10 +55,8 @@ def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observ
         watching = list(observers) if team.is_first else []
         _each(watching, "on_start", run)
         try:
-            model = team.wrap(run.model)
-            forward: Any = torch.compile(model) if options.compile else model
             while run.epoch < options.epochs:
-                train_epoch(run, forward, watching)
+                train_epoch(run, watching)
                 finish_epoch(run, watching)
         finally:
             _each(watching, "on_end", run)
@@ -70,10 +69,10 @@ def load_data(options: TrainOptions) -> ImageData:
     return load_digits(options) if options.is_digits else load_folder(options)
 
 
-def train_epoch(run: Run, forward: nn.Module, observers: Sequence[Observer] = ()) -> None:
-    """One epoch, or the rest of one, from `run.step` on. `forward`: the model, as it is wrapped or compiled."""
+def train_epoch(run: Run, observers: Sequence[Observer] = ()) -> None:
+    """One epoch, or the rest of one, from `run.step` on."""
     options, team, images = run.options, run.team, run.data.train
-    forward.train()
+    run.forward.train()
     images.draw(options.seed, run.epoch)
     steps = epoch_steps(run)
     parts = [parts_of(step, team.rank, team.world) for step in steps[run.step :]]
@@ -82,7 +81,7 @@ def train_epoch(run: Run, forward: nn.Module, observers: Sequence[Observer] = ()
     waiting: list[Tensor] = []  # losses still on the device
     for step in parts:
         rate = learning_rate(run.epoch * len(steps) + run.step, len(steps), options)
-        waiting.append(train_step(run, forward, step, batches, rate))
+        waiting.append(train_step(run, step, batches, rate))
         run.step += 1
         to_be_saved = options.save_steps and run.step % options.save_steps == 0 and run.step < len(steps)
         if team.device.type == "cpu" or len(waiting) == CHECK_EVERY or run.step == len(steps) or to_be_saved:
@@ -101,7 +100,7 @@ def epoch_steps(run: Run) -> list[Step]:
     return training_steps(len(images), options.batch_size, ways)
 
 
-def train_step(run: Run, forward: nn.Module, parts: Sequence[Part], batches: Iterator[Batch], rate: float) -> Tensor:
+def train_step(run: Run, parts: Sequence[Part], batches: Iterator[Batch], rate: float) -> Tensor:
     """One step on the next batches, one for each of `parts`; this process's share of the loss, still on the device.
 
     The mean of these shares over all processes is the mean loss over the images of the step, and the gradient is that
@@ -112,8 +111,8 @@ def train_step(run: Run, forward: nn.Module, parts: Sequence[Part], batches: Ite
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.team.device)
     for index, (part, batch) in enumerate(zip(parts, batches, strict=False)):
-        with run.team.gradients(forward, are_last=index == len(parts) - 1):
-            loss = batch_loss(run, forward, batch) * (part.share * run.team.world)
+        with run.team.gradients(run.forward, are_last=index == len(parts) - 1):
+            loss = batch_loss(run, batch) * (part.share * run.team.world)
             run.scaler.scale(loss).backward()
         total += loss.detach()
     if run.options.clip_grad:
@@ -124,11 +123,11 @@ def train_step(run: Run, forward: nn.Module, parts: Sequence[Part], batches: Ite
     return total
 
 
-def batch_loss(run: Run, forward: nn.Module, batch: Batch) -> Tensor:
+def batch_loss(run: Run, batch: Batch) -> Tensor:
     """The mean over a batch."""
     images, labels = (part.to(run.team.device, non_blocking=True) for part in batch)
     with autocast(run):
-        return F.cross_entropy(forward(images), labels, label_smoothing=run.options.label_smoothing)
+        return F.cross_entropy(run.forward(images), labels, label_smoothing=run.options.label_smoothing)
 
 
 def autocast(run: Run) -> torch.autocast:
@@ -190,6 +189,7 @@ def evaluate(run: Run) -> tuple[float, float]:
             continue
         hits = (logits.argmax(-1) == labels).sum()
         sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), hits, hits.new_tensor(len(labels))])
+    gather_nothing(run.model)
     loss_sum, hit_count, count = team.total(sums).tolist()
     return loss_sum / count, hit_count / count
 

@@ -12,10 +12,14 @@ DIGITS = "digits"
 DIGITS_MODEL = "vit_digits"
 FOLDER_MODEL = "vit_tiny_patch16_224"
 AMP_MODES = ("off", "bf16", "fp16")
+SHARD_MODES = ("none", "full", "hybrid")
 
 # What a resumed run may change: nothing here alters the numbers that are trained.
-# (`threads` and `device` do change the rounding: bit-exact continuation needs them to be the same.)
-FREE_ON_RESUME = ("data", "device", "threads", "workers", "output", "tensorboard", "save_steps")
+# (`threads`, `device`, `compile` and `shard` do change the rounding: bit-exact continuation needs them to be the same.)
+FREE_ON_RESUME = (
+    *("data", "device", "threads", "workers", "output", "tensorboard", "save_steps"),
+    *("compile", "shard", "shard_size", "checkpoint_blocks"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class TrainOptions:
     augment: bool = True
     amp: str = "off"
     compile: bool = False
+    shard: str = "none"
+    shard_size: int = 0  # processes that hold one model, with shard "hybrid"; 0: those of one machine
+    checkpoint_blocks: int = 0  # blocks recomputed in the backward pass
     seed: int = 0
     device: str = "auto"
     threads: int = -1  # 0: as torch chooses; -1: 1 for the digits, whose steps are too small to share; 0 for a folder
@@ -57,6 +64,8 @@ class TrainOptions:
             if not good(getattr(self, name)):
                 raise OptionError(name, getattr(self, name), accepted)
         self._check_tokens()
+        if self.shard_size and self.shard != "hybrid":
+            raise OptionError("shard_size", self.shard_size, "with --shard hybrid alone (leave it out)")
         if self.min_lr > self.lr:
             raise OptionError("min_lr", self.min_lr, f"a number from 0 to the learning rate, {self.lr:g}")
         if self.warmup_epochs > self.epochs:
@@ -139,6 +148,9 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("label_smoothing", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
     ("drop_path", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
     ("amp", "one of " + ", ".join(AMP_MODES), lambda v: v in AMP_MODES),
+    ("shard", "one of " + ", ".join(SHARD_MODES), lambda v: v in SHARD_MODES),
+    ("shard_size", "a whole number of at least 1 (0: the processes of one machine)", lambda v: _whole(v, 0)),
+    ("checkpoint_blocks", "a whole number of at least 0 (0: off)", lambda v: _whole(v, 0)),
     ("seed", "a whole number from 0 to 2**31 - 1", lambda v: _whole(v, 0) and v < 2**31),
     ("threads", "a whole number of at least 1 (0: as torch chooses)", lambda v: _whole(v, 0)),
     ("workers", "a whole number of at least 0 (-1: the default)", lambda v: _whole(v, -1)),

@@ -21,6 +21,7 @@ from .image_set import ImageData
 from .models import build_model, model_arguments
 from .options import TrainOptions
 from .schedule import make_optimizer
+from .sharding import spread
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
 
@@ -30,6 +31,7 @@ class Run:
     """A run in this process: what `train` works on and gives back.
 
     Attributes:
+        forward: the model as the loop calls it: in DDP, in shards, compiled.
         arguments: those that `model` was built with.
         planned_world: for how many processes its steps were made, which are the same on another number of them.
         epoch, step: how many are finished; of the steps, in the current epoch, whose losses add up to `epoch_loss`.
@@ -42,6 +44,7 @@ class Run:
     data: ImageData
     team: Team
     model: nn.Module
+    forward: Any
     arguments: dict[str, Any]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -71,13 +74,14 @@ def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
     model = build_model(options.model, arguments)
     if options.init_from:
         load_weights(model, load_pretrained(options.init_from).state_dict(), options.init_from)
-    model.to(team.device)
+    forward = spread(model, options, team)
     torch.manual_seed(options.seed + 7919 * team.rank)  # other dropout in each process
     return Run(
         options=options,
         data=data,
         team=team,
         model=model,
+        forward=forward,
         arguments=arguments,
         optimizer=make_optimizer(model, lr=options.lr, weight_decay=options.weight_decay),
         scaler=torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16"),

@@ -234,7 +234,7 @@ def test_a_step_is_the_mean_of_its_images_alone(photos: Path) -> None:
     ]
     mean = torch.stack(losses).mean()
     gradients = torch.autograd.grad(mean, list(run.model.parameters()))
-    loss = train_step(run, run.model, parts, iter([batch]), 1e-3)
+    loss = train_step(run, parts, iter([batch]), 1e-3)
     torch.testing.assert_close(loss, mean.detach(), atol=1e-6, rtol=1e-6)
     for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)

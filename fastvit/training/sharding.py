@@ -1,0 +1,107 @@
+"""How a model is spread over the processes of a run: whole in each, or in shards, by PyTorch's FSDP2.
+
+Each block is a unit of its own, gathered for its call and freed behind it; what is outside the blocks is one more.
+Parameters are gathered as they are stored, in float32, and autocast takes them from there: a sharded run has the
+numbers of an unsharded one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .distributed import Team
+from .errors import OptionError
+from .options import TrainOptions
+
+
+def spread(model: nn.Module, options: TrainOptions, team: Team) -> Any:
+    """`model` as the loop calls it, on the device of `team`: as it is, in DDP or, in place, in shards; compiled."""
+    if options.checkpoint_blocks:
+        _recompute(model, options)
+    if options.shard == "none":
+        model.to(team.device)
+        wrapped = model if team.world == 1 else nn.parallel.DistributedDataParallel(model)
+        return torch.compile(wrapped) if options.compile else wrapped
+    mesh = mesh_of(options, team)
+    blocks: Any = model.blocks
+    for block in blocks:
+        if options.compile:
+            block.compile()
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _recompute(model: Any, options: TrainOptions) -> None:
+    depth = len(model.blocks)
+    if options.checkpoint_blocks > depth:
+        accepted = f"a whole number from 0 to the blocks of {options.model}, {depth}"
+        raise OptionError("checkpoint_blocks", options.checkpoint_blocks, accepted)
+    model.set_grad_checkpointing()
+    model.checkpointed_blocks = options.checkpoint_blocks
+
+
+def mesh_of(options: TrainOptions, team: Team) -> DeviceMesh:
+    """The processes that hold one model in shards, "shard", and with `--shard hybrid` copies of that, "replicate"."""
+    if options.shard == "full":
+        return init_device_mesh(team.device.type, (team.world,), mesh_dim_names=("shard",))
+    size = options.shard_size or team.local_world
+    if team.world % size:
+        accepted = f"a divisor of the {team.world} processes (the default is those of one machine, {team.local_world})"
+        raise OptionError("shard_size", size, accepted)
+    return init_device_mesh(team.device.type, (team.world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def gather_nothing(model: nn.Module) -> None:
+    """Free what a forward pass without a backward pass left gathered, so that every parameter is a shard again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a process holds of a model between two steps, in bytes, and what is gathered of it for one unit at most.
+
+    Counted from shapes. Activations, and with them autocast's copies of weights, come on top.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+
+    @property
+    def held(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def count_memory(model: nn.Module, states: int = 2) -> Memory:
+    """Of a model with an optimizer that keeps so many `states` of each parameter, as AdamW does.
+
+    Gathered are two units at a time, since the next one's parameters are on their way while one is at work.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = sum(map(_bytes, parameters))
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    inner = {parameter for unit in units if unit is not model for parameter in unit.parameters()}
+    own = [[*unit.parameters()] for unit in units if unit is not model]
+    own += [[parameter for parameter in model.parameters() if parameter not in inner]] if units else []
+    sizes = sorted(sum(parameter.numel() * parameter.element_size() for parameter in unit) for unit in own)
+    return Memory(sum(map(_bytes, model.parameters())), trained, states * trained, sum(sizes[-2:]))
+
+
+def _bytes(tensor: Tensor) -> int:
+    held = local(tensor)
+    return held.numel() * held.element_size()
