@@ -13,12 +13,13 @@ from torch import Tensor
 
 from .errors import CheckpointError, listed
 from .formats import CONFIG, FOLDER_WEIGHTS, read_file, read_json
+from .sharded import is_sharded_folder, read_sharded
 
 # Files of folders that have weights of another kind.
 _FOREIGN_FOLDERS = {
     "adapter_config.json": "an adapter of peft's without its model; merge them, with merge_and_unload(), and save that",
-    ".metadata": "shards of torch.distributed.checkpoint; its format_utils.dcp_to_torch_save makes one file of them",
 }
+RUN = "run.pt"  # what `fastvit train` keeps beside shards: all that is no tensor of the model
 DEPTH = 8  # dictionaries inside each other, at most
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "hf://")
@@ -57,8 +58,9 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any], *, allow
 
     Args:
         source: a .safetensors, torch or .npz file, told by its contents and not its name; a folder with config.json,
-            where it has one, and model.safetensors, pytorch_model.bin or shards with their index; a state_dict; or a
-            name on the Hugging Face hub: "owner/name" or "hf-hub:owner/name", with "@revision" if wanted.
+            where it has one, and model.safetensors, pytorch_model.bin or shards with their index; a folder of
+            torch.distributed.checkpoint; a state_dict; or a name on the Hugging Face hub: "owner/name" or
+            "hf-hub:owner/name", with "@revision" if wanted.
         allow: full names of classes, such as "package.module.Class", whose objects may be in a torch file. They are
             left out, as are plain values (`argparse.Namespace`, paths, NumPy's numbers); no class is ever run.
 
@@ -95,12 +97,18 @@ def _read_file(path: Path, allow: Sequence[str]) -> Checkpoint:
     # config.json is of these weights only where both have the names of a model's folder.
     if config is None and path.name in FOLDER_WEIGHTS and (path.parent / CONFIG).is_file():
         config = read_json(path.parent / CONFIG)
-    # `fastvit train` keeps the config beside the weights, in the same file.
-    inside = contents.get("config") if config is None and isinstance(contents, dict) else None
-    return _flat(contents, inside if isinstance(inside, dict) and "fastvit" in inside else config, kind, str(path))
+    return _flat(contents, config or _inner_config(contents), kind, str(path))
+
+
+def _inner_config(contents: Any) -> dict[str, Any] | None:
+    """That which `fastvit train` keeps beside the weights, in the same file."""
+    inside = contents.get("config") if isinstance(contents, dict) else None
+    return inside if isinstance(inside, dict) and "fastvit" in inside else None
 
 
 def _read_folder(folder: Path, source: str, allow: Sequence[str]) -> Checkpoint:
+    if is_sharded_folder(folder):
+        return _flat(read_sharded(folder), _trained_config(folder / RUN, allow), "shards", source)
     weights = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         for name, meaning in _FOREIGN_FOLDERS.items():
@@ -111,6 +119,10 @@ def _read_folder(folder: Path, source: str, allow: Sequence[str]) -> Checkpoint:
     contents = _read_shards(weights, allow) if weights.suffix == ".json" else read_file(weights, allow)[1]
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
     return _flat(contents, config, "folder", source)
+
+
+def _trained_config(path: Path, allow: Sequence[str]) -> dict[str, Any] | None:
+    return _inner_config(read_file(path, allow)[1]) if path.is_file() else None
 
 
 def _read_shards(index: Path, allow: Sequence[str]) -> dict[str, Any]:

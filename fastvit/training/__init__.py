@@ -11,7 +11,8 @@ from fastvit.checkpoints.errors import CheckpointError
 from .errors import DataError, OptionError, TrainingError, UserError
 from .loop import train
 from .options import TrainOptions
-from .run import Run, resume_options
+from .run import Run
+from .saving import resume_options
 
 __all__ = [
     "CheckpointError",

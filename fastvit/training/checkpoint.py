@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, read without running code from the file."""
+"""Checkpoint files of a run: written whole or not at all, read without running code from the file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastvit.checkpoints.errors import CheckpointError
 from fastvit.checkpoints.formats import read_file
 from fastvit.files import sync, written_whole
+from fastvit.model.checkpoints import check_state_dict
 
 FORMAT = "fastvit-training-checkpoint"
 VERSION = 3
@@ -43,10 +44,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return contents
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Load all of `weights` into a new `model`. Raises CheckpointError that lists what differs."""
+def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Raise CheckpointError that lists what differs where `weights` are not all of those of `model`."""
     try:
-        model.load_state_dict(weights)
+        check_state_dict(model, weights, prefix="", strict=True)
     except RuntimeError as error:
         reason = shorten("; ".join(str(error).splitlines()[1:]), LONGEST, placeholder=" …")
         raise CheckpointError(f"{source}: does not fit the model; {reason}") from error
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Load all of `weights` into a new `model`. Raises CheckpointError that lists what differs."""
+    check_weights(model, weights, source)
+    model.load_state_dict(weights)

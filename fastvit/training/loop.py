@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ from .folder import load_folder
 from .image_set import Batch, ImageData, iterate
 from .observers import Observer
 from .options import TrainOptions
-from .run import LAST, Run, restore, save, start
+from .run import Run, start
+from .saving import last_of, restore, save
 from .schedule import learning_rate
 from .sharding import gather_nothing
 
@@ -45,10 +45,8 @@ def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observ
     """
     started = time.perf_counter()
     with join_team(options.device, always=options.shard != "none") as team, _threads(options.threads):
-        if resume is None and (Path(options.output) / LAST).exists():
-            raise OptionError(
-                "output", options.output, f"a folder without a run; go on with --resume {options.output}/{LAST}"
-            )
+        if resume is None and (last := last_of(options.output)):
+            raise OptionError("output", options.output, f"a folder without a run; go on with --resume {last}")
         run = start(options, load_data(options), team)
         if resume is not None:
             restore(run, resume)
@@ -58,6 +56,8 @@ def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observ
             while run.epoch < options.epochs:
                 train_epoch(run, watching)
                 finish_epoch(run, watching)
+            if run.writer is not None:
+                run.writer.finish()
         finally:
             _each(watching, "on_end", run)
     run.seconds = time.perf_counter() - started

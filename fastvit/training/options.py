@@ -17,7 +17,7 @@ SHARD_MODES = ("none", "full", "hybrid")
 # What a resumed run may change: nothing here alters the numbers that are trained.
 # (`threads`, `device`, `compile` and `shard` do change the rounding: bit-exact continuation needs them to be the same.)
 FREE_ON_RESUME = (
-    *("data", "device", "threads", "workers", "output", "tensorboard", "save_steps"),
+    *("data", "device", "threads", "workers", "output", "tensorboard", "save_steps", "keep"),
     *("compile", "shard", "shard_size", "checkpoint_blocks"),
 )
 
@@ -56,6 +56,7 @@ class TrainOptions:
     init_from: str = ""  # weights to start from: a checkpoint or a plain state_dict
     output: str = "out/train"
     save_steps: int = 0  # 0: save after each epoch only
+    keep: int = 2  # checkpoints in shards, and the best one
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -155,5 +156,6 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("threads", "a whole number of at least 1 (0: as torch chooses)", lambda v: _whole(v, 0)),
     ("workers", "a whole number of at least 0 (-1: the default)", lambda v: _whole(v, -1)),
     ("output", "a folder to write to", lambda v: bool(v)),
+    ("keep", "a whole number of at least 1", lambda v: _whole(v, 1)),
     ("save_steps", "a whole number of at least 0 (0: after each epoch only)", lambda v: _whole(v, 0)),
 )

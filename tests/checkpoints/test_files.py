@@ -265,7 +265,7 @@ def test_a_folder_without_weights_or_with_a_broken_config(tmp_path: Path) -> Non
         assert "config.json" in refusal(tmp_path) and "JSON" in refusal(tmp_path)
     assert "name its folder" in refusal(tmp_path / "config.json")
     for name, message in {
-        ".metadata": "torch.distributed.checkpoint",
+        ".metadata": "truncated or damaged",
         "adapter_config.json": "merge_and_unload",
     }.items():
         (tmp_path / name).mkdir()
