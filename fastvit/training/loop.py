@@ -32,6 +32,7 @@ from .options import TrainOptions
 from .run import LAST, Run, restore, save, start
 from .schedule import learning_rate
 from .sharding import gather_nothing
+from .shards import holds_shards, load_shards
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the GPU
@@ -66,7 +67,9 @@ def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observ
 
 def load_data(options: TrainOptions) -> ImageData:
     """The images that `options.data` names. Raises DataError or OptionError where they cannot be used."""
-    return load_digits(options) if options.is_digits else load_folder(options)
+    if options.is_digits:
+        return load_digits(options)
+    return load_shards(options) if holds_shards(Path(options.data).expanduser()) else load_folder(options)
 
 
 def train_epoch(run: Run, observers: Sequence[Observer] = ()) -> None:
