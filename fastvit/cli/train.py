@@ -14,7 +14,7 @@ from .common import console, given
 def train(
     data: str | None = typer.Option(
         None,
-        help="'digits' (bundled, 8x8) or a folder: FOLDER/<class>/<image>, FOLDER/*.tar, or FOLDER/train and FOLDER/val.",
+        help="'digits' (bundled, 8x8) or a folder: FOLDER/<class>/<image> or FOLDER/*.tar, or train/ and val/ of them.",
         show_default="digits",
     ),
     model: str | None = typer.Option(
