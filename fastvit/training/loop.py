@@ -45,7 +45,7 @@ def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observ
     can mend.
     """
     started = time.perf_counter()
-    with join_team(options.device, always=options.shard != "none") as team, _threads(options.threads):
+    with join_team(options.device, always=options.shard != "none") as team, limited_threads(options.threads):
         if resume is None and (Path(options.output) / LAST).exists():
             raise OptionError(
                 "output", options.output, f"a folder without a run; go on with --resume {options.output}/{LAST}"
@@ -198,7 +198,8 @@ def evaluate(run: Run) -> tuple[float, float]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def limited_threads(count: int) -> Iterator[None]:
+    """Give torch so many threads on a CPU inside; 0: as many as it has."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
