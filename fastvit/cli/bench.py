@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from .common import DEVICE, THREADS, check_choices, console, fail, progress_bar
+from .input_speed import SUITE as INPUT
+from .input_speed import measure_input
 from .traffic import SUITE as TRAFFIC
 from .traffic import count_traffic
 from .validate import check_device
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 SIZES = ("tiny", "small", "full")
 OF_TRAFFIC = "Options of the suite traffic"
+OF_INPUT = "Options of the suite input with --data"
 
 
 def bench(
@@ -45,7 +48,9 @@ def bench(
         "This and the next four: repeat or separate by commas.",
         rich_help_panel=OF_TRAFFIC,
     ),
-    model: list[str] | None = typer.Option(None, help="Ti, S, B, L. Default: S.", rich_help_panel=OF_TRAFFIC),
+    model: list[str] | None = typer.Option(
+        None, help="Ti, S, B, L. Default: S. With --data: as in `fastvit train`.", rich_help_panel=OF_TRAFFIC
+    ),
     setting: list[str] | None = typer.Option(
         None, help="plain, layerscale+droppath. Default: both.", rich_help_panel=OF_TRAFFIC
     ),
@@ -64,6 +69,22 @@ def bench(
     rate: float | None = typer.Option(
         None, help="Its TFLOP/s in bfloat16. Default: H200's 989.5.", min=0.001, rich_help_panel=OF_TRAFFIC
     ),
+    data: str | None = typer.Option(
+        None, help="'digits' or a folder. This, --model and the next: as in `fastvit train`.", rich_help_panel=OF_INPUT
+    ),
+    image_size: int | None = typer.Option(None, help="Height and width.", rich_help_panel=OF_INPUT),
+    batch_size: int | None = typer.Option(None, help="Images a step.", rich_help_panel=OF_INPUT),
+    tokens_per_batch: int | None = typer.Option(None, help="Instead of --batch-size.", rich_help_panel=OF_INPUT),
+    max_tokens: int | None = typer.Option(None, help="With --tokens-per-batch.", rich_help_panel=OF_INPUT),
+    workers: int | None = typer.Option(None, help="Processes that decode images.", rich_help_panel=OF_INPUT),
+    amp: str | None = typer.Option(None, help="Mixed precision: off, bf16, fp16.", rich_help_panel=OF_INPUT),
+    compile: bool | None = typer.Option(None, "--compile", help="Use torch.compile.", rich_help_panel=OF_INPUT),
+    seconds: float | None = typer.Option(
+        None, help="To spend in all, about. Default: 20.", min=0.001, rich_help_panel=OF_INPUT
+    ),
+    steps: int | None = typer.Option(
+        None, help="Instead of --seconds: in each of the times that are taken.", min=1, rich_help_panel=OF_INPUT
+    ),
 ) -> None:
     """Measure beside the rivals in one process; the table has the ratio to each rival first, losses in red.
 
@@ -74,6 +95,9 @@ def bench(
 
     The suite traffic times nothing and needs no GPU: it counts the bytes that a training step reads and writes on one,
     and its launches, eager and compiled, accelerated and not.
+
+    The suite input with --data measures the input of a training instead: images a second of the loader alone, of the
+    training step alone, and of both together; and it says which of the two waits, and what would help.
 
     Examples:
 
@@ -86,16 +110,30 @@ def bench(
       fastvit bench --compare before.jsonl after.jsonl
 
       fastvit bench traffic --host timm --way eager,compiled
+
+      fastvit bench input --data photos/ --model vit_small_patch16_224 --amp bf16 --workers 8
     """
     of_traffic = {"--host": host, "--model": model, "--setting": setting, "--stream": stream, "--way": way}
     limits = {"--batch": batch, "--bandwidth": bandwidth, "--rate": rate}
+    of_training: dict[str, Any] = {"--data": data, "--image-size": image_size, "--batch-size": batch_size}
+    of_training |= {"--tokens-per-batch": tokens_per_batch, "--max-tokens": max_tokens, "--workers": workers}
+    of_training |= {"--amp": amp, "--compile": compile, "--seconds": seconds, "--steps": steps}
     timing = {"--size": size, "--device": device, "--threads": threads, "--report": report, "--rows": recorded}
     if TRAFFIC in (suites or ()):
-        _refuse(TRAFFIC, {**timing, "--compare": compare}, "nothing is timed")
+        _refuse(TRAFFIC, {**timing, **of_training, "--compare": compare}, "nothing is timed")
         if suites != [TRAFFIC]:
             fail(f"{TRAFFIC}: not accepted together with other suites, since it is not timed")
         count_traffic(of_traffic, batch, (bandwidth, rate), output, as_json)
         return
+    if data is not None:
+        if suites != [INPUT]:
+            fail(f"--data: accepted only with the suite {INPUT} alone")
+        others = {**limits, **of_traffic, "--model": None, "--size": size, "--report": report, "--rows": recorded}
+        _refuse("--data", {**others, "--compare": compare, "--output": output}, "a training is measured")
+        measure_input({**of_training, "--model": model, "--device": device, "--threads": threads}, as_json)
+        return
+    for option in _written(of_training):
+        fail(f"{option}: accepted only with the suite {INPUT} and --data")
     for option in _written({**of_traffic, **limits}):
         fail(f"{option}: accepted only with the suite {TRAFFIC}")
     measuring = {"SUITES": suites, "--size": size, "--device": device, "--threads": threads, "--output": output}

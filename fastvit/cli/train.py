@@ -14,7 +14,7 @@ from .common import console, given
 def train(
     data: str | None = typer.Option(
         None,
-        help="'digits' (bundled, 8x8) or a folder: FOLDER/<class>/<image>, or FOLDER/train and FOLDER/val.",
+        help="'digits' (bundled, 8x8) or a folder: FOLDER/<class>/<image> or FOLDER/*.tar, or train/ and val/ of them.",
         show_default="digits",
     ),
     model: str | None = typer.Option(
@@ -92,6 +92,10 @@ def train(
 
     A folder is read as by torchvision's ImageFolder, without what is hidden or left over (__MACOSX, ._1.jpg). Images
     come out upright and without opacity; 16 bits and floats from 0 to 1 are scaled to 8 bits; damaged ones are named.
+
+    Tars in it are shards as WebDataset's: KEY.jpg with KEY.cls or KEY.json (its "label" or "cls"), a number. Those with
+    the word train, and val or test, in their names are a split; classes.txt names the classes, one a line. They are
+    indexed, not streamed, so that a run resumes on them as exactly as on a folder.
 
     With --tokens-per-batch, images keep their shapes, to whole patches, as NaViT's do: as many as this budget has room
     for are a step, without padding. --image-size is the size that the model's table of positions is made for.

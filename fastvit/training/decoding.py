@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from typing import IO, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +21,14 @@ BITS, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # TIFF tags
 ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that make the width the height
 
 
-def decode(path: Path, *, size: int | tuple[int, int], channels: int, draws: list[float]) -> Tensor:
-    """The image at `path` as uint8 [channels, height, width], upright, in grey or RGB; opacity is dropped.
+class Source(Protocol):
+    """Where an image lies: a Path, or what opens as one does and has a `str` that names it to a reader of errors."""
+
+    def open(self, mode: Literal["rb"], /) -> IO[bytes]: ...
+
+
+def decode(source: Source, *, size: int | tuple[int, int], channels: int, draws: list[float]) -> Tensor:
+    """The image at `source` as uint8 [channels, height, width], upright, in grey or RGB; opacity is dropped.
 
     16 bits a channel and floats from 0 to 1 are scaled to 8 bits.
 
@@ -34,7 +40,7 @@ def decode(path: Path, *, size: int | tuple[int, int], channels: int, draws: lis
     Raises:
         DataError: unreadable, damaged, or with pixels whose white is not known; names the file.
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         image.load()
         with suppress(Exception):  # a damaged EXIF block beside whole pixels; most images are upright
             ImageOps.exif_transpose(image, in_place=True)
@@ -53,12 +59,12 @@ def decode(path: Path, *, size: int | tuple[int, int], channels: int, draws: lis
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-def upright_size(path: Path) -> tuple[int, int]:
-    """Height and width that `decode` finds at `path`, from the header alone. Raises DataError as it does.
+def upright_size(source: Source) -> tuple[int, int]:
+    """Height and width that `decode` finds at `source`, from the header alone. Raises DataError as it does.
 
     Where a PNG says behind its pixels that it lies on its side, the sides come as they are stored.
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         width, height = image.size
         orientation = 1
         with suppress(Exception):  # as in `decode`
@@ -69,15 +75,15 @@ def upright_size(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image at `path`, not decoded yet; what goes wrong with it inside becomes a DataError that names it."""
+def _opened(source: Source) -> Iterator[Image.Image]:
+    """The image at `source`, not decoded yet; what goes wrong with it inside becomes a DataError that names it."""
     try:
-        with Image.open(path) as image:
+        with source.open("rb") as file, Image.open(file) as image:
             yield image
     # Decoders of broken files raise nearly anything: OSError, SyntaxError, ValueError, struct.error …
     except Exception as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: the image cannot be decoded ({reason}); mend or remove it") from error
+        raise DataError(f"{source}: the image cannot be decoded ({reason}); mend or remove it") from error
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:

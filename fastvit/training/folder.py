@@ -7,45 +7,18 @@ FOLDER/train/cat/1.jpg …, FOLDER/val/cat/9.jpg …       (also training/; vali
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from fastvit.checkpoints.errors import listed
-
-from .any_size import ImageList, grid_within
-from .decoding import decode, upright_size
 from .errors import DataError, OptionError
-from .image_set import ImageData, ImageSet, fingerprint, split_by_class
-from .models import model_arguments
+from .image_files import EXTENSIONS, HELD_OUT_NAMES, TRAIN_NAMES, check_same_classes, hold_out, image_data
+from .image_set import ImageData
 from .options import TrainOptions
 
-EXTENSIONS = frozenset(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2".split())
-TRAIN_NAMES = ("train", "training")
-HELD_OUT_NAMES = ("val", "valid", "validation", "test", "testing")
 # What systems and tools leave among images, beside all that is hidden by a dot.
 LEFTOVERS = frozenset({"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information"})
-DEFAULT_SIZE = 224
-LISTED = 5  # names in an error, at most
 
 Sample = tuple[Path, int]
-Size = tuple[int, int]  # height and width
-
-
-def read_images(paths: list[Path], size: int, channels: int, indices: list[int], random: Tensor) -> Tensor:
-    """Those of `paths`, cropped to squares of `size`: with `random` [B, 5] at random with a flip, else the middle."""
-    drawn = zip(indices, random.tolist(), strict=True)
-    return torch.stack([decode(paths[index], size=size, channels=channels, draws=draws) for index, draws in drawn])
-
-
-def read_any_size(paths: list[Path], sizes: list[Size], channels: int, indices: list[int], random: Tensor) -> ImageList:
-    """Those of `paths`, each at its own of `sizes`: with `random` [B, 5] a crop with a flip, else the whole image."""
-    drawn = zip(indices, random.tolist(), strict=True)
-    return ImageList.of([decode(paths[i], size=sizes[i], channels=channels, draws=draws) for i, draws in drawn])
 
 
 def load_folder(options: TrainOptions) -> ImageData:
@@ -53,53 +26,10 @@ def load_folder(options: TrainOptions) -> ImageData:
     root = Path(options.data).expanduser()
     if not root.is_dir():
         found = "is a file" if root.is_file() else "does not exist"
-        raise OptionError("data", options.data, f"'digits' or a folder with one directory a class; this {found}")
-    size, channels = options.image_size or DEFAULT_SIZE, options.channels or 3
+        accepted = f"'digits' or a folder with one directory a class, or with tar shards; this {found}"
+        raise OptionError("data", options.data, accepted)
     train, test, classes = split_folder(root, options.validation_share)
-    mean, std = ((0.5,), (0.5,)) if channels == 1 else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    names = [f"{path.relative_to(root).as_posix()} {label}" for path, label in [*train, *test]]
-    arguments = {"img_size": size, "in_chans": channels, "num_classes": len(classes), "mean": mean, "std": std}
-    measure = None
-    if options.tokens_per_batch:
-        measure = partial(measured, *token_limits(options, size))
-        arguments["dynamic_img_size"] = True
-
-    def image_set(samples: list[Sample], draws: int) -> ImageSet:
-        paths, labels = [path for path, _ in samples], torch.tensor([label for _, label in samples])
-        if measure is None:
-            return ImageSet(partial(read_images, paths, size, channels), labels, draws)
-        sizes, tokens = measure(paths)
-        return ImageSet(partial(read_any_size, paths, sizes, channels), labels, draws, tokens)
-
-    sets = image_set(train, 5 * options.augment), image_set(test, 0)
-    # The numbers of tokens settle the batches of an epoch, and are to be the same in a resumed run.
-    tokens = [str(count) for images in sets for count in images.tokens]
-    return ImageData(*sets, classes, arguments, fingerprint(*classes, str(len(train)), *names, *tokens))
-
-
-def token_limits(options: TrainOptions, size: int) -> tuple[int, int, int]:
-    """The model's patch size in pixels, its prefix tokens, and the most patches of an image.
-
-    Raises:
-        OptionError: the largest image does not fit into a batch.
-    """
-    arguments = model_arguments(options.model, {})
-    patch = arguments["patch_size"]
-    prefix = int(arguments.get("class_token", True)) + arguments.get("reg_tokens", 0)
-    most = options.max_tokens or (size // patch) ** 2
-    if most < 1:
-        raise OptionError("image_size", size, f"at least the patch of {options.model}, {patch}")
-    if options.tokens_per_batch < most + prefix:
-        accepted = f"at least {most + prefix}: an image of --max-tokens {most} and the model's prefix of {prefix}"
-        raise OptionError("tokens_per_batch", options.tokens_per_batch, accepted)
-    return patch, prefix, most
-
-
-def measured(patch: int, prefix: int, most: int, paths: list[Path]) -> tuple[list[Size], list[int]]:
-    """Of each image the size it is resized to, in pixels, and its number of tokens with `prefix`."""
-    grids = [grid_within(*upright_size(path), patch, most) for path in paths]
-    sizes = [(rows * patch, columns * patch) for rows, columns in grids]
-    return sizes, [prefix + rows * columns for rows, columns in grids]
+    return image_data(options, train, test, classes, name=lambda path: path.relative_to(root).as_posix())
 
 
 def split_folder(root: Path, share: float) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
@@ -111,31 +41,21 @@ def split_folder(root: Path, share: float) -> tuple[list[Sample], list[Sample], 
     if train_root and test_root:
         train, classes = scan(train_root)
         test, test_classes = scan(test_root, least=1)
-        differing = {
-            "without": sorted(set(classes) - set(test_classes)),
-            "with": sorted(set(test_classes) - set(classes)),
-        }
-        if any(differing.values()):
-            found = " and ".join(f"{word} {listed(names, LISTED)}" for word, names in differing.items() if names)
-            raise DataError(f"{test_root}: other classes than in {train_root}: {found}")
+        check_same_classes(classes, test_classes, train_root, test_root)
         return train, test, classes
     alone = train_root or test_root
     if alone and class_folders(alone) and not any(_is_image(entry.name) for entry in os.scandir(alone)):
         raise DataError(f"{alone}: a part of a split without the other; expected FOLDER/train and FOLDER/val")
     samples, classes = scan(root)
-    sizes = Counter(label for _, label in samples)
-    for label, name in enumerate(classes):
-        if sizes[label] < 2:
-            raise DataError(f"{root / name}: one image only; a class needs two, one of them to test on")
-    kept, tested = split_by_class(torch.tensor([label for _, label in samples]), share)
-    return [samples[i] for i in kept.tolist()], [samples[i] for i in tested.tolist()], classes
+    return *hold_out(samples, share, [root / name for name in classes]), classes
 
 
 def scan(root: Path, least: int = 2) -> tuple[list[Sample], tuple[str, ...]]:
     """Every image under each class directory of `root`, sorted by name, so that the order is the same everywhere."""
     folders = class_folders(root)
     if not folders:
-        raise DataError(f"{root}: no class directories; expected FOLDER/<class>/<image>, such as {root}/cat/1.jpg")
+        expected = f"FOLDER/<class>/<image>, such as {root}/cat/1.jpg, or FOLDER/*.tar"
+        raise DataError(f"{root}: no class directories; expected {expected}")
     if len(folders) < least:
         raise DataError(f"{root}: only one class, {folders[0].name}; at least two are needed")
     samples: list[Sample] = []

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .run import Run, start
 from .saving import last_of, restore, save
 from .schedule import learning_rate
 from .sharding import gather_nothing
+from .shards import holds_shards, load_shards
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the GPU
@@ -44,7 +46,7 @@ def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observ
     can mend.
     """
     started = time.perf_counter()
-    with join_team(options.device, always=options.shard != "none") as team, _threads(options.threads):
+    with join_team(options.device, always=options.shard != "none") as team, limited_threads(options.threads):
         if resume is None and (last := last_of(options.output)):
             raise OptionError("output", options.output, f"a folder without a run; go on with --resume {last}")
         run = start(options, load_data(options), team)
@@ -66,7 +68,9 @@ def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observ
 
 def load_data(options: TrainOptions) -> ImageData:
     """The images that `options.data` names. Raises DataError or OptionError where they cannot be used."""
-    return load_digits(options) if options.is_digits else load_folder(options)
+    if options.is_digits:
+        return load_digits(options)
+    return load_shards(options) if holds_shards(Path(options.data).expanduser()) else load_folder(options)
 
 
 def train_epoch(run: Run, observers: Sequence[Observer] = ()) -> None:
@@ -195,7 +199,8 @@ def evaluate(run: Run) -> tuple[float, float]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def limited_threads(count: int) -> Iterator[None]:
+    """Give torch so many threads on a CPU inside; 0: as many as it has."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
