@@ -127,7 +127,7 @@ def flat(state: Mapping[str, Any], before: str = "") -> dict[str, Tensor]:
     return found
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The first of those that torch gathers from all processes."""
     inner = next(iter(getattr(error, "failures", {}).values()), error)
     inner = inner[0] if isinstance(inner, tuple) else inner

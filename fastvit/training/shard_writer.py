@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,7 @@ class ShardWriter:
         self.output, self.team, self.keep = output, team, keep
         # Of its own: the background thread's messages must not meet those of the run.
         self._group = dist.new_group(backend="gloo")
-        self._written: Future[Any] | None = None
-        self._failure: Exception | None = None
+        self._done: Future[str] | None = None  # with what went wrong
         if team.is_first:
             output.mkdir(parents=True, exist_ok=True)
             for left_over in output.glob(f"{PARTIAL}*"):  # of a run that was killed
@@ -66,46 +66,49 @@ class ShardWriter:
             best: name of the checkpoint that is kept whatever its age.
         """
         self.finish()
-        partial = self.output / f"{PARTIAL}{name}"
+        fresh = self._partial(name)
         if self.team.is_first:
-            save_checkpoint(partial / RUN, note)
-        writer = checkpoint.FileSystemWriter(partial)
+            save_checkpoint(fresh / RUN, note)
+        writer = checkpoint.FileSystemWriter(fresh)
         written = checkpoint.async_save(tensors, storage_writer=writer, process_group=self._group)
         assert isinstance(written, Future)  # what was copied is there
-        self._written = written
-        if self.team.is_first:
-            written.add_done_callback(lambda written: self._publish(written, partial, name, best))
+        self._done = Future()  # a future's callbacks run behind those who wait for it: they wait for this one
+        written.add_done_callback(partial(self._end, self._done, self.output / name, best))
 
     def finish(self) -> None:
         """Wait for what is being written. Raises TrainingError, in every process, where it could not be."""
-        if self._written is None:
+        if self._done is None:
             return
-        written, self._written = self._written, None
-        try:
-            written.result()
-        except Exception as error:  # one of torch's own that holds those of all processes
-            self._failure = error
-        failures = [found for found in self.team.gather(self._failure and reason_of(self._failure)) if found]
-        self._failure = None
+        failure, self._done = self._done.result(), None
+        failures = [found for found in self.team.gather(failure) if found]
         if failures:
             raise TrainingError(f"{self.output}: a checkpoint can't be written ({failures[0]}); older ones are whole")
 
-    def _publish(self, written: Future[Any], partial: Path, name: str, best: str) -> None:
-        """In the background thread of the first process."""
+    def _end(self, done: Future[str], final: Path, best: str, written: Future[Any]) -> None:
+        """In the background thread."""
+        failure = "" if (error := written.exception()) is None else reason_of(error)
         try:
-            if written.exception() is not None:
-                shutil.rmtree(partial, ignore_errors=True)
-                return
-            sync(partial)
-            final = self.output / name
-            if final.exists():  # of a run that was resumed from an earlier checkpoint
-                older = self.output / f"{PARTIAL}older-{name}"
-                os.replace(final, older)
-                shutil.rmtree(older, ignore_errors=True)
-            os.replace(partial, final)
-            sync(self.output)
-            for old in folders_in(self.output)[: -self.keep]:
-                if old.name != best:
-                    shutil.rmtree(old, ignore_errors=True)
+            if self.team.is_first:
+                self._publish(final, best, is_whole=not failure)
         except OSError as error:
-            self._failure = error
+            failure = reason_of(error)
+        done.set_result(failure)
+
+    def _publish(self, final: Path, best: str, *, is_whole: bool) -> None:
+        fresh = self._partial(final.name)
+        if not is_whole:
+            shutil.rmtree(fresh, ignore_errors=True)
+            return
+        sync(fresh)
+        if final.exists():  # of a run that was resumed from an earlier checkpoint
+            older = self._partial(f"older-{final.name}")
+            os.replace(final, older)
+            shutil.rmtree(older, ignore_errors=True)
+        os.replace(fresh, final)
+        sync(self.output)
+        for old in folders_in(self.output)[: -self.keep]:
+            if old.name != best:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _partial(self, name: str) -> Path:
+        return self.output / f"{PARTIAL}{name}"

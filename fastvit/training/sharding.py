@@ -8,13 +8,14 @@ numbers of an unsharded one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from .distributed import Team
 from .errors import OptionError
@@ -35,7 +36,14 @@ def spread(model: nn.Module, options: TrainOptions, team: Team) -> Any:
         if options.compile:
             block.compile()
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh, shard_placement_fn=partial(_placement, mesh.size(-1)))
+
+
+def _placement(ways: int, parameter: nn.Parameter) -> Shard | None:
+    """Positions and tokens have one row only: they are cut by the width."""
+    if parameter.shape[0] > 1 or parameter.shape[-1] % ways:
+        return None
+    return Shard(parameter.ndim - 1)
 
 
 def _recompute(model: Any, options: TrainOptions) -> None:

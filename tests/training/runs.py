@@ -53,22 +53,60 @@ def free_port() -> int:
 
 WORKER = """
 import json, os, sys
+from collections import Counter
+from contextlib import nullcontext
 import torch
-from fastvit.training import TrainOptions, models, train
-output, given = sys.argv[1], json.loads(sys.argv[2])
-models.DIGITS_ARGUMENTS = given.pop("model_arguments")
-result = train(TrainOptions(device="cpu", tensorboard=False, output=output, **given))
-weights = torch.cat([p.detach().flatten() for p in result.model.parameters()])
-record = {"history": result.history, "losses": result.losses, "sum": weights.double().sum().item()}
-open(f"{output}.{os.environ['RANK']}.json", "w").write(json.dumps(record))
+from torch.utils._python_dispatch import TorchDispatchMode
+from fastvit import stream
+from fastvit.training import TrainOptions, models, resume_options, train
+from fastvit.training.sharding import count_memory, local
+class Counted(TorchDispatchMode):
+    "Messages between processes, by kind."
+    def __init__(self):
+        super().__init__()
+        self.messages = Counter()
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "c10d":
+            self.messages[op.name().split("::")[1].split(".")[0].strip("_")] += 1
+        return op(*args, **(kwargs or {}))
+for output, port, given in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    models.DIGITS_ARGUMENTS = given.pop("model_arguments")
+    stream.LEAST_ON_A_CPU = 0 if given.pop("trunk", False) else 2**18
+    resumed, is_counted = given.pop("resume", None), given.pop("counted", False)
+    given = {"device": "cpu", "tensorboard": False, "output": output, **given}
+    contents = None
+    if resumed:
+        options, contents = resume_options(resumed, given)
+    else:
+        options = TrainOptions(**given)
+    counted = Counted()
+    with counted if is_counted else nullcontext():
+        result = train(options, resume=contents)
+    memory = count_memory(result.model)
+    states = [value for state in result.optimizer.state.values() for value in state.values() if value.dim()]
+    weights = torch.cat([local(p.detach()).flatten() for p in result.model.parameters()])
+    record = {
+        "history": result.history,
+        "losses": result.losses,
+        "sum": weights.double().sum().item(),
+        "messages": counted.messages,
+        "memory": vars(memory),
+        "states": sum(local(value).nbytes for value in states),
+    }
+    open(f"{output}.{os.environ['RANK']}.json", "w").write(json.dumps(record))
 """
 
 
-def in_two_processes(output: Path, **given: Any) -> list[Any]:
-    """Train the TINY model by these options, as torchrun starts it; history, losses and sum of weights of each."""
-    arguments = [sys.executable, "-c", WORKER, str(output), json.dumps({"model_arguments": TINY, **given})]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    environment |= {"OMP_NUM_THREADS": "1"}
+def in_processes(world: int, *jobs: tuple[Path, dict[str, Any]], model: dict[str, Any] = TINY) -> list[list[Any]]:
+    """Train the model by the options of each job, one run after another in the same `world` processes, which are
+    started as torchrun does it; history, losses and sum of weights of each run in each process.
+
+    Beside options a job may have `trunk` (whether blocks are to run by the trunk's ops) and `resume`.
+    """
+    listed = [(str(output), free_port(), {"model_arguments": model, **given}) for output, given in jobs]
+    arguments = [sys.executable, "-c", WORKER, json.dumps(listed)]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
             arguments,
@@ -76,8 +114,16 @@ def in_two_processes(output: Path, **given: Any) -> list[Any]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
-    return [json.loads(Path(f"{output}.{rank}.json").read_text()) for rank in range(2)]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * world, "\n".join(errors)
+    return [[json.loads(Path(f"{output}.{rank}.json").read_text()) for rank in range(world)] for output, _ in jobs]
+
+
+def in_two_processes(output: Path, **given: Any) -> list[Any]:
+    return in_processes(2, (output, given))[0]
