@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from .common import console, given
+from .common import console, describe, given
+
+PATIENCE = 10  # seconds that a process waits for the first one to say what is wrong
 
 
 def train(
@@ -81,8 +84,10 @@ def train(
     tensorboard: bool | None = typer.Option(
         None, "--tensorboard/--no-tensorboard", help="Logs under OUTPUT/tensorboard.", show_default="where installed"
     ),
-    resume: Path | None = typer.Option(
-        None, help="Go on from this checkpoint, with its options; on a CPU exactly as if it had never stopped."
+    resume: str | None = typer.Option(
+        None,
+        help="Go on from this checkpoint, or the last one of a run's folder, with its options; on a CPU exactly as if "
+        "it had never stopped. auto: from the last one in --output where there is one, else from the start.",
     ),
 ) -> None:
     """Train a Vision Transformer on raw uint8 images, normalised inside the kernel.
@@ -111,24 +116,35 @@ def train(
       fastvit train --resume out/digits/last.pt
 
       torchrun --nproc-per-node 2 -m fastvit.cli train --data photos/
+
+      torchrun --nproc-per-node 8 --max-restarts 3 -m fastvit.cli train --data photos/ --shard full --resume auto
     """
     values = {name: str(value) if isinstance(value, Path) else value for name, value in given(dict(locals())).items()}
     resumed = values.pop("resume", None)
-    _run(values, resumed)
+    try:
+        _run(values, resumed)
+    except Exception as error:
+        if type(error).__name__ == "ToldError":
+            raise typer.Exit(2) from error
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE)  # the same is wrong in the first process, which says so and ends this one
+        raise
 
 
 def _run(values: dict[str, Any], resumed: str | None) -> None:
-    from fastvit.training import TrainOptions, resume_options
     from fastvit.training import train as run
     from fastvit.training.observers import Observer, ProgressBar, TensorBoard
+    from fastvit.training.saving import CompleteError, begin_or_resume, last_of
 
     out = console()
     is_first = os.environ.get("RANK", "0") == "0"
-    checkpoint = None
-    if resumed is None:
-        options = TrainOptions(**values)
-    else:
-        options, checkpoint = resume_options(resumed, values)
+    try:
+        options, checkpoint = begin_or_resume(values, resumed)
+    except CompleteError as error:
+        if resumed != "auto":
+            raise
+        out.print(str(error), highlight=False)
+        return
     observers: list[Observer] = [ProgressBar(out)]
     if is_first and options.tensorboard:
         try:
@@ -143,10 +159,10 @@ def _run(values: dict[str, Any], resumed: str | None) -> None:
             highlight=False,
         )
     try:
-        done = run(options, resume=checkpoint, observers=observers)
+        done = run(options, resume=checkpoint, observers=observers, describe=describe)
     except KeyboardInterrupt:
-        last = Path(options.output) / "last.pt"
-        if is_first and last.exists():
+        last = last_of(options.output)
+        if is_first and last:
             out.print(f"interrupted; go on with: fastvit train --resume {last}", highlight=False)
         raise
     if is_first:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastvit._version import __version__
 
 from .batches import (
     Part,
@@ -25,12 +28,13 @@ from .batches import (
 from .digits import load_digits
 from .distributed import join_team
 from .errors import OptionError, TrainingError
+from .failures import check_agreement, told_by_the_first
 from .folder import load_folder
 from .image_set import Batch, ImageData, iterate
 from .observers import Observer
 from .options import TrainOptions
 from .run import Run, start
-from .saving import last_of, restore, save
+from .saving import last_of, progress_of, restore, save
 from .schedule import learning_rate
 from .sharding import gather_nothing
 from .shards import holds_shards, load_shards
@@ -39,17 +43,29 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the GPU
 
 
-def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observers: Sequence[Observer] = ()) -> Run:
+def train(
+    options: TrainOptions,
+    *,
+    resume: dict[str, Any] | None = None,
+    observers: Sequence[Observer] = (),
+    describe: Callable[[Exception], str] = str,
+) -> Run:
     """Train by `options`; with `resume`, go on from that checkpoint's contents.
 
-    Writes last.pt, best.pt and metrics.jsonl to `options.output`. Raises UserError or CheckpointError for what the user
-    can mend.
+    Writes checkpoints and metrics.jsonl to `options.output`. Raises UserError or CheckpointError for what the user can
+    mend: in several processes the first one has them all, in lines that `describe` makes, and the others end.
     """
     started = time.perf_counter()
-    with join_team(options.device, always=options.shard != "none") as team, limited_threads(options.threads):
+    with (
+        join_team(options.device, always=options.shard != "none") as team,
+        told_by_the_first(team, describe),
+        limited_threads(options.threads),
+    ):
         if resume is None and (last := last_of(options.output)):
             raise OptionError("output", options.output, f"a folder without a run; go on with --resume {last}")
-        run = start(options, load_data(options), team)
+        data = load_data(options)
+        check_agreement(team, {**versions(), **progress_of(resume), "data": data.fingerprint, **options.trained()})
+        run = start(options, data, team)
         if resume is not None:
             restore(run, resume)
         watching = list(observers) if team.is_first else []
@@ -64,6 +80,11 @@ def train(options: TrainOptions, *, resume: dict[str, Any] | None = None, observ
             _each(watching, "on_end", run)
     run.seconds = time.perf_counter() - started
     return run
+
+
+def versions() -> dict[str, str]:
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"fastvit": __version__, "torch": torch.__version__, "Python": python}
 
 
 def load_data(options: TrainOptions) -> ImageData:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .errors import OptionError
@@ -16,6 +16,7 @@ SHARD_MODES = ("none", "full", "hybrid")
 
 # What a resumed run may change: nothing here alters the numbers that are trained.
 # (`threads`, `device`, `compile` and `shard` do change the rounding: bit-exact continuation needs them to be the same.)
+OF_A_PROCESS = ("data", "device", "threads", "workers", "tensorboard", "init_from", "output")
 FREE_ON_RESUME = (
     *("data", "device", "threads", "workers", "output", "tensorboard", "save_steps", "keep"),
     *("compile", "shard", "shard_size", "checkpoint_blocks"),
@@ -103,6 +104,10 @@ class TrainOptions:
     @property
     def is_digits(self) -> bool:
         return self.data == DIGITS
+
+    def trained(self) -> dict[str, Any]:
+        """Those that settle what is trained, and how: all but what a process may have of its own."""
+        return {name: value for name, value in asdict(self).items() if name not in OF_A_PROCESS}
 
     def resumed_with(self, given: dict[str, Any]) -> TrainOptions:
         """These options with those in `given`; one that would change what is trained is refused."""

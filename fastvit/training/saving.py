@@ -25,7 +25,6 @@ from .run import Run
 from .shard_writer import folder_name, folders_in
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
-AUTO = "auto"  # of --resume: the last checkpoint of --output, where there is one
 
 
 def save(run: Run, *, is_best: bool = False) -> None:
@@ -133,6 +132,12 @@ def last_of(output: str | Path) -> Path | None:
     return max(found, key=lambda path: _place(load_note(path)))
 
 
+def progress_of(contents: dict[str, Any] | None) -> dict[str, int]:
+    """Where a run begins that resumes from a checkpoint's contents."""
+    epoch, step = _place(contents) if contents else (0, 0)
+    return {"epoch": epoch, "step": step}
+
+
 def _place(contents: dict[str, Any]) -> tuple[int, int]:
     return int(contents["epoch"]), int(contents["step"])
 
@@ -171,6 +176,22 @@ def resume_options(path: str | Path, given: dict[str, Any]) -> tuple[TrainOption
     if contents["epoch"] >= options.epochs:
         raise CompleteError(f"{path}: this run is complete ({options.epochs} epochs); nothing is left to do")
     return options, contents
+
+
+def begin_or_resume(given: dict[str, Any], resumed: str | None) -> tuple[TrainOptions, dict[str, Any] | None]:
+    """The options of a run, and the contents of the checkpoint that it goes on from.
+
+    Args:
+        given: options by name.
+        resumed: as of `resume_options`; None: begin; "auto": the last checkpoint of the output, or begin.
+    """
+    if resumed == "auto":
+        output = given.get("output", TrainOptions.output)
+        resumed = None if last_of(output) is None else output
+        given = {name: value for name, value in given.items() if resumed is None or name != "output"}
+    if resumed is None:
+        return TrainOptions(**given), None
+    return resume_options(resumed, given)
 
 
 class CompleteError(CheckpointError):

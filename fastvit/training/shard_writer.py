@@ -19,7 +19,7 @@ from fastvit.files import sync
 
 from .checkpoint import save_checkpoint
 from .distributed import Team
-from .errors import TrainingError
+from .failures import SharedError
 
 PARTIAL = ".partial-"
 _NAME = re.compile(r"epoch-(\d{4,})(?:-step-(\d{6,}))?")  # of so many epochs, and so many steps of the next one
@@ -76,13 +76,13 @@ class ShardWriter:
         written.add_done_callback(partial(self._end, self._done, self.output / name, best))
 
     def finish(self) -> None:
-        """Wait for what is being written. Raises TrainingError, in every process, where it could not be."""
+        """Wait for what is being written. Raises SharedError, in every process, where it could not be."""
         if self._done is None:
             return
         failure, self._done = self._done.result(), None
         failures = [found for found in self.team.gather(failure) if found]
         if failures:
-            raise TrainingError(f"{self.output}: a checkpoint can't be written ({failures[0]}); older ones are whole")
+            raise SharedError(f"{self.output}: a checkpoint can't be written ({failures[0]}); older ones are whole")
 
     def _end(self, done: Future[str], final: Path, best: str, written: Future[Any]) -> None:
         """In the background thread."""
