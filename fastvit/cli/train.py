@@ -81,6 +81,9 @@ def train(
     ),
     output: Path | None = typer.Option(None, help="Folder for checkpoints and logs.", show_default="out/train"),
     save_steps: int | None = typer.Option(None, help="Save every so many steps too.", show_default="after each epoch"),
+    keep: int | None = typer.Option(
+        None, help="With --shard: the last checkpoints that are kept, beside the best one.", show_default="2"
+    ),
     tensorboard: bool | None = typer.Option(
         None, "--tensorboard/--no-tensorboard", help="Logs under OUTPUT/tensorboard.", show_default="where installed"
     ),
