@@ -55,6 +55,12 @@ def train(
     augment: bool | None = typer.Option(
         None, "--augment/--no-augment", help="Random shifts (digits), crops and flips (folder).", show_default="on"
     ),
+    repeated_aug: int | None = typer.Option(
+        None,
+        help="Times an image comes in an epoch, each with another augmentation; an epoch has as many images as "
+        "before, so fewer different ones.",
+        show_default="1: off",
+    ),
     amp: str | None = typer.Option(None, help="Mixed precision: off, bf16, fp16.", show_default="off"),
     compile: bool | None = typer.Option(None, "--compile", help="Use torch.compile; in shards, on each block."),
     shard: str | None = typer.Option(
@@ -105,6 +111,8 @@ def train(
       fastvit train --data digits --output out/digits
 
       fastvit train --data photos/ --model vit_small_patch16_224 --amp bf16 --epochs 50
+
+      fastvit train --data photos/ --repeated-aug 3 --drop-path 0.1
 
       fastvit train --data photos/ --tokens-per-batch 16384 --max-tokens 256
 

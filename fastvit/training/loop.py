@@ -77,7 +77,7 @@ def train_epoch(run: Run, observers: Sequence[Observer] = ()) -> None:
     """One epoch, or the rest of one, from `run.step` on."""
     options, team, images = run.options, run.team, run.data.train
     run.forward.train()
-    images.draw(options.seed, run.epoch)
+    images.draw(options.seed, run.epoch, options.repeated_aug)
     steps = epoch_steps(run)
     parts = [parts_of(step, team.rank, team.world) for step in steps[run.step :]]
     places = [part.places for step in parts for part in step]

@@ -44,6 +44,7 @@ class TrainOptions:
     label_smoothing: float = 0.1
     drop_path: float = 0.0
     augment: bool = True
+    repeated_aug: int = 1  # times an image comes in an epoch, of as many images as before; 1: off
     amp: str = "off"
     compile: bool = False
     shard: str = "none"
@@ -65,6 +66,7 @@ class TrainOptions:
             if not good(getattr(self, name)):
                 raise OptionError(name, getattr(self, name), accepted)
         self._check_tokens()
+        self._check_recipe()
         if self.shard_size and self.shard != "hybrid":
             raise OptionError("shard_size", self.shard_size, "with --shard hybrid alone (leave it out)")
         if self.min_lr > self.lr:
@@ -85,6 +87,15 @@ class TrainOptions:
         if self.compile:
             accepted = "off beside --tokens-per-batch: every step has other sizes, and would be compiled anew"
             raise OptionError("compile", self.compile, accepted)
+
+    def _check_recipe(self) -> None:
+        """Refuse what would change nothing."""
+        needed = {
+            "repeated_aug": (self.augment, "with augmentation"),
+        }
+        for name, (is_met, condition) in needed.items():
+            if not is_met and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise OptionError(name, getattr(self, name), f"{condition} alone (leave it out)")
 
     def _fill_defaults(self) -> None:
         """Put what depends on the data in the place of each placeholder, so that a checkpoint stores real values."""
@@ -148,6 +159,7 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("clip_grad", "a number of at least 0 (0: no clipping)", lambda v: _number(v) and v >= 0),
     ("label_smoothing", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
     ("drop_path", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
+    ("repeated_aug", "a whole number of at least 1 (1: off)", lambda v: _whole(v, 1)),
     ("amp", "one of " + ", ".join(AMP_MODES), lambda v: v in AMP_MODES),
     ("shard", "one of " + ", ".join(SHARD_MODES), lambda v: v in SHARD_MODES),
     ("shard_size", "a whole number of at least 1 (0: the processes of one machine)", lambda v: _whole(v, 0)),
