@@ -52,6 +52,9 @@ def train(
     clip_grad: float | None = typer.Option(None, help="Largest gradient norm; 0: off.", show_default="1.0"),
     label_smoothing: float | None = typer.Option(None, help="From 0 to below 1.", show_default="0.1"),
     drop_path: float | None = typer.Option(None, help="Stochastic depth, from 0 to below 1.", show_default="0"),
+    layer_decay: float | None = typer.Option(
+        None, help="Learning rate of each block, relative to the one after it; needs timm.", show_default="1: off"
+    ),
     augment: bool | None = typer.Option(
         None, "--augment/--no-augment", help="Random shifts (digits), crops and flips (folder).", show_default="on"
     ),

@@ -111,7 +111,7 @@ def train_step(run: Run, parts: Sequence[Part], batches: Iterator[Batch], rate: 
     of this mean, whoever has how many of the images.
     """
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1)
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.team.device)
     for index, (part, batch) in enumerate(zip(parts, batches, strict=False)):
@@ -165,7 +165,7 @@ def finish_epoch(run: Run, observers: Sequence[Observer] = ()) -> None:
             "train_loss": loss_sum / count,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "lr": run.optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in run.optimizer.param_groups),
         }
     )
     run.step, run.epoch_loss = 0, 0.0

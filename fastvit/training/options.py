@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
+
+from fastvit.peers import import_peer
 
 from .errors import OptionError
 
@@ -43,6 +46,7 @@ class TrainOptions:
     clip_grad: float = 1.0  # 0: off
     label_smoothing: float = 0.1
     drop_path: float = 0.0
+    layer_decay: float = 1.0  # of the learning rate, from each block to the one before it; 1: off
     augment: bool = True
     repeated_aug: int = 1  # times an image comes in an epoch, of as many images as before; 1: off
     amp: str = "off"
@@ -124,6 +128,15 @@ class TrainOptions:
         return replace(self, **given)
 
 
+def timm_for(name: str, value: Any, module: str) -> ModuleType:
+    """A module of timm that the option `name` needs. Raises OptionError where timm can't be imported."""
+    try:
+        return import_peer(module)
+    except ImportError as error:
+        accepted = f"the default (leave it out) without timm; `pip install timm` adds it ({error})"
+        raise OptionError(name, value, accepted) from error
+
+
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -159,6 +172,7 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("clip_grad", "a number of at least 0 (0: no clipping)", lambda v: _number(v) and v >= 0),
     ("label_smoothing", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
     ("drop_path", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
+    ("layer_decay", "a number above 0, at most 1 (1: off)", lambda v: _number(v) and 0 < v <= 1),
     ("repeated_aug", "a whole number of at least 1 (1: off)", lambda v: _whole(v, 1)),
     ("amp", "one of " + ", ".join(AMP_MODES), lambda v: v in AMP_MODES),
     ("shard", "one of " + ", ".join(SHARD_MODES), lambda v: v in SHARD_MODES),

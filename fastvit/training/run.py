@@ -33,7 +33,7 @@ class Run:
         writer: of checkpoints, where the model is in shards.
         planned_world: for how many processes its steps were made, which are the same on another number of them.
         epoch, step: how many are finished; of the steps, in the current epoch, whose losses add up to `epoch_loss`.
-        history: a row an epoch: epoch, train_loss (the mean over its steps), test_loss, test_accuracy, lr.
+        history: a row an epoch: epoch, train_loss (the mean over its steps), test_loss, test_accuracy, lr (the head's).
         losses: of each step of this process, from where it resumed.
         seconds: that `train` took.
     """
@@ -87,7 +87,9 @@ def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
         model=model,
         forward=forward,
         arguments=arguments,
-        optimizer=make_optimizer(model, lr=options.lr, weight_decay=options.weight_decay),
+        optimizer=make_optimizer(
+            model, lr=options.lr, weight_decay=options.weight_decay, layer_decay=options.layer_decay
+        ),
         scaler=torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16"),
         planned_world=team.world,
         writer=None if options.shard == "none" else ShardWriter(Path(options.output), team, options.keep),
