@@ -55,6 +55,16 @@ def train(
     layer_decay: float | None = typer.Option(
         None, help="Learning rate of each block, relative to the one after it; needs timm.", show_default="1: off"
     ),
+    mixup: float | None = typer.Option(
+        None, help="Alpha of mixup: 0.8 is usual, with --cutmix 1.0; needs timm.", show_default="0: off"
+    ),
+    cutmix: float | None = typer.Option(None, help="Alpha of CutMix; needs timm.", show_default="0: off"),
+    mixup_prob: float | None = typer.Option(
+        None, help="Share of batches that are mixed, with --mixup or --cutmix.", show_default="1.0"
+    ),
+    mixup_switch_prob: float | None = typer.Option(
+        None, help="Share of those that CutMix mixes, with --mixup and --cutmix.", show_default="0.5"
+    ),
     augment: bool | None = typer.Option(
         None, "--augment/--no-augment", help="Random shifts (digits), crops and flips (folder).", show_default="on"
     ),
@@ -115,7 +125,7 @@ def train(
 
       fastvit train --data photos/ --model vit_small_patch16_224 --amp bf16 --epochs 50
 
-      fastvit train --data photos/ --repeated-aug 3 --drop-path 0.1
+      fastvit train --data photos/ --mixup 0.8 --cutmix 1.0 --repeated-aug 3 --drop-path 0.1
 
       fastvit train --data photos/ --tokens-per-batch 16384 --max-tokens 256
 

@@ -116,7 +116,7 @@ def train_step(run: Run, parts: Sequence[Part], batches: Iterator[Batch], rate: 
     total = torch.zeros((), device=run.team.device)
     for index, (part, batch) in enumerate(zip(parts, batches, strict=False)):
         with run.team.gradients(run.forward, are_last=index == len(parts) - 1):
-            loss = batch_loss(run, batch) * (part.share * run.team.world)
+            loss = batch_loss(run, batch, index) * (part.share * run.team.world)
             run.scaler.scale(loss).backward()
         total += loss.detach()
     if run.options.clip_grad:
@@ -127,11 +127,16 @@ def train_step(run: Run, parts: Sequence[Part], batches: Iterator[Batch], rate: 
     return total
 
 
-def batch_loss(run: Run, batch: Batch) -> Tensor:
-    """The mean over a batch."""
-    images, labels = (part.to(run.team.device, non_blocking=True) for part in batch)
+def batch_loss(run: Run, batch: Batch, index: int) -> Tensor:
+    """The mean over a batch. `index`: of this process's parts of the step."""
+    images, targets = (value.to(run.team.device, non_blocking=True) for value in batch)
+    smoothing = run.options.label_smoothing
+    if run.mixing:
+        part = index * run.team.world + run.team.rank
+        images, targets = run.mixing(images, targets, epoch=run.epoch, step=run.step, part=part)
+        smoothing = 0.0  # it is in the targets
     with autocast(run):
-        return F.cross_entropy(run.forward(images), labels, label_smoothing=run.options.label_smoothing)
+        return F.cross_entropy(run.forward(images), targets, label_smoothing=smoothing)
 
 
 def autocast(run: Run) -> torch.autocast:

@@ -47,6 +47,10 @@ class TrainOptions:
     label_smoothing: float = 0.1
     drop_path: float = 0.0
     layer_decay: float = 1.0  # of the learning rate, from each block to the one before it; 1: off
+    mixup: float = 0.0  # alpha of the Beta distribution that lambda is drawn from; 0: off
+    cutmix: float = 0.0  # the same of CutMix
+    mixup_prob: float = 1.0  # of a batch to be mixed
+    mixup_switch_prob: float = 0.5  # of CutMix rather than mixup, where both are on
     augment: bool = True
     repeated_aug: int = 1  # times an image comes in an epoch, of as many images as before; 1: off
     amp: str = "off"
@@ -91,10 +95,16 @@ class TrainOptions:
         if self.compile:
             accepted = "off beside --tokens-per-batch: every step has other sizes, and would be compiled anew"
             raise OptionError("compile", self.compile, accepted)
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name):
+                accepted = "0 beside --tokens-per-batch: images of several sizes cannot be mixed"
+                raise OptionError(name, getattr(self, name), accepted)
 
     def _check_recipe(self) -> None:
         """Refuse what would change nothing."""
         needed = {
+            "mixup_prob": (self.mixes, "with --mixup or --cutmix"),
+            "mixup_switch_prob": (self.mixup and self.cutmix, "with both --mixup and --cutmix"),
             "repeated_aug": (self.augment, "with augmentation"),
         }
         for name, (is_met, condition) in needed.items():
@@ -118,6 +128,10 @@ class TrainOptions:
     @property
     def is_digits(self) -> bool:
         return self.data == DIGITS
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.mixup or self.cutmix)
 
     def resumed_with(self, given: dict[str, Any]) -> TrainOptions:
         """These options with those in `given`; one that would change what is trained is refused."""
@@ -173,6 +187,10 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("label_smoothing", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
     ("drop_path", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
     ("layer_decay", "a number above 0, at most 1 (1: off)", lambda v: _number(v) and 0 < v <= 1),
+    ("mixup", "a number of at least 0 (0: off)", lambda v: _number(v) and v >= 0),
+    ("cutmix", "a number of at least 0 (0: off)", lambda v: _number(v) and v >= 0),
+    ("mixup_prob", "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
+    ("mixup_switch_prob", "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
     ("repeated_aug", "a whole number of at least 1 (1: off)", lambda v: _whole(v, 1)),
     ("amp", "one of " + ", ".join(AMP_MODES), lambda v: v in AMP_MODES),
     ("shard", "one of " + ", ".join(SHARD_MODES), lambda v: v in SHARD_MODES),

@@ -16,6 +16,7 @@ from .checkpoint import load_weights
 from .distributed import Team
 from .errors import UserError
 from .image_set import ImageData
+from .mixing import Mixing
 from .models import build_model, model_arguments
 from .options import TrainOptions
 from .schedule import make_optimizer
@@ -33,6 +34,7 @@ class Run:
         writer: of checkpoints, where the model is in shards.
         planned_world: for how many processes its steps were made, which are the same on another number of them.
         epoch, step: how many are finished; of the steps, in the current epoch, whose losses add up to `epoch_loss`.
+        mixing: where the options ask for it.
         history: a row an epoch: epoch, train_loss (the mean over its steps), test_loss, test_accuracy, lr (the head's).
         losses: of each step of this process, from where it resumed.
         seconds: that `train` took.
@@ -48,6 +50,7 @@ class Run:
     scaler: torch.amp.GradScaler
     planned_world: int
     writer: ShardWriter | None = None
+    mixing: Mixing | None = None
     epoch: int = 0
     step: int = 0
     epoch_loss: float = 0.0
@@ -93,6 +96,7 @@ def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
         scaler=torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16"),
         planned_world=team.world,
         writer=None if options.shard == "none" else ShardWriter(Path(options.output), team, options.keep),
+        mixing=Mixing(options, len(data.classes)) if options.mixes else None,
     )
 
 
