@@ -124,6 +124,8 @@ def train_step(run: Run, parts: Sequence[Part], batches: Iterator[Batch], rate: 
         nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip_grad)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if run.ema:
+        run.ema.update(run.model)
     return total
 
 
@@ -159,23 +161,30 @@ def _collect(run: Run, waiting: list[Tensor]) -> None:
 
 def finish_epoch(run: Run, observers: Sequence[Observer] = ()) -> None:
     """Measure on the test set, note it, save."""
-    test_loss, test_accuracy = evaluate(run)
+    measured = measure(run)
     steps = torch.tensor([run.epoch_loss, run.step], dtype=torch.float64, device=run.team.device)
     loss_sum, count = run.team.total(steps).tolist()
-    best_before = max((row["test_accuracy"] for row in run.history), default=-1.0)
     run.epoch += 1
     run.history.append(
         {
             "epoch": run.epoch,
             "train_loss": loss_sum / count,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            **measured,
             "lr": max(group["lr"] for group in run.optimizer.param_groups),
         }
     )
     run.step, run.epoch_loss = 0, 0.0
-    save(run, is_best=test_accuracy > best_before)
+    save(run, is_best=run.best_epoch == run.epoch)
     _each(observers, "on_epoch", run)
+
+
+def measure(run: Run) -> dict[str, float]:
+    """What a row of the history says of the test set."""
+    found = dict(zip(("test_loss", "test_accuracy"), evaluate(run), strict=True))
+    if run.ema:
+        with run.ema.in_place_of(run.model):
+            found |= zip(("ema_test_loss", "ema_test_accuracy"), evaluate(run), strict=True)
+    return found
 
 
 @torch.no_grad()

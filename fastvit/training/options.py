@@ -51,6 +51,8 @@ class TrainOptions:
     cutmix: float = 0.0  # the same of CutMix
     mixup_prob: float = 1.0  # of a batch to be mixed
     mixup_switch_prob: float = 0.5  # of CutMix rather than mixup, where both are on
+    ema: float = 0.0  # decay a step of an average of the parameters; 0: off
+    ema_warmup: bool = False  # a decay that rises to `ema` in the first steps
     augment: bool = True
     repeated_aug: int = 1  # times an image comes in an epoch, of as many images as before; 1: off
     amp: str = "off"
@@ -105,6 +107,7 @@ class TrainOptions:
         needed = {
             "mixup_prob": (self.mixes, "with --mixup or --cutmix"),
             "mixup_switch_prob": (self.mixup and self.cutmix, "with both --mixup and --cutmix"),
+            "ema_warmup": (self.ema, "with --ema"),
             "repeated_aug": (self.augment, "with augmentation"),
         }
         for name, (is_met, condition) in needed.items():
@@ -191,6 +194,7 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("cutmix", "a number of at least 0 (0: off)", lambda v: _number(v) and v >= 0),
     ("mixup_prob", "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
     ("mixup_switch_prob", "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
+    ("ema", "a number from 0 to below 1 (0: off)", lambda v: _number(v) and 0 <= v < 1),
     ("repeated_aug", "a whole number of at least 1 (1: off)", lambda v: _whole(v, 1)),
     ("amp", "one of " + ", ".join(AMP_MODES), lambda v: v in AMP_MODES),
     ("shard", "one of " + ", ".join(SHARD_MODES), lambda v: v in SHARD_MODES),
