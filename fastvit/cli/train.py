@@ -55,8 +55,36 @@ def train(
     clip_grad: float | None = typer.Option(None, help="Largest gradient norm; 0: off.", show_default="1.0"),
     label_smoothing: float | None = typer.Option(None, help="From 0 to below 1.", show_default="0.1"),
     drop_path: float | None = typer.Option(None, help="Stochastic depth, from 0 to below 1.", show_default="0"),
+    layer_decay: float | None = typer.Option(
+        None, help="Learning rate of each block, relative to the one after it; needs timm.", show_default="1: off"
+    ),
+    mixup: float | None = typer.Option(
+        None, help="Alpha of mixup: 0.8 is usual, with --cutmix 1.0; needs timm.", show_default="0: off"
+    ),
+    cutmix: float | None = typer.Option(None, help="Alpha of CutMix; needs timm.", show_default="0: off"),
+    mixup_prob: float | None = typer.Option(
+        None, help="Share of batches that are mixed, with --mixup or --cutmix.", show_default="1.0"
+    ),
+    mixup_switch_prob: float | None = typer.Option(
+        None, help="Share of those that CutMix mixes, with --mixup and --cutmix.", show_default="0.5"
+    ),
+    ema: float | None = typer.Option(
+        None,
+        help="Decay a step of an average of the parameters, such as 0.9999. It is tested and stored beside them: "
+        "best.pt goes by it, and load_pretrained takes it unless key='model'.",
+        show_default="0: off",
+    ),
+    ema_warmup: bool | None = typer.Option(
+        None, "--ema-warmup", help="Let the decay rise to --ema in the first steps; for short runs."
+    ),
     augment: bool | None = typer.Option(
         None, "--augment/--no-augment", help="Random shifts (digits), crops and flips (folder).", show_default="on"
+    ),
+    repeated_aug: int | None = typer.Option(
+        None,
+        help="Times an image comes in an epoch, each with another augmentation; an epoch has as many images as "
+        "before, so fewer different ones.",
+        show_default="1: off",
     ),
     amp: str | None = typer.Option(None, help="Mixed precision: off, bf16, fp16.", show_default="off"),
     compile: bool | None = typer.Option(None, "--compile", help="Use torch.compile; in shards, on each block."),
@@ -114,6 +142,8 @@ def train(
 
       fastvit train --data photos/ --model vit_small_patch16_224 --amp bf16 --epochs 50
 
+      fastvit train --data photos/ --mixup 0.8 --cutmix 1.0 --repeated-aug 3 --drop-path 0.1 --ema 0.9999
+
       fastvit train --data photos/ --tokens-per-batch 16384 --max-tokens 256
 
       fastvit train --resume out/digits/last.pt
@@ -169,8 +199,9 @@ def _run(values: dict[str, Any], resumed: str | None) -> None:
             out.print(f"interrupted; go on with: fastvit train --resume {last}", highlight=False)
         raise
     if is_first:
+        ema = f" (of the average: {done.history[-1]['ema_test_accuracy']:.2%})" if done.ema else ""
         out.print(
-            f"test accuracy {done.test_accuracy:.2%} after {options.epochs} epochs, {done.seconds:.0f} s; "
+            f"test accuracy {done.test_accuracy:.2%}{ema} after {options.epochs} epochs, {done.seconds:.0f} s; "
             f"checkpoints and metrics in {done.output}",
             highlight=False,
         )

@@ -55,9 +55,14 @@ class ImageSet(Dataset[Any]):
         """Of the image at each place."""
         return self._tokens[self.order].tolist() if len(self._tokens) else []
 
-    def draw(self, seed: int, epoch: int) -> None:
-        """Draw this epoch's order and augmentation."""
-        self.order = self._shuffle(epoch_generator(seed, epoch, "order"))
+    def draw(self, seed: int, epoch: int, repeats: int = 1) -> None:
+        """Draw this epoch's order and augmentation.
+
+        With `repeats`, the first images of the order come so many times each, one time after the other, with another
+        augmentation every time (Hoffer et al., 2020); an epoch is of as many images as without.
+        """
+        order = self._shuffle(epoch_generator(seed, epoch, "order"))
+        self.order = order.repeat_interleave(repeats)[: len(order)]
         if self.draws:
             self.random = torch.rand(len(self), self.draws, generator=epoch_generator(seed, epoch, "augment"))
 

@@ -98,7 +98,7 @@ def train_epoch(run: Run, observers: Sequence[Observer] = ()) -> None:
     """One epoch, or the rest of one, from `run.step` on."""
     options, team, images = run.options, run.team, run.data.train
     run.forward.train()
-    images.draw(options.seed, run.epoch)
+    images.draw(options.seed, run.epoch, options.repeated_aug)
     steps = epoch_steps(run)
     parts = [parts_of(step, team.rank, team.world) for step in steps[run.step :]]
     places = [part.places for step in parts for part in step]
@@ -132,12 +132,12 @@ def train_step(run: Run, parts: Sequence[Part], batches: Iterator[Batch], rate: 
     of this mean, whoever has how many of the images.
     """
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1)
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.team.device)
     for index, (part, batch) in enumerate(zip(parts, batches, strict=False)):
         with run.team.gradients(run.forward, are_last=index == len(parts) - 1):
-            loss = batch_loss(run, batch) * (part.share * run.team.world)
+            loss = batch_loss(run, batch, index) * (part.share * run.team.world)
             run.scaler.scale(loss).backward()
         total += loss.detach()
     if run.options.clip_grad:
@@ -145,14 +145,21 @@ def train_step(run: Run, parts: Sequence[Part], batches: Iterator[Batch], rate: 
         nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip_grad)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if run.ema:
+        run.ema.update(run.model)
     return total
 
 
-def batch_loss(run: Run, batch: Batch) -> Tensor:
-    """The mean over a batch."""
-    images, labels = (part.to(run.team.device, non_blocking=True) for part in batch)
+def batch_loss(run: Run, batch: Batch, index: int) -> Tensor:
+    """The mean over a batch. `index`: of this process's parts of the step."""
+    images, targets = (value.to(run.team.device, non_blocking=True) for value in batch)
+    smoothing = run.options.label_smoothing
+    if run.mixing:
+        part = index * run.team.world + run.team.rank
+        images, targets = run.mixing(images, targets, epoch=run.epoch, step=run.step, part=part)
+        smoothing = 0.0  # it is in the targets
     with autocast(run):
-        return F.cross_entropy(run.forward(images), labels, label_smoothing=run.options.label_smoothing)
+        return F.cross_entropy(run.forward(images), targets, label_smoothing=smoothing)
 
 
 def autocast(run: Run) -> torch.autocast:
@@ -175,23 +182,30 @@ def _collect(run: Run, waiting: list[Tensor]) -> None:
 
 def finish_epoch(run: Run, observers: Sequence[Observer] = ()) -> None:
     """Measure on the test set, note it, save."""
-    test_loss, test_accuracy = evaluate(run)
+    measured = measure(run)
     steps = torch.tensor([run.epoch_loss, run.step], dtype=torch.float64, device=run.team.device)
     loss_sum, count = run.team.total(steps).tolist()
-    best_before = max((row["test_accuracy"] for row in run.history), default=-1.0)
     run.epoch += 1
     run.history.append(
         {
             "epoch": run.epoch,
             "train_loss": loss_sum / count,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "lr": run.optimizer.param_groups[0]["lr"],
+            **measured,
+            "lr": max(group["lr"] for group in run.optimizer.param_groups),
         }
     )
     run.step, run.epoch_loss = 0, 0.0
-    save(run, is_best=test_accuracy > best_before)
+    save(run, is_best=run.best_epoch == run.epoch)
     _each(observers, "on_epoch", run)
+
+
+def measure(run: Run) -> dict[str, float]:
+    """What a row of the history says of the test set."""
+    found = dict(zip(("test_loss", "test_accuracy"), evaluate(run), strict=True))
+    if run.ema:
+        with run.ema.in_place_of(run.model):
+            found |= zip(("ema_test_loss", "ema_test_accuracy"), evaluate(run), strict=True)
+    return found
 
 
 @torch.no_grad()

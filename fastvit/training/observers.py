@@ -13,6 +13,8 @@ SCALARS = {
     "train_loss": "loss/train",
     "test_loss": "loss/test",
     "test_accuracy": "accuracy/test",
+    "ema_test_loss": "loss/ema_test",
+    "ema_test_accuracy": "accuracy/ema_test",
     "lr": "learning_rate",
 }
 
@@ -58,9 +60,10 @@ class ProgressBar(Observer):
     def on_epoch(self, run: Run) -> None:
         if self.lines:
             row = run.history[-1]
+            ema = f"  ema {row['ema_test_accuracy']:.2%}" if run.ema else ""
             self.bar.console.print(
                 f"epoch {run.epoch:>3}/{run.options.epochs}  train loss {row['train_loss']:.4f}  "
-                f"test loss {row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.2%}",
+                f"test loss {row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.2%}{ema}",
                 highlight=False,
             )
 
@@ -81,8 +84,9 @@ class TensorBoard(Observer):
         self.writer: Any = self.open(run.output / "tensorboard", purge_step=run.epoch + 1)
 
     def on_epoch(self, run: Run) -> None:
-        for name, tag in SCALARS.items():
-            self.writer.add_scalar(tag, run.history[-1][name], run.epoch)
+        row = run.history[-1]
+        for name in [name for name in SCALARS if name in row]:
+            self.writer.add_scalar(SCALARS[name], row[name], run.epoch)
 
     def on_end(self, run: Run) -> None:
         self.writer.close()

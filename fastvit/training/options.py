@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from types import ModuleType
 from typing import Any
+
+from fastvit.peers import import_peer
 
 from .errors import OptionError
 
@@ -44,7 +47,15 @@ class TrainOptions:
     clip_grad: float = 1.0  # 0: off
     label_smoothing: float = 0.1
     drop_path: float = 0.0
+    layer_decay: float = 1.0  # of the learning rate, from each block to the one before it; 1: off
+    mixup: float = 0.0  # alpha of the Beta distribution that lambda is drawn from; 0: off
+    cutmix: float = 0.0  # the same of CutMix
+    mixup_prob: float = 1.0  # of a batch to be mixed
+    mixup_switch_prob: float = 0.5  # of CutMix rather than mixup, where both are on
+    ema: float = 0.0  # decay a step of an average of the parameters; 0: off
+    ema_warmup: bool = False  # a decay that rises to `ema` in the first steps
     augment: bool = True
+    repeated_aug: int = 1  # times an image comes in an epoch, of as many images as before; 1: off
     amp: str = "off"
     compile: bool = False
     shard: str = "none"
@@ -66,6 +77,7 @@ class TrainOptions:
             if not good(getattr(self, name)):
                 raise OptionError(name, getattr(self, name), accepted)
         self._check_tokens()
+        self._check_recipe()
         if self.shard_size and self.shard != "hybrid":
             raise OptionError("shard_size", self.shard_size, "with --shard hybrid alone (leave it out)")
         if self.min_lr > self.lr:
@@ -86,6 +98,22 @@ class TrainOptions:
         if self.compile:
             accepted = "off beside --tokens-per-batch: every step has other sizes, and would be compiled anew"
             raise OptionError("compile", self.compile, accepted)
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name):
+                accepted = "0 beside --tokens-per-batch: images of several sizes cannot be mixed"
+                raise OptionError(name, getattr(self, name), accepted)
+
+    def _check_recipe(self) -> None:
+        """Refuse what would change nothing."""
+        needed = {
+            "mixup_prob": (self.mixes, "with --mixup or --cutmix"),
+            "mixup_switch_prob": (self.mixup and self.cutmix, "with both --mixup and --cutmix"),
+            "ema_warmup": (self.ema, "with --ema"),
+            "repeated_aug": (self.augment, "with augmentation"),
+        }
+        for name, (is_met, condition) in needed.items():
+            if not is_met and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise OptionError(name, getattr(self, name), f"{condition} alone (leave it out)")
 
     def _fill_defaults(self) -> None:
         """Put what depends on the data in the place of each placeholder, so that a checkpoint stores real values."""
@@ -109,6 +137,10 @@ class TrainOptions:
         """Those that settle what is trained, and how: all but what a process may have of its own."""
         return {name: value for name, value in asdict(self).items() if name not in OF_A_PROCESS}
 
+    @property
+    def mixes(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
     def resumed_with(self, given: dict[str, Any]) -> TrainOptions:
         """These options with those in `given`; one that would change what is trained is refused."""
         for name, value in given.items():
@@ -116,6 +148,15 @@ class TrainOptions:
             if name not in FREE_ON_RESUME and value != stored:
                 raise OptionError(name, value, f"{stored!r} when resuming, as in the checkpoint (leave it out)")
         return replace(self, **given)
+
+
+def timm_for(name: str, value: Any, module: str) -> ModuleType:
+    """A module of timm that the option `name` needs. Raises OptionError where timm can't be imported."""
+    try:
+        return import_peer(module)
+    except ImportError as error:
+        accepted = f"the default (leave it out) without timm; `pip install timm` adds it ({error})"
+        raise OptionError(name, value, accepted) from error
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -153,6 +194,13 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("clip_grad", "a number of at least 0 (0: no clipping)", lambda v: _number(v) and v >= 0),
     ("label_smoothing", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
     ("drop_path", "a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1),
+    ("layer_decay", "a number above 0, at most 1 (1: off)", lambda v: _number(v) and 0 < v <= 1),
+    ("mixup", "a number of at least 0 (0: off)", lambda v: _number(v) and v >= 0),
+    ("cutmix", "a number of at least 0 (0: off)", lambda v: _number(v) and v >= 0),
+    ("mixup_prob", "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
+    ("mixup_switch_prob", "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
+    ("ema", "a number from 0 to below 1 (0: off)", lambda v: _number(v) and 0 <= v < 1),
+    ("repeated_aug", "a whole number of at least 1 (1: off)", lambda v: _whole(v, 1)),
     ("amp", "one of " + ", ".join(AMP_MODES), lambda v: v in AMP_MODES),
     ("shard", "one of " + ", ".join(SHARD_MODES), lambda v: v in SHARD_MODES),
     ("shard_size", "a whole number of at least 1 (0: the processes of one machine)", lambda v: _whole(v, 0)),

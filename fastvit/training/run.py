@@ -14,8 +14,10 @@ from fastvit.checkpoints.loading import load_pretrained
 
 from .checkpoint import load_weights
 from .distributed import Team
+from .ema import Ema
 from .errors import UserError
 from .image_set import ImageData
+from .mixing import Mixing
 from .models import build_model, model_arguments
 from .options import TrainOptions
 from .schedule import make_optimizer
@@ -33,7 +35,9 @@ class Run:
         writer: of checkpoints, where the model is in shards.
         planned_world: for how many processes its steps were made, which are the same on another number of them.
         epoch, step: how many are finished; of the steps, in the current epoch, whose losses add up to `epoch_loss`.
-        history: a row an epoch: epoch, train_loss (the mean over its steps), test_loss, test_accuracy, lr.
+        mixing, ema: where the options ask for them.
+        history: a row an epoch: epoch, train_loss (the mean over its steps), test_loss, test_accuracy, lr (the head's);
+            with `ema` its ema_test_loss and ema_test_accuracy.
         losses: of each step of this process, from where it resumed.
         seconds: that `train` took.
     """
@@ -48,6 +52,8 @@ class Run:
     scaler: torch.amp.GradScaler
     planned_world: int
     writer: ShardWriter | None = None
+    mixing: Mixing | None = None
+    ema: Ema | None = None
     epoch: int = 0
     step: int = 0
     epoch_loss: float = 0.0
@@ -61,8 +67,9 @@ class Run:
 
     @property
     def best_epoch(self) -> int:
-        """The first one with the highest test accuracy; 0 before there is one."""
-        return max(self.history, key=lambda row: row["test_accuracy"], default={"epoch": 0})["epoch"]
+        """The first one with the highest test accuracy, of `ema` where there is one; 0 before there is one."""
+        name = "ema_test_accuracy" if self.ema else "test_accuracy"
+        return max(self.history, key=lambda row: row[name], default={"epoch": 0})["epoch"]
 
     @property
     def test_accuracy(self) -> float:
@@ -87,10 +94,14 @@ def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
         model=model,
         forward=forward,
         arguments=arguments,
-        optimizer=make_optimizer(model, lr=options.lr, weight_decay=options.weight_decay),
+        optimizer=make_optimizer(
+            model, lr=options.lr, weight_decay=options.weight_decay, layer_decay=options.layer_decay
+        ),
         scaler=torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16"),
         planned_world=team.world,
         writer=None if options.shard == "none" else ShardWriter(Path(options.output), team, options.keep),
+        mixing=Mixing(options, len(data.classes)) if options.mixes else None,
+        ema=Ema(model, options.ema, warmup=options.ema_warmup) if options.ema else None,
     )
 
 

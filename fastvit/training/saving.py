@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from fastvit.checkpoints.errors import CheckpointError
 from fastvit.checkpoints.files import RUN
@@ -32,7 +37,7 @@ def save(run: Run, *, is_best: bool = False) -> None:
     note = _note(run)
     model, optimizer = get_state_dict(run.model, run.optimizer, options=_options(run))
     note["groups"] = optimizer["param_groups"]
-    tensors = {"model": model, "optimizer": optimizer["state"]}
+    tensors = {"model": model, "optimizer": optimizer["state"], **_average(run)}
     if run.writer is not None:
         run.writer.save(folder_name(run.epoch, run.step), note, tensors, best=folder_name(run.best_epoch, 0))
     elif run.team.is_first:
@@ -42,6 +47,11 @@ def save(run: Run, *, is_best: bool = False) -> None:
         with written_whole(run.output / METRICS) as fresh:
             fresh.write_text("".join(json.dumps(row) + "\n" for row in run.history), encoding="utf-8")
     run.team.wait()
+
+
+def _average(run: Run) -> dict[str, Any]:
+    """What a checkpoint has of it; `load_pretrained` takes it rather than the model, unless it is told which."""
+    return {"ema": run.ema.values} if run.ema else {}
 
 
 def _options(run: Run) -> StateDictOptions:
@@ -65,6 +75,7 @@ def _note(run: Run) -> dict[str, Any]:
         "planned_world": run.planned_world,
         "processes": run.team.gather(own),
         "history": run.history,
+        "ema_updates": run.ema.updates if run.ema else 0,
     }
 
 
@@ -87,6 +98,8 @@ def restore(run: Run, contents: dict[str, Any]) -> None:
         _restore_tensors(run, contents)
         if contents["scaler"]:
             run.scaler.load_state_dict(contents["scaler"])
+        if run.ema:
+            run.ema.updates = int(contents["ema_updates"])
         run.epoch, run.step = int(contents["epoch"]), int(contents["step"])
         run.planned_world = int(contents["planned_world"])
         run.history = [dict(row) for row in contents["history"]]
@@ -106,8 +119,11 @@ def _restore_tensors(run: Run, contents: dict[str, Any]) -> None:
     else:
         options = _options(run)
         model, optimizer = get_state_dict(run.model, run.optimizer, options=options)
-        load_into(Path(folder), {"model": model, "optimizer": optimizer["state"]})
+        load_into(Path(folder), {"model": model, "optimizer": optimizer["state"], **_average(run)})
         optimizer = {**optimizer, "param_groups": contents["groups"]}
+    if run.ema and folder is None:
+        with run.ema.in_place_of(run.model):
+            set_model_state_dict(run.model, contents["ema"], options=options)
     set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options)
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from .options import TrainOptions
+from .options import TrainOptions, timm_for
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -22,9 +22,19 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     return options.min_lr + 0.5 * (options.lr - options.min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW in two groups, as timm's: vectors, biases and what `model.no_weight_decay()` names do not decay."""
+def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float = 1.0) -> torch.optim.AdamW:
+    """AdamW in two groups, as timm's: vectors, biases and what `model.no_weight_decay()` names do not decay.
+
+    With `layer_decay` below 1, in two groups for each depth, as timm's too, each with an `lr_scale` for its learning
+    rate: 1 for the head, and so much less for each layer before it.
+    """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    if layer_decay != 1:
+        timm_optim = timm_for("layer_decay", layer_decay, "timm.optim")
+        decays = timm_optim.param_groups_layer_decay(
+            model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay
+        )
+        return torch.optim.AdamW(decays, lr=lr)
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in model.named_parameters():
         groups[parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt].append(parameter)
