@@ -69,13 +69,29 @@ def join_team(device: str, *, always: bool = False) -> Iterator[Team]:
         return
     if not dist.is_available():
         raise TrainingError("this build of torch has no torch.distributed; run in one process, with --shard none")
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
-    # Gloo beside NCCL: objects and checkpoints go from memory to memory of the processors.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **alone)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     try:
-        yield Team(chosen, dist.get_rank(), world, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
+        # Gloo beside NCCL: objects and checkpoints go from memory to memory of the processors.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, **_meeting_place(world, local_world))
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(f"can't join the other processes ({' '.join(str(error).split())[:300]})") from error
+    try:
+        yield Team(chosen, dist.get_rank(), world, local_world)
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place(world: int, local_world: int) -> dict[str, Any]:
+    """The store by which processes find each other."""
+    if world == 1:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store, rank, _ = next(dist.rendezvous("env://"))
+    # torchrun keeps one store for all restarts, where the addresses of processes that are gone would be found. Only on
+    # one machine do all processes count the same restarts.
+    if local_world == world:
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return {"store": store, "rank": rank, "world_size": world}
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
