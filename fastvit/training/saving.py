@@ -9,15 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 
 from fastvit.checkpoints.errors import CheckpointError
 from fastvit.checkpoints.files import RUN
@@ -35,7 +30,8 @@ LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
 def save(run: Run, *, is_best: bool = False) -> None:
     """Write a checkpoint and metrics.jsonl. Every process must call."""
     note = _note(run)
-    model, optimizer = get_state_dict(run.model, run.optimizer, options=_options(run))
+    states = _states()
+    model, optimizer = states.get_state_dict(run.model, run.optimizer, options=_options(run))
     note["groups"] = optimizer["param_groups"]
     tensors = {"model": model, "optimizer": optimizer["state"], **_average(run)}
     if run.writer is not None:
@@ -54,8 +50,15 @@ def _average(run: Run) -> dict[str, Any]:
     return {"ema": run.ema.values} if run.ema else {}
 
 
-def _options(run: Run) -> StateDictOptions:
-    return StateDictOptions(full_state_dict=run.writer is None)
+def _states() -> ModuleType:
+    """Of torch.distributed; its import takes seconds, which a bad option would wait for."""
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict
+
+
+def _options(run: Run) -> Any:
+    return _states().StateDictOptions(full_state_dict=run.writer is None)
 
 
 def _note(run: Run) -> dict[str, Any]:
@@ -112,19 +115,20 @@ def restore(run: Run, contents: dict[str, Any]) -> None:
 
 def _restore_tensors(run: Run, contents: dict[str, Any]) -> None:
     folder = contents.get("folder")
+    states = _states()
     if folder is None:
         check_weights(run.model, contents["model"], "--resume")
         model, optimizer = contents["model"], {"state": contents["optimizer"], "param_groups": contents["groups"]}
-        options = StateDictOptions(full_state_dict=True)
+        options = states.StateDictOptions(full_state_dict=True)
     else:
         options = _options(run)
-        model, optimizer = get_state_dict(run.model, run.optimizer, options=options)
+        model, optimizer = states.get_state_dict(run.model, run.optimizer, options=options)
         load_into(Path(folder), {"model": model, "optimizer": optimizer["state"], **_average(run)})
         optimizer = {**optimizer, "param_groups": contents["groups"]}
     if run.ema and folder is None:
         with run.ema.in_place_of(run.model):
-            set_model_state_dict(run.model, contents["ema"], options=options)
-    set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options)
+            states.set_model_state_dict(run.model, contents["ema"], options=options)
+    states.set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options)
 
 
 def _restore_process(run: Run, processes: list[dict[str, Any]]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import checkpoint
 
 from fastvit.checkpoints.files import RUN
 from fastvit.checkpoints.sharded import METADATA, reason_of
@@ -65,6 +64,8 @@ class ShardWriter:
             tensors: shards, in dictionaries inside each other.
             best: name of the checkpoint that is kept whatever its age.
         """
+        from torch.distributed import checkpoint  # which takes seconds, that a bad option would wait for
+
         self.finish()
         fresh = self._partial(name)
         if self.team.is_first:

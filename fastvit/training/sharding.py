@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from .distributed import Team
 from .errors import OptionError
 from .options import TrainOptions
+
+# What of torch.distributed is imported at the top takes seconds, which a bad option would wait for.
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
 
 
 def spread(model: nn.Module, options: TrainOptions, team: Team) -> Any:
@@ -30,6 +32,8 @@ def spread(model: nn.Module, options: TrainOptions, team: Team) -> Any:
         model.to(team.device)
         wrapped = model if team.world == 1 else nn.parallel.DistributedDataParallel(model)
         return torch.compile(wrapped) if options.compile else wrapped
+    from torch.distributed.fsdp import fully_shard
+
     mesh = mesh_of(options, team)
     blocks: Any = model.blocks
     for block in blocks:
@@ -41,6 +45,8 @@ def spread(model: nn.Module, options: TrainOptions, team: Team) -> Any:
 
 def _placement(ways: int, parameter: nn.Parameter) -> Shard | None:
     """Positions and tokens have one row only: they are cut by the width."""
+    from torch.distributed.tensor import Shard
+
     if parameter.shape[0] > 1 or parameter.shape[-1] % ways:
         return None
     return Shard(parameter.ndim - 1)
@@ -57,6 +63,8 @@ def _recompute(model: Any, options: TrainOptions) -> None:
 
 def mesh_of(options: TrainOptions, team: Team) -> DeviceMesh:
     """The processes that hold one model in shards, "shard", and with `--shard hybrid` copies of that, "replicate"."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     if options.shard == "full":
         return init_device_mesh(team.device.type, (team.world,), mesh_dim_names=("shard",))
     size = options.shard_size or team.local_world
@@ -68,14 +76,18 @@ def mesh_of(options: TrainOptions, team: Team) -> DeviceMesh:
 
 def gather_nothing(model: nn.Module) -> None:
     """Free what a forward pass without a backward pass left gathered, so that every parameter is a shard again."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for unit in _units(model):
+        unit.reshard()
+
+
+def _units(model: nn.Module) -> list[Any]:
+    """The modules whose parameters are gathered at once."""
+    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,7 @@ def count_memory(model: nn.Module, states: int = 2) -> Memory:
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained = sum(map(_bytes, parameters))
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units = _units(model)
     inner = {parameter for unit in units if unit is not model for parameter in unit.parameters()}
     own = [[*unit.parameters()] for unit in units if unit is not model]
     own += [[parameter for parameter in model.parameters() if parameter not in inner]] if units else []

@@ -30,7 +30,6 @@ PLACES: dict[str, tuple[Any, str]] = {
     "publish": (ShardWriter, "_publish"),
     "read": (ImageSet, "__getitem__"),
     "versions": (loop, "versions"),
-    "data": (loop, "load_data"),
 }
 
 
@@ -54,14 +53,8 @@ def other_versions(*_: Any) -> dict[str, str]:
     return {"fastvit": "0.0.1", "torch": torch.__version__}
 
 
-def other_data(call: Callable[..., Any], *arguments: Any) -> Any:
-    found = call(*arguments)
-    object.__setattr__(found, "fingerprint", "another")
-    return found
-
-
 DEEDS: dict[str, Callable[..., Any]] = {
-    deed.__name__: deed for deed in (kill, no_space, no_image, no_such_name, other_versions, other_data)
+    deed.__name__: deed for deed in (kill, no_space, no_image, no_such_name, other_versions)
 }
 
 

@@ -122,7 +122,12 @@ def in_processes(world: int, *jobs: tuple[Path, dict[str, Any]], model: dict[str
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0] * world, "\n".join(errors)
-    return [[json.loads(Path(f"{output}.{rank}.json").read_text()) for rank in range(world)] for output, _ in jobs]
+    return [found_in(world, output) for output, _ in jobs]
+
+
+def found_in(world: int, output: Path) -> list[Any]:
+    """What each of `world` processes found in a run that wrote to `output`."""
+    return [json.loads(Path(f"{output}.{rank}.json").read_text()) for rank in range(world)]
 
 
 def in_two_processes(output: Path, **given: Any) -> list[Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 import fastvit
 from fastvit import stream
@@ -20,7 +22,7 @@ from fastvit.training import models as models_module
 from fastvit.training.checkpoint import load_checkpoint
 from fastvit.training.observers import Observer
 from fastvit.training.run import Run
-from tests.training.runs import TINY, StopAt, assert_same, in_processes
+from tests.training.runs import TINY, StopAt, assert_same, found_in, in_processes
 from tests.two_processes import needs_gloo
 
 pytestmark = needs_gloo
@@ -41,16 +43,27 @@ def alone(output: Path, observers: Sequence[Observer] = (), **given: Any) -> Run
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run of one process that the others must be, by the modules as they are written."""
+def as_written() -> Iterator[None]:
+    """The model, by its modules as they are written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models_module, "DIGITS_ARGUMENTS", MODEL)
         patch.setattr(stream, "LEAST_ON_A_CPU", 2**40)
-        output = tmp_path_factory.mktemp("one") / "run"
-        run = alone(output)
-        with pytest.raises(KeyboardInterrupt):
-            alone(output / "half", observers=[StopAt(SAVED + 2)], save_steps=SAVED)
-        return run
+        yield
+
+
+@pytest.fixture(scope="module")
+def one(as_written: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run of one process that the others must be."""
+    return alone(tmp_path_factory.mktemp("one") / "run")
+
+
+@pytest.fixture(scope="module")
+def half(as_written: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of that run, broken off."""
+    output = tmp_path_factory.mktemp("half") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        alone(output, observers=[StopAt(SAVED + 2)], save_steps=SAVED)
+    return output / "last.pt"
 
 
 def check_losses(found: list[Found], one: Run) -> None:
@@ -108,18 +121,28 @@ Results = dict[str, tuple[Path, list[Found]]]
 
 
 def run_all(world: int, folder: Path, kinds: dict[str, Found]) -> Results:
+    """In `world` processes, once for all of pytest's."""
     jobs = [(folder / name, given if "resume" in given else {**COMMON, **given}) for name, given in kinds.items()]
-    found = in_processes(world, *jobs, model=MODEL)
-    return {name: (output, each) for name, (output, _), each in zip(kinds, jobs, found, strict=True)}
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "done").exists():
+            in_processes(world, *jobs, model=MODEL)
+            (folder / "done").touch()
+    return {name: (output, found_in(world, output)) for name, (output, _) in zip(kinds, jobs, strict=True)}
+
+
+def shared(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that pytest's workers have in common."""
+    base = factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
 
 
 @pytest.fixture(scope="module")
-def two(one: Run, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("two")
+def two(tmp_path_factory: pytest.TempPathFactory, half: Path) -> Results:
+    folder = shared(tmp_path_factory, "two")
     resumed = {
         "drawing": {"batch_size": 24, "shard": "full", "save_steps": 10, "keep": 9, "drop_path": 0.2},
         "again": {"resume": str(folder / "drawing" / AT_TEN)},
-        "from a file": {"resume": str(one.output / "half" / "last.pt"), "shard": "full"},
+        "from a file": {"resume": str(half), "shard": "full"},
         "unsharded": {"resume": str(folder / "full" / AT_TEN), "shard": "none"},
     }
     return run_all(2, folder, {**IN_TWO, **resumed})
@@ -128,7 +151,7 @@ def two(one: Run, tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def four(two: Results, tmp_path_factory: pytest.TempPathFactory) -> Results:
     resumed = {"from two": {"resume": str(two["full"][0] / AT_TEN), "shard": "hybrid", "shard_size": 2}}
-    return run_all(4, tmp_path_factory.mktemp("four"), {**IN_FOUR, **resumed})
+    return run_all(4, shared(tmp_path_factory, "four"), {**IN_FOUR, **resumed})
 
 
 @pytest.mark.parametrize(("world", "name"), [*((2, name) for name in IN_TWO), *((4, name) for name in IN_FOUR)])
@@ -175,8 +198,7 @@ def test_resuming_on_more_processes(one: Run, four: Results) -> None:
     check_optimizer(output / "epoch-0001", one)
 
 
-def test_resuming_in_one_process(one: Run, two: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models_module, "DIGITS_ARGUMENTS", MODEL)
+def test_resuming_in_one_process(one: Run, two: Results, tmp_path: Path) -> None:
     for shard, last in (("none", "last.pt"), ("full", "epoch-0001")):
         output = tmp_path / shard
         options, contents = resume_options(two["full"][0] / AT_TEN, {"output": str(output), "shard": shard})
