@@ -10,12 +10,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from fastvit.training.observers import Observer
 from fastvit.training.run import Run
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0}
+
+
+SIZES = [(30, 40), (40, 9), (3, 3), (16, 16), (2, 40), (21, 34), (64, 64), (8, 12)]  # of the patches of TINY: 4 x 4
+
+
+def write_photos(folder: Path) -> Path:
+    """Two classes of sixteen images of all SIZES, the one darker than the other."""
+    generator = np.random.default_rng(0)
+    for label, name in enumerate("ab"):
+        (folder / name).mkdir(parents=True)
+        for index in range(16):
+            pixels = generator.integers(0, 160, (*SIZES[index % len(SIZES)], 3)) + 95 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index:02}.png")
+    return folder
 
 
 class StopAt(Observer):
@@ -52,7 +68,7 @@ def free_port() -> int:
 
 
 WORKER = """
-import json, os, sys
+import functools, json, os, sys
 from collections import Counter
 from contextlib import nullcontext
 import torch
@@ -60,6 +76,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastvit import stream
 from fastvit.training import TrainOptions, models, resume_options, train
 from fastvit.training.sharding import count_memory, local
+COMPILE = torch.nn.Module.compile
 class Counted(TorchDispatchMode):
     "Messages between processes, by kind."
     def __init__(self):
@@ -72,6 +89,7 @@ class Counted(TorchDispatchMode):
 for output, port, given in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
     models.DIGITS_ARGUMENTS = given.pop("model_arguments")
+    torch.nn.Module.compile = functools.partialmethod(COMPILE, backend="eager")  # in seconds, not minutes
     stream.LEAST_ON_A_CPU = 0 if given.pop("trunk", False) else 2**18
     resumed, is_counted = given.pop("resume", None), given.pop("counted", False)
     given = {"device": "cpu", "tensorboard": False, "output": output, **given}

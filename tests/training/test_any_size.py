@@ -27,9 +27,8 @@ from fastvit.training.image_set import ImageData, iterate
 from fastvit.training.loop import evaluate, load_data, train_step
 from fastvit.training.observers import ProgressBar
 from fastvit.training.run import Run, start
-from tests.training.runs import TINY, StopAt, assert_same, in_two_processes
+from tests.training.runs import TINY, StopAt, assert_same, in_two_processes, write_photos
 
-SIZES = [(30, 40), (40, 9), (3, 3), (16, 16), (2, 40), (21, 34), (64, 64), (8, 12)]  # of the patches of TINY: 4 x 4
 MAX_TOKENS, BUDGET = 12, 40
 sides = st.integers(1, 5000)
 
@@ -42,13 +41,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Two classes of images of all SIZES, the one darker than the other."""
-    generator = np.random.default_rng(0)
-    for label, name in enumerate("ab"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for index in range(16):
-            pixels = generator.integers(0, 160, (*SIZES[index % len(SIZES)], 3)) + 95 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{index:02}.png")
-    return tmp_path / "photos"
+    return write_photos(tmp_path / "photos")
 
 
 def options(photos: Path, **more: Any) -> TrainOptions:
