@@ -38,6 +38,7 @@ from .saving import last_of, progress_of, restore, save
 from .schedule import learning_rate
 from .sharding import gather_nothing
 from .shards import holds_shards, load_shards
+from .throughput import tokens_of
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the GPU
@@ -102,15 +103,18 @@ def train_epoch(run: Run, observers: Sequence[Observer] = ()) -> None:
     steps = epoch_steps(run)
     parts = [parts_of(step, team.rank, team.world) for step in steps[run.step :]]
     places = [part.places for step in parts for part in step]
-    batches = iterate(images, places, workers=options.workers, pin=team.device.type == "cuda")
+    speed, tokens = run.throughput, images.tokens or [tokens_of(run.model)] * len(images)
+    batches = speed.watched(iterate(images, places, workers=options.workers, pin=team.device.type == "cuda"))
+    speed.pause()
     waiting: list[Tensor] = []  # losses still on the device
-    for step in parts:
+    for whole, step in zip(steps[run.step :], parts, strict=True):
         rate = learning_rate(run.epoch * len(steps) + run.step, len(steps), options)
         waiting.append(train_step(run, step, batches, rate))
         run.step += 1
         to_be_saved = options.save_steps and run.step % options.save_steps == 0 and run.step < len(steps)
         if team.device.type == "cpu" or len(waiting) == CHECK_EVERY or run.step == len(steps) or to_be_saved:
             _collect(run, waiting)
+        speed.count(sum(map(len, whole)), [tokens[place] for part in step for place in part.places if part.share])
         _each(observers, "on_step", run, len(steps))
         if to_be_saved:
             save(run)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .sharding import count_memory
+from .throughput import peak_of
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,16 +48,20 @@ class ProgressBar(Observer):
         if self.lines:
             train, test, classes = len(run.data.train), len(run.data.test), len(run.data.classes)
             self.bar.console.print(f"{train:,} images of {classes} classes, {test:,} to test on", highlight=False)
+            if run.options.shard != "none":
+                self.bar.console.print(f"each process holds {count_memory(run.model).words()}", highlight=False)
+        self.peak = peak_of(run.team.device)
         self.bar.start()
 
     def on_step(self, run: Run, steps: int) -> None:
         loss = f"  loss {run.losses[-1]:.4f}" if run.losses else ""
         accuracy = f"  test {run.test_accuracy:.2%}" if run.history else ""
+        speed = run.throughput.rate().words(self.peak)
         self.bar.update(
             self.task,
             total=run.options.epochs,
             completed=run.epoch + run.step / steps,  # epochs, which may have different numbers of steps
-            description=f"epoch {run.epoch + 1}/{run.options.epochs}{loss}{accuracy}",
+            description=f"epoch {run.epoch + 1}/{run.options.epochs}{loss}{accuracy}  {speed}",
         )
 
     def on_epoch(self, run: Run) -> None:
@@ -63,7 +70,8 @@ class ProgressBar(Observer):
             ema = f"  ema {row['ema_test_accuracy']:.2%}" if run.ema else ""
             self.bar.console.print(
                 f"epoch {run.epoch:>3}/{run.options.epochs}  train loss {row['train_loss']:.4f}  "
-                f"test loss {row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.2%}{ema}",
+                f"test loss {row['test_loss']:.4f}  test accuracy {row['test_accuracy']:.2%}{ema}  "
+                f"{run.throughput.rate().words(self.peak)}",
                 highlight=False,
             )
 
@@ -87,6 +95,8 @@ class TensorBoard(Observer):
         row = run.history[-1]
         for name in [name for name in SCALARS if name in row]:
             self.writer.add_scalar(SCALARS[name], row[name], run.epoch)
+        for name, value in run.throughput.rate()._asdict().items():
+            self.writer.add_scalar(f"speed/{name}", value, run.epoch)
 
     def on_end(self, run: Run) -> None:
         self.writer.close()

@@ -23,6 +23,7 @@ from .options import TrainOptions
 from .schedule import make_optimizer
 from .shard_writer import ShardWriter
 from .sharding import spread
+from .throughput import Throughput, flops_of
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     planned_world: int
+    throughput: Throughput
     writer: ShardWriter | None = None
     mixing: Mixing | None = None
     ema: Ema | None = None
@@ -99,6 +101,7 @@ def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
         ),
         scaler=torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16"),
         planned_world=team.world,
+        throughput=Throughput(flops_of(model)),
         writer=None if options.shard == "none" else ShardWriter(Path(options.output), team, options.keep),
         mixing=Mixing(options, len(data.classes)) if options.mixes else None,
         ema=Ema(model, options.ema, warmup=options.ema_warmup) if options.ema else None,

@@ -106,6 +106,11 @@ class Memory:
     def held(self) -> int:
         return self.parameters + self.gradients + self.optimizer
 
+    def words(self) -> str:
+        each = f"{_megabytes(self.parameters)} of parameters, {_megabytes(self.gradients)} of gradients, "
+        each += f"{_megabytes(self.optimizer)} of AdamW's averages: {_megabytes(self.held)}"
+        return f"{each} (counted), and {_megabytes(self.gathered)} gathered at a time"
+
 
 def count_memory(model: nn.Module, states: int = 2) -> Memory:
     """Of a model with an optimizer that keeps so many `states` of each parameter, as AdamW does.
@@ -120,6 +125,10 @@ def count_memory(model: nn.Module, states: int = 2) -> Memory:
     own += [[parameter for parameter in model.parameters() if parameter not in inner]] if units else []
     sizes = sorted(sum(parameter.numel() * parameter.element_size() for parameter in unit) for unit in own)
     return Memory(sum(map(_bytes, model.parameters())), trained, states * trained, sum(sizes[-2:]))
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
 
 
 def _bytes(tensor: Tensor) -> int:

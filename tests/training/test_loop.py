@@ -124,15 +124,12 @@ def test_starting_from_weights(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.tensor(float("nan")))
+    def broken(*arguments: Any) -> nn.Module:
+        model: Any = models_module.build_model(*arguments)
+        nn.init.constant_(model.head.bias, float("nan"))
+        return model
 
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.weight * images.float().flatten(1)[:, :10]
-
-    monkeypatch.setattr("fastvit.training.run.build_model", lambda *_: Broken())
+    monkeypatch.setattr("fastvit.training.run.build_model", broken)
     with pytest.raises(TrainingError, match="the loss became nan in epoch 1, step 1; try a lower --lr"):
         train(options(tmp_path))
     assert not (tmp_path / "last.pt").exists()
