@@ -19,7 +19,10 @@ from .errors import CheckpointError, listed
 
 METADATA = ".metadata"
 _VALUES = {
-    "torch.distributed.checkpoint.metadata": None,  # all of it
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {
@@ -33,8 +36,7 @@ _VALUES = {
 
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        accepted = _VALUES.get(module, set())
-        if "." in name or (accepted is not None and name not in accepted):
+        if name not in _VALUES.get(module, ()):
             raise CheckpointError(f"it names {module}.{name}, which no list of tensors has; nothing of it was run")
         return super().find_class(module, name)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvit import functional
+from fastvit import functional, stream
 from fastvit.model import PatchEmbed
 from fastvit.positions import sincos_2d
 
@@ -217,6 +217,23 @@ def test_grad_checkpointing_changes_nothing_but_memory(tiny):
         assert len(forwards) == (2 if enable and model.checkpointed_blocks in (None, 2) else 1)
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(one, other) for part in gradients[1:] for one, other in zip(gradients[0], part, strict=True))
+
+
+def test_a_block_that_is_compiled_by_itself_is_called(tiny, monkeypatch):
+    """Also where blocks run by the trunk's ops, which do not call them."""
+    monkeypatch.setattr(stream, "LEAST_ON_A_CPU", 0)
+    model, compiled = tiny(), []
+    images = torch.randn(2, 3, 24, 32)
+    expected = model(images)
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for block in model.blocks:
+        block.compile(backend=backend)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    assert compiled
 
 
 def test_two_runs_give_the_same_bits(tiny):
