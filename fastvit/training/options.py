@@ -147,7 +147,8 @@ class TrainOptions:
             stored = getattr(self, name)
             if name not in FREE_ON_RESUME and value != stored:
                 raise OptionError(name, value, f"{stored!r} when resuming, as in the checkpoint (leave it out)")
-        return replace(self, **given)
+        # What the checkpoint says of its own way of sharding is nothing to another.
+        return replace(self, **{**({"shard_size": 0} if "shard" in given else {}), **given})
 
 
 def timm_for(name: str, value: Any, module: str) -> ModuleType:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 import fastvit
 from fastvit.demo import environment
+from fastvit.training import TrainOptions
 from fastvit.training import digits as digits_module
 from fastvit.training import models as models_module
 
@@ -32,6 +35,13 @@ def test_help_names_every_command_and_version_is_the_packages(run: Cli) -> None:
     code, out, _ = run("--help")
     assert code == 0 and all(name in out for name in COMMANDS)
     assert run("--version")[:2] == (0, f"fastvit {fastvit.__version__}\n")
+
+
+def test_every_option_of_a_run_is_one_of_train() -> None:
+    from fastvit.cli.train import train
+
+    options = {field.name for field in dataclasses.fields(TrainOptions)}
+    assert set(inspect.signature(train).parameters) - {"resume"} == options
 
 
 def test_it_runs_as_a_module() -> None:

@@ -185,3 +185,14 @@ def by_name(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, tuple[f
         for group in groups
         for parameter in group["params"]
     }
+
+
+def test_another_way_of_sharding_may_go_on() -> None:
+    hybrid = TrainOptions(shard="hybrid", shard_size=2)
+    assert hybrid.resumed_with({}).shard_size == 2
+    assert hybrid.resumed_with({"shard": "full"}).shard_size == 0
+    assert hybrid.resumed_with({"shard": "hybrid", "shard_size": 4}).shard_size == 4
+    with pytest.raises(OptionError, match="shard_size = 2: accepted is with --shard hybrid alone"):
+        TrainOptions(shard="full", shard_size=2)
+    with pytest.raises(OptionError, match="shard = 'some': accepted is one of none, full, hybrid"):
+        TrainOptions(shard="some")

@@ -124,6 +124,7 @@ IN_FOUR = {
     "hybrid": {"batch_size": 12, "shard": "hybrid", "shard_size": 2, "trunk": True},
     "hybrid accumulated": {"batch_size": 6, "accumulate_steps": 2, "shard": "hybrid", "shard_size": 2},
 }
+DRAWING = {"drop_path": 0.2, "mixup": 0.3, "ema": 0.9, "repeated_aug": 2}
 SAVED = 10  # steps
 AT_TEN = f"epoch-0000-step-{SAVED:06}"
 Results = dict[str, tuple[Path, list[Found]]]
@@ -149,7 +150,7 @@ def shared(factory: pytest.TempPathFactory, name: str) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory, half: Path) -> Results:
     folder = shared(tmp_path_factory, "two")
     resumed = {
-        "drawing": {"batch_size": 24, "shard": "full", "save_steps": 10, "keep": 9, "drop_path": 0.2},
+        "drawing": {"batch_size": 24, "shard": "full", "save_steps": 10, "keep": 9, **DRAWING},
         "again": {"resume": str(folder / "drawing" / AT_TEN)},
         "from a file": {"resume": str(half), "shard": "full"},
         "unsharded": {"resume": str(folder / "full" / AT_TEN), "shard": "none"},
@@ -200,7 +201,7 @@ def test_shards_have_the_numbers_of_whole_models(tmp_path: Path) -> None:
 
 
 def test_resuming_in_shards_is_bit_exact(two: Results) -> None:
-    """With stochastic depth, for which each process has random numbers of its own."""
+    """With stochastic depth, for which each process has random numbers of its own, and all that has a state."""
     (straight, first), (again, second) = two["drawing"], two["again"]
     for one, other in zip(first, second, strict=True):
         assert one["history"] == other["history"]
