@@ -191,6 +191,10 @@ def _run(values: dict[str, Any], resumed: str | None) -> None:
             f"lr {options.lr:g}, amp {options.amp}, seed {options.seed}",
             highlight=False,
         )
+        if checkpoint is not None:
+            epoch, step = checkpoint["epoch"], checkpoint["step"]
+            place = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
+            out.print(f"going on after {place}", highlight=False)
     try:
         done = run(options, resume=checkpoint, observers=observers, describe=describe)
     except KeyboardInterrupt:
