@@ -13,10 +13,10 @@ from typing import Any
 import torch.distributed as dist
 
 from fastvit.checkpoints.files import RUN
-from fastvit.checkpoints.sharded import METADATA, reason_of
+from fastvit.checkpoints.sharded import METADATA
 from fastvit.files import sync
 
-from .checkpoint import save_checkpoint
+from .checkpoint import save_checkpoint, unwritten
 from .distributed import Team
 from .failures import SharedError
 
@@ -87,12 +87,12 @@ class ShardWriter:
 
     def _end(self, done: Future[str], final: Path, best: str, written: Future[Any]) -> None:
         """In the background thread."""
-        failure = "" if (error := written.exception()) is None else reason_of(error)
+        failure = "" if (error := written.exception()) is None else unwritten(error)
         try:
             if self.team.is_first:
                 self._publish(final, best, is_whole=not failure)
         except OSError as error:
-            failure = reason_of(error)
+            failure = unwritten(error)
         done.set_result(failure)
 
     def _publish(self, final: Path, best: str, *, is_whole: bool) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpointing
 from torch import nn
 
 from fastvit.training import CheckpointError
 from fastvit.training import checkpoint as module
-from fastvit.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from fastvit.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, unwritten
 
 
 def test_what_was_saved_comes_back_and_a_part_of_it_is_named(tmp_path: Path) -> None:
@@ -33,6 +37,42 @@ def test_data_reaches_the_disk_before_the_name(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
     save_checkpoint(tmp_path / "last.pt", {})
     assert order == ["fsync", "replace", "fsync"]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk with room for so many bytes, as far as one file goes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_said_in_words_and_leaves_the_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"model": torch.ones(2)})
+    for name in (path, tmp_path / "best.pt"):
+        with (
+            largest_file(100_000),
+            pytest.raises(CheckpointError, match=f"^{name}: a checkpoint can't be written .*full disk.*are whole$"),
+        ):
+            save_checkpoint(name, {"model": torch.ones(100_000)})
+    assert [*tmp_path.iterdir()] == [path] and torch.equal(load_checkpoint(path)["model"], torch.ones(2))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_shards_on_a_full_disk_are_said_in_words(tmp_path: Path) -> None:
+    with largest_file(100_000), pytest.raises(checkpointing.CheckpointException) as caught:
+        checkpointing.save({"model": torch.ones(100_000)}, checkpoint_id=tmp_path / "shards", no_dist=True)
+    assert unwritten(caught.value) == "a file could not be written to its end, as on a full disk"
+
+
+def test_a_mistake_of_ours_in_writing_keeps_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="pickle") as caught:
+        save_checkpoint(tmp_path / "last.pt", {"x": lambda: 0})
+    assert not isinstance(caught.value, CheckpointError)
 
 
 class Hostile:
