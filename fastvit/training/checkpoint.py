@@ -62,7 +62,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a training checkpoint; accepted is a file that `fastvit train` wrote")
     if contents.get("version") != VERSION:
-        raise CheckpointError(f"{path}: checkpoint version {contents.get('version')!r}; accepted is {VERSION}")
+        found = f"checkpoint version {contents.get('version')!r}; accepted is {VERSION}"
+        raise CheckpointError(f"{path}: {found}. A new run can begin with its weights: --init-from {path}")
     return contents
 
 
