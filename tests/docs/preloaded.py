@@ -1,6 +1,7 @@
 """Runs programs in forks of a process that has imported them: that takes longer than all that a page's commands do.
 
-preloaded.py SOCKET LOG listens for stand_in.py, until it is killed; LOG gets a line of JSON for each program.
+preloaded.py SOCKET LOG listens for stand_in.py, until it is killed or who started it has ended; LOG gets a line of JSON
+for each program.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import fastvit.cli
 import fastvit.training.input_speed  # noqa: F401
 from fastvit.peers import import_peer, timm_missing
 
-PROGRAMS = {
+PROGRAMS: dict[str, Any] = {
     "fastvit": fastvit.cli.main,
     "torchrun": torch.distributed.run.main,
     "python": lambda arguments: fastvit.cli.main(arguments[arguments.index("fastvit.cli") + 1 :]),  # -u -m fastvit.cli
@@ -32,11 +33,16 @@ PROGRAMS = {
 
 def listen(path: str, log: Path) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    parent = os.getppid()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen()
-        while True:
-            client = server.accept()[0]
+        server.settimeout(5)
+        while os.getppid() == parent:
+            try:
+                client = server.accept()[0]
+            except TimeoutError:
+                continue
             if os.fork() == 0:
                 server.close()
                 os._exit(serve(client, log))
@@ -55,7 +61,8 @@ def serve(client: socket.socket, log: Path) -> int:
         client.close()
         os._exit(run(streams, order))
     ended = os.pidfd_open(process)
-    if ended not in select.select([client, ended], [], [])[0]:
+    either: list[Any] = [client, ended]
+    if ended not in select.select(either, [], [])[0]:
         os.kill(process, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     client.sendall(bytes([code if code >= 0 else 128 - code]))

@@ -51,7 +51,7 @@ def smaller(arguments: list[str]) -> list[str]:
 
 def main(program: str, arguments: list[str]) -> int:
     small = arguments if program == "python" else smaller(arguments)
-    order = {"program": program, "given": arguments, "arguments": small}
+    order: dict[str, object] = {"program": program, "given": arguments, "arguments": small}
     order |= {"folder": os.getcwd(), "variables": {**os.environ}}
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ["STAND_IN_SOCKET"])

@@ -115,7 +115,7 @@ class Shop:
         if language == "python":
             command = [sys.executable, "-c", block]
         else:
-            command = ["bash", "-e", "-u", "-o", "pipefail", "-c", block]
+            command = ["bash", "-e", "-u", "-c", block]
         said = self._at_once(command, machines=MACHINES if "--rdzv-endpoint node1" in block else 1)
         if "--resume auto" in block and expected_of(block) == "runs/one":
             said += self._at_once(command)
