@@ -20,6 +20,7 @@ _FOREIGN_FOLDERS = {
     "adapter_config.json": "an adapter of peft's without its model; merge them, with merge_and_unload(), and save that",
 }
 RUN = "run.pt"  # what `fastvit train` keeps beside shards: all that is no tensor of the model
+_RUN_S = re.compile(r"(last|best)\.pt|epoch-\d+(-step-\d+)?")  # its checkpoints
 DEPTH = 8  # dictionaries inside each other, at most
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "hf://")
@@ -114,6 +115,8 @@ def _read_folder(folder: Path, source: str, allow: Sequence[str]) -> Checkpoint:
         for name, meaning in _FOREIGN_FOLDERS.items():
             if (folder / name).is_file():
                 raise CheckpointError(f"{source}: {meaning}")
+        if of_a_run := sorted(path.name for path in folder.iterdir() if _RUN_S.fullmatch(path.name)):
+            raise CheckpointError(f"{source}: the folder of a run; name one of its checkpoints: {listed(of_a_run)}")
         found = listed(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         raise CheckpointError(f"{source}: no {', '.join(FOLDER_WEIGHTS)} in this folder; found {found}")
     contents = _read_shards(weights, allow) if weights.suffix == ".json" else read_file(weights, allow)[1]

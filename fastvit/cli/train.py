@@ -186,9 +186,11 @@ def _run(values: dict[str, Any], resumed: str | None) -> None:
             out.print(f"no TensorBoard logs: {error}; `pip install tensorboard` adds them", highlight=False)
     if is_first:
         batch = f"{options.tokens_per_batch} tokens" if options.tokens_per_batch else str(options.batch_size)
+        world = os.environ.get("WORLD_SIZE", "1")
+        where = f", {world} processes" * (world != "1") + f", shard {options.shard}" * (options.shard != "none")
         out.print(
             f"{options.model} on {options.data}, {options.epochs} epochs, batch {batch}, "
-            f"lr {options.lr:g}, amp {options.amp}, seed {options.seed}",
+            f"lr {options.lr:g}, amp {options.amp}, seed {options.seed}{where}",
             highlight=False,
         )
         if checkpoint is not None:

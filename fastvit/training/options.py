@@ -68,7 +68,7 @@ class TrainOptions:
     init_from: str = ""  # weights to start from: a checkpoint or a plain state_dict
     output: str = "out/train"
     save_steps: int = 0  # 0: save after each epoch only
-    keep: int = 2  # checkpoints in shards, and the best one
+    keep: int = 0  # checkpoints in shards, beside the best one; 0: 2
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -78,6 +78,8 @@ class TrainOptions:
                 raise OptionError(name, getattr(self, name), accepted)
         self._check_tokens()
         self._check_recipe()
+        if self.keep and self.shard == "none":
+            raise OptionError("keep", self.keep, "with --shard alone (leave it out): others have last.pt and best.pt")
         if self.shard_size and self.shard != "hybrid":
             raise OptionError("shard_size", self.shard_size, "with --shard hybrid alone (leave it out)")
         if self.min_lr > self.lr:
@@ -148,7 +150,7 @@ class TrainOptions:
             if name not in FREE_ON_RESUME and value != stored:
                 raise OptionError(name, value, f"{stored!r} when resuming, as in the checkpoint (leave it out)")
         # What the checkpoint says of its own way of sharding is nothing to another.
-        return replace(self, **{**({"shard_size": 0} if "shard" in given else {}), **given})
+        return replace(self, **{**({"shard_size": 0, "keep": 0} if "shard" in given else {}), **given})
 
 
 def timm_for(name: str, value: Any, module: str) -> ModuleType:
@@ -210,6 +212,6 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("threads", "a whole number of at least 1 (0: as torch chooses)", lambda v: _whole(v, 0)),
     ("workers", "a whole number of at least 0 (-1: the default)", lambda v: _whole(v, -1)),
     ("output", "a folder to write to", lambda v: bool(v)),
-    ("keep", "a whole number of at least 1", lambda v: _whole(v, 1)),
+    ("keep", "a whole number of at least 1 (0: two)", lambda v: _whole(v, 0)),
     ("save_steps", "a whole number of at least 0 (0: after each epoch only)", lambda v: _whole(v, 0)),
 )

@@ -21,7 +21,7 @@ from .mixing import Mixing
 from .models import build_model, model_arguments
 from .options import TrainOptions
 from .schedule import make_optimizer
-from .shard_writer import ShardWriter
+from .shard_writer import KEPT, ShardWriter
 from .sharding import spread
 from .throughput import Throughput, flops_of
 
@@ -102,7 +102,7 @@ def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
         scaler=torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16"),
         planned_world=team.world,
         throughput=Throughput(flops_of(model)),
-        writer=None if options.shard == "none" else ShardWriter(Path(options.output), team, options.keep),
+        writer=None if options.shard == "none" else ShardWriter(Path(options.output), team, options.keep or KEPT),
         mixing=Mixing(options, len(data.classes)) if options.mixes else None,
         ema=Ema(model, options.ema, warmup=options.ema_warmup) if options.ema else None,
     )

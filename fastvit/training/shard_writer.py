@@ -21,6 +21,7 @@ from .distributed import Team
 from .failures import SharedError
 
 PARTIAL = ".partial-"
+KEPT = 2  # checkpoints, where nobody says how many
 _NAME = re.compile(r"epoch-(\d{4,})(?:-step-(\d{6,}))?")  # of so many epochs, and so many steps of the next one
 
 

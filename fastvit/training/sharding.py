@@ -30,7 +30,7 @@ def spread(model: nn.Module, options: TrainOptions, team: Team) -> Any:
         _recompute(model, options)
     if options.shard == "none":
         model.to(team.device)
-        wrapped = model if team.world == 1 else nn.parallel.DistributedDataParallel(model)
+        wrapped = model if team.world == 1 else _replicated(model)
         return torch.compile(wrapped) if options.compile else wrapped
     from torch.distributed.fsdp import fully_shard
 
@@ -41,6 +41,11 @@ def spread(model: nn.Module, options: TrainOptions, team: Team) -> Any:
             block.compile()
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh, shard_placement_fn=partial(_placement, mesh.size(-1)))
+
+
+def _replicated(model: nn.Module) -> nn.Module:
+    """In DDP, whose buckets are the gradients themselves rather than copies of them."""
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def _placement(ways: int, parameter: nn.Parameter) -> Shard | None:

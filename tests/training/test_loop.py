@@ -42,6 +42,8 @@ def test_it_writes_and_learns(tmp_path: Path) -> None:
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.history
     images, _ = result.data.test[list(range(8))]
+    with pytest.raises(CheckpointError, match="the folder of a run; name one of its checkpoints: best.pt, last.pt"):
+        fastvit.load_pretrained(tmp_path / "run")
     loaded = fastvit.load_pretrained(tmp_path / "run" / "last.pt").eval()
     assert torch.equal(loaded(images), result.model.eval()(images)), "heads and normalisation are in the checkpoint"
 

@@ -194,5 +194,8 @@ def test_another_way_of_sharding_may_go_on() -> None:
     assert hybrid.resumed_with({"shard": "hybrid", "shard_size": 4}).shard_size == 4
     with pytest.raises(OptionError, match="shard_size = 2: accepted is with --shard hybrid alone"):
         TrainOptions(shard="full", shard_size=2)
+    assert TrainOptions(shard="full", keep=9).resumed_with({"shard": "none"}).keep == 0
+    with pytest.raises(OptionError, match="keep = 9: accepted is with --shard alone"):
+        TrainOptions(keep=9)
     with pytest.raises(OptionError, match="shard = 'some': accepted is one of none, full, hybrid"):
         TrainOptions(shard="some")
