@@ -178,11 +178,14 @@ TAKING_RUN: set[Any] = set()  # forwards of blocks that give `run(block, x)` whe
 
 def takes_run(block: Any) -> bool:
     """Whether a block is sharded and its call, whose hooks gather its parameters, may be given something to run."""
-    return type(block).forward in TAKING_RUN and is_sharded(block)
+    kind = type(block)
+    return kind.forward in TAKING_RUN and kind.__call__ is nn.Module.__call__ and is_sharded(block)
 
 
 def _outliving(block: Any, stream: Stream, setup: Setup, **options: Any) -> Stream | None:
     """The stream behind a block whose parameters are there for the call alone: without any of them."""
+    if stream.keep is not None:  # which a policy of FSDP2 has cast; it was drawn in the dtype of a branch
+        stream = stream._replace(keep=stream.keep.float())
     following = block.stream(stream, setup, **options)
     if following is None or following.branch is None:
         return following

@@ -176,7 +176,8 @@ def _run(values: dict[str, Any], resumed: str | None) -> None:
     except CompleteError as error:
         if resumed != "auto":
             raise
-        out.print(str(error), highlight=False)
+        if is_first:
+            out.print(str(error), highlight=False)
         return
     observers: list[Observer] = [ProgressBar(out)]
     if is_first and options.tensorboard:

@@ -86,10 +86,23 @@ def features(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([x[:0], *own]), to_device(list(ends), torch.int32, x.device)
 
 
+def _check_units(model: Any, is_own: bool) -> None:
+    """Refuse what FSDP2 would gather once for each size of images, of which another process has more or fewer."""
+    for name, module in model.named_modules():
+        is_unit = hasattr(type(module), "set_requires_gradient_sync") and module is not model
+        if is_unit and (is_own or not takes_run(module)):
+            raise ValueError(
+                f"images of several sizes: {name} is a unit of fully_shard that would be called once for each size, "
+                "not as often in every process; shard FastViT's blocks and the model, without other hooks on them"
+            )
+
+
 def _tokens(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
     """The normed tokens of the last block."""
     images = check_image_list(images)
-    if _is_own(model, "forward_features", "_run_blocks", "_run_block"):
+    is_own = _is_own(model, "forward_features", "_run_blocks", "_run_block")
+    _check_units(model, is_own)
+    if is_own:
         return _one_by_one(model, model.forward_features, images)
     x, packing = _embed(model, images)
     if not packing.order:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from .errors import TrainingError, UserError
 
 TOLD, HEARD = "fastvit/told", "fastvit/heard"
 EVERY = 0.5  # seconds between two looks of the first process
-PATIENCE = timedelta(seconds=20)  # for the first process to say it and end
+PATIENCE = 20  # seconds for the first process to say it and end
 # What a broken connection is called by gloo, NCCL and the store.
 _LOST = ("gloo", "nccl", "connection", "peer", "broken pipe", "socket", "store")
 
@@ -78,7 +78,9 @@ def _tell(store: Any, team: Team, error: Exception, describe: Callable[[Exceptio
         text = describe(error) if is_user_s else "".join(traceback.format_exception(error))
         if _try(store.add, f"{TOLD}/count", 1) == 1:  # the first of several that fail at once
             _try(store.set, TOLD, f"error: process {team.rank} of {team.world}: {text}")
-    _try(store.wait, [HEARD], PATIENCE)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and _try(store.check, [HEARD]) is False:
+        time.sleep(EVERY)
 
 
 def _is_lost(error: BaseException) -> bool:

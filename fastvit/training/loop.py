@@ -34,7 +34,7 @@ from .image_set import Batch, ImageData, iterate
 from .observers import Observer
 from .options import TrainOptions
 from .run import Run, start
-from .saving import last_of, progress_of, restore, save
+from .saving import is_of, last_of, progress_of, restore, save
 from .schedule import learning_rate
 from .sharding import gather_nothing
 from .shards import holds_shards, load_shards
@@ -62,11 +62,12 @@ def train(
         told_by_the_first(team, describe),
         limited_threads(options.threads),
     ):
-        if resume is None and (last := last_of(options.output)):
+        last = last_of(options.output)
+        if last and (resume is None or not is_of(resume, options.output)):
             raise OptionError("output", options.output, f"a folder without a run; go on with --resume {last}")
         data = load_data(options)
         check_agreement(team, {**versions(), **progress_of(resume), "data": data.fingerprint, **options.trained()})
-        run = start(options, data, team)
+        run = start(options, data, team, resumed=resume is not None)
         if resume is not None:
             restore(run, resume)
         watching = list(observers) if team.is_first else []
@@ -79,6 +80,8 @@ def train(
                 run.writer.finish()
         finally:
             _each(watching, "on_end", run)
+            if run.writer is not None:
+                run.writer.settle()
     run.seconds = time.perf_counter() - started
     return run
 

@@ -79,13 +79,13 @@ class Run:
         return self.history[-1]["test_accuracy"]
 
 
-def start(options: TrainOptions, data: ImageData, team: Team) -> Run:
-    """A run before its first step."""
+def start(options: TrainOptions, data: ImageData, team: Team, *, resumed: bool = False) -> Run:
+    """A run before its first step; where it is `resumed`, a checkpoint's weights will come in."""
     _check_backend(team.device)
     torch.manual_seed(options.seed)  # the same weights in every process
     arguments = model_arguments(options.model, {**data.arguments, "drop_path_rate": options.drop_path})
     model = build_model(options.model, arguments)
-    if options.init_from:
+    if options.init_from and not resumed:
         load_weights(model, load_pretrained(options.init_from).state_dict(), options.init_from)
     forward = spread(model, options, team)
     torch.manual_seed(options.seed + 7919 * team.rank)  # other dropout in each process

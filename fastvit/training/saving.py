@@ -7,6 +7,7 @@ on. Either kind can be resumed from the other's, on any number of processes.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ import torch
 
 from fastvit.checkpoints.errors import CheckpointError
 from fastvit.checkpoints.files import RUN
-from fastvit.checkpoints.sharded import is_sharded_folder, load_into, read_metadata
+from fastvit.checkpoints.sharded import is_sharded_folder, load_into, read_metadata, shapes_in
 from fastvit.files import written_whole
 
 from .checkpoint import check_weights, load_checkpoint, save_checkpoint
@@ -119,16 +120,21 @@ def _restore_tensors(run: Run, contents: dict[str, Any]) -> None:
     if folder is None:
         check_weights(run.model, contents["model"], "--resume")
         model, optimizer = contents["model"], {"state": contents["optimizer"], "param_groups": contents["groups"]}
+        has_stepped = bool(contents["optimizer"])
         options = states.StateDictOptions(full_state_dict=True)
     else:
         options = _options(run)
         model, optimizer = states.get_state_dict(run.model, run.optimizer, options=options)
-        load_into(Path(folder), {"model": model, "optimizer": optimizer["state"], **_average(run)})
+        has_stepped = any(name.startswith("optimizer.") for name in shapes_in(read_metadata(Path(folder))))
+        state = {"optimizer": optimizer["state"]} if has_stepped else {}
+        load_into(Path(folder), {"model": model, **state, **_average(run)})
         optimizer = {**optimizer, "param_groups": contents["groups"]}
     if run.ema and folder is None:
         with run.ema.in_place_of(run.model):
             states.set_model_state_dict(run.model, contents["ema"], options=options)
     states.set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options)
+    if not has_stepped:  # the scaler has skipped every step so far, where torch takes one to have states
+        run.optimizer.state.clear()
 
 
 def _restore_process(run: Run, processes: list[dict[str, Any]]) -> None:
@@ -145,11 +151,25 @@ def _restore_process(run: Run, processes: list[dict[str, Any]]) -> None:
 
 def last_of(output: str | Path) -> Path | None:
     """The checkpoint in a run's folder that has come furthest, a file or a folder; None where there is none."""
-    output = Path(output)
-    found = [path for path in (output / LAST, *folders_in(output)[-1:]) if path.exists()]
-    if len(found) < 2:
-        return found[0] if found else None
-    return max(found, key=lambda path: _place(load_note(path)))
+    return next(iter(_newest_first(Path(output))), None)
+
+
+def _newest_first(output: Path) -> list[Path]:
+    """The checkpoints in a run's folder. A file that can't be read comes last, where there are folders."""
+    folders = folders_in(output)[::-1]
+    file = output / LAST
+    if not file.exists() or not folders:
+        return [file] if file.exists() else folders
+    try:
+        is_ahead = _place(load_checkpoint(file)) >= _place(load_checkpoint(folders[0] / RUN))
+    except CheckpointError:
+        is_ahead = False
+    return [file, *folders] if is_ahead else [*folders, file]
+
+
+def is_of(contents: dict[str, Any], output: str) -> bool:
+    """Whether a checkpoint that is resumed from lies in this folder, where the run goes on."""
+    return Path(output).resolve() == Path(contents["output"])
 
 
 def progress_of(contents: dict[str, Any] | None) -> dict[str, int]:
@@ -190,8 +210,8 @@ def resume_options(path: str | Path, given: dict[str, Any]) -> tuple[TrainOption
     path = Path(path)
     contents = load_note(path)
     is_run_s = path.is_dir() and not is_sharded_folder(path)
-    output = path if is_run_s else path.parent
-    stored = TrainOptions(**{**contents["options"], "output": str(output.resolve())})
+    contents["output"] = str((path if is_run_s else path.parent).resolve())
+    stored = TrainOptions(**{**contents["options"], "output": contents["output"]})
     options = stored.resumed_with(given)
     if contents["epoch"] >= options.epochs:
         raise CompleteError(f"{path}: this run is complete ({options.epochs} epochs); nothing is left to do")
@@ -206,12 +226,29 @@ def begin_or_resume(given: dict[str, Any], resumed: str | None) -> tuple[TrainOp
         resumed: as of `resume_options`; None: begin; "auto": the last checkpoint of the output, or begin.
     """
     if resumed == "auto":
-        output = given.get("output", TrainOptions.output)
-        resumed = None if last_of(output) is None else output
+        output = Path(given.get("output", TrainOptions.output))
+        resumed = _last_whole(output)
         given = {name: value for name, value in given.items() if resumed is None or name != "output"}
     if resumed is None:
         return TrainOptions(**given), None
     return resume_options(resumed, given)
+
+
+def _last_whole(output: Path) -> str | None:
+    """The last checkpoint of `output` that is not damaged; None where there is none at all."""
+    damage: list[CheckpointError] = []
+    for path in _newest_first(output):
+        try:
+            load_note(path)
+        except CheckpointError as error:
+            damage.append(error)
+            continue
+        for found in damage:
+            warnings.warn(f"passed over: {found}", stacklevel=2)
+        return str(path)
+    if damage:
+        raise damage[0]
+    return None
 
 
 class CompleteError(CheckpointError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from .distributed import Team
 from .failures import SharedError
 
 PARTIAL = ".partial-"
+ASIDE = ".before"  # behind the names of checkpoints of a run that was begun again from an earlier one
 KEPT = 2  # checkpoints, where nobody says how many
+PATIENCE = 60  # seconds for a checkpoint to be written whose run has failed
 _NAME = re.compile(r"epoch-(\d{4,})(?:-step-(\d{6,}))?")  # of so many epochs, and so many steps of the next one
 
 
@@ -86,6 +88,11 @@ class ShardWriter:
         if failures:
             raise SharedError(f"{self.output}: a checkpoint can't be written ({failures[0]}); older ones are whole")
 
+    def settle(self) -> None:
+        """Let what is being written come to its end before the run ends with an error; the others may be gone."""
+        if self._done is not None:
+            wait([self._done], PATIENCE)
+
     def _end(self, done: Future[str], final: Path, best: str, written: Future[Any]) -> None:
         """In the background thread."""
         failure = "" if (error := written.exception()) is None else unwritten(error)
@@ -103,14 +110,25 @@ class ShardWriter:
             return
         sync(fresh)
         if final.exists():  # of a run that was resumed from an earlier checkpoint
-            older = self._partial(f"older-{final.name}")
-            os.replace(final, older)
-            shutil.rmtree(older, ignore_errors=True)
+            self._remove(final)
         os.replace(fresh, final)
         sync(self.output)
-        for old in folders_in(self.output)[: -self.keep]:
+        whole = folders_in(self.output)
+        place = whole.index(final)
+        for later in whole[place + 1 :]:  # of a run that went on from an earlier checkpoint than its last one
+            aside = later.with_name(f"{later.name}{ASIDE}")
+            if aside.exists():
+                self._remove(aside)
+            os.replace(later, aside)
+        for old in whole[: place + 1][: -self.keep]:
             if old.name != best:
-                shutil.rmtree(old, ignore_errors=True)
+                self._remove(old)
+
+    def _remove(self, folder: Path) -> None:
+        """Without its name first: a process that is killed leaves no part of a checkpoint that looks whole."""
+        older = self._partial(f"older-{folder.name}")
+        os.replace(folder, older)
+        shutil.rmtree(older, ignore_errors=True)
 
     def _partial(self, name: str) -> Path:
         return self.output / f"{PARTIAL}{name}"

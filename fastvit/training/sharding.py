@@ -7,6 +7,7 @@ numbers of an unsharded one.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ def spread(model: nn.Module, options: TrainOptions, team: Team) -> Any:
         return torch.compile(wrapped) if options.compile else wrapped
     from torch.distributed.fsdp import fully_shard
 
+    # A block may give a view, which nothing here changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = mesh_of(options, team)
     blocks: Any = model.blocks
     for block in blocks:

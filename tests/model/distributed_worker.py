@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,12 +74,48 @@ def check_fsdp(rank: int) -> None:
     expect_same(whole, copy.deepcopy(alone.state_dict()))
 
 
+def check_packed(rank: int) -> None:
+    """Images of several sizes, of which the processes have other numbers: each block is gathered once."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(2)
+    images = [torch.randn(3, 8 * rows, 16) for rows in (1, 2, 3, 4)]
+    mine = images[:3] if rank == 0 else images[3:]
+
+    def sharded(parts: bool) -> fastvit.VisionTransformer:
+        torch.manual_seed(0)
+        model = fastvit.VisionTransformer(
+            img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, dynamic_img_size=True
+        )
+        whole = copy.deepcopy(model)
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for block in model.blocks:
+            for module in (block.attn, block.mlp) if parts else (block,):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model.whole = [whole]  # type: ignore[assignment]
+        return model
+
+    model: Any = sharded(parts=False)
+    torch.testing.assert_close(model(mine), model.whole[0](mine), rtol=1e-4, atol=1e-5)
+    for refused in (sharded(parts=True), model):
+        if refused is model:
+            model.blocks[1].register_forward_hook(lambda *_: None)
+        try:
+            refused(mine)
+        except ValueError as error:
+            assert "is a unit of fully_shard that would be called once for each size" in str(error)
+        else:
+            raise AssertionError("not refused")
+
+
 def main() -> None:
     check, rank, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"store-{check}"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    {"ddp": check_ddp, "fsdp": check_fsdp}[check](rank)
+    {"ddp": check_ddp, "fsdp": check_fsdp, "packed": check_packed}[check](rank)
     dist.barrier()
     dist.destroy_process_group()
 
