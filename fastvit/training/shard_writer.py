@@ -99,7 +99,7 @@ class ShardWriter:
         try:
             if self.team.is_first:
                 self._publish(final, best, is_whole=not failure)
-        except OSError as error:
+        except Exception as error:  # whatever it is: `finish` waits for this thread
             failure = unwritten(error)
         done.set_result(failure)
 

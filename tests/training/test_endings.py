@@ -17,10 +17,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 import fastvit
 from fastvit import stream
-from fastvit.training import CheckpointError, OptionError, TrainOptions, resume_options, train
+from fastvit.training import CheckpointError, OptionError, TrainingError, TrainOptions, resume_options, train
 from fastvit.training import models as models_module
 from fastvit.training.saving import begin_or_resume
-from fastvit.training.shard_writer import folders_in
+from fastvit.training.shard_writer import ShardWriter, folders_in
 from tests.training.runs import TINY, StopAt
 from tests.two_processes import needs_gloo
 
@@ -74,6 +74,15 @@ def test_what_comes_behind_is_set_aside_where_a_run_goes_on_from_an_earlier_one(
     assert found(tmp_path) == [f"epoch-{epoch:04}" for epoch in range(1, 4)], "the first one is the best"
     assert {path.name for path in tmp_path.glob("*.before")} == {"epoch-0004.before", "epoch-0005.before"}
     assert begin_or_resume({"output": str(tmp_path)}, "auto")[1]["epoch"] == 3  # type: ignore[index]
+
+
+def test_what_goes_wrong_in_the_background_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(*_: Any, **__: Any) -> None:
+        raise LookupError("a mistake of ours")
+
+    monkeypatch.setattr(ShardWriter, "_publish", mistaken)
+    with pytest.raises(TrainingError, match=r"a checkpoint can't be written \(.*a mistake of ours"):
+        train(options(tmp_path, shard="full"))
 
 
 def test_two_runs_do_not_meet_in_a_folder(tmp_path: Path) -> None:
