@@ -80,6 +80,9 @@ def train(
     augment: bool | None = typer.Option(
         None, "--augment/--no-augment", help="Random shifts (digits), crops and flips (folder).", show_default="on"
     ),
+    auto_augment: str | None = typer.Option(
+        None, help="randaugment or trivialaugment, behind crops and flips (torchvision's).", show_default="off"
+    ),
     repeated_aug: int | None = typer.Option(
         None,
         help="Times an image comes in an epoch, each with another augmentation; an epoch has as many images as "

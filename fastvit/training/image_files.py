@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvit.checkpoints.errors import listed
 
 from .any_size import ImageList, grid_within
+from .auto_augment import AutoAugment
 from .decoding import Source, decode, upright_size
 from .errors import DataError, OptionError
 from .image_set import ImageData, ImageSet, fingerprint, split_by_class
@@ -29,18 +30,32 @@ AnySource = TypeVar("AnySource", bound=Source)
 Size = tuple[int, int]  # height and width
 
 
-def read_images(sources: list[Source], size: int, channels: int, indices: list[int], random: Tensor) -> Tensor:
-    """Those of `sources`, cropped to squares of `size`: with `random` [B, 5] at random with a flip, else the middle."""
+def read_images(
+    sources: list[Source], size: int, channels: int, augment: AutoAugment | None, indices: list[int], random: Tensor
+) -> Tensor:
+    """Those of `sources`, cropped to squares of `size`: with `random` [B, 5] at random with a flip, else the middle;
+    with [B, 6] by `augment` too."""
     drawn = zip(indices, random.tolist(), strict=True)
-    return torch.stack([decode(sources[index], size=size, channels=channels, draws=draws) for index, draws in drawn])
+    return torch.stack([_read(sources[index], size, channels, augment, draws) for index, draws in drawn])
 
 
 def read_any_size(
-    sources: list[Source], sizes: list[Size], channels: int, indices: list[int], random: Tensor
+    sources: list[Source],
+    sizes: list[Size],
+    channels: int,
+    augment: AutoAugment | None,
+    indices: list[int],
+    random: Tensor,
 ) -> ImageList:
-    """Those of `sources`, each at its own of `sizes`: with `random` [B, 5] a crop with a flip, else the whole image."""
+    """Those of `sources`, each at its own of `sizes`: with `random` [B, 5] a crop with a flip, else the whole image;
+    with [B, 6] by `augment` too."""
     drawn = zip(indices, random.tolist(), strict=True)
-    return ImageList.of([decode(sources[i], size=sizes[i], channels=channels, draws=draws) for i, draws in drawn])
+    return ImageList.of([_read(sources[i], sizes[i], channels, augment, draws) for i, draws in drawn])
+
+
+def _read(source: Source, size: int | Size, channels: int, augment: AutoAugment | None, draws: list[float]) -> Tensor:
+    image = decode(source, size=size, channels=channels, draws=draws[:5])
+    return augment(image, draws[5]) if augment and draws else image
 
 
 def image_data(
@@ -61,6 +76,7 @@ def image_data(
     size, channels = options.image_size or DEFAULT_SIZE, options.channels or 3
     mean, std = ((0.5,), (0.5,)) if channels == 1 else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     arguments = {"img_size": size, "in_chans": channels, "num_classes": len(classes), "mean": mean, "std": std}
+    augment = AutoAugment(options.auto_augment) if options.auto_augment else None
     measure = None
     if options.tokens_per_batch:
         measure = partial(measured, *token_limits(options, size))
@@ -70,11 +86,11 @@ def image_data(
         sources: list[Source] = [source for source, _ in samples]
         labels = torch.tensor([label for _, label in samples])
         if measure is None:
-            return ImageSet(partial(read_images, sources, size, channels), labels, **more)
+            return ImageSet(partial(read_images, sources, size, channels, augment), labels, **more)
         sizes, tokens = measure(sources)
-        return ImageSet(partial(read_any_size, sources, sizes, channels), labels, tokens=tokens, **more)
+        return ImageSet(partial(read_any_size, sources, sizes, channels, augment), labels, tokens=tokens, **more)
 
-    sets = image_set(train, draws=5 * options.augment, shuffle=shuffle), image_set(test)
+    sets = image_set(train, draws=(5 + bool(augment)) * options.augment, shuffle=shuffle), image_set(test)
     names = [f"{name(source)} {label}" for source, label in [*train, *test]]
     # The numbers of tokens settle the batches of an epoch, and are to be the same in a resumed run.
     tokens = [str(count) for images in sets for count in images.tokens]

@@ -15,6 +15,7 @@ DIGITS = "digits"
 DIGITS_MODEL = "vit_digits"
 FOLDER_MODEL = "vit_tiny_patch16_224"
 AMP_MODES = ("off", "bf16", "fp16")
+AUTO_AUGMENTS = ("randaugment", "trivialaugment")
 SHARD_MODES = ("none", "full", "hybrid")
 
 # What a resumed run may change: nothing here alters the numbers that are trained.
@@ -55,6 +56,7 @@ class TrainOptions:
     ema: float = 0.0  # decay a step of an average of the parameters; 0: off
     ema_warmup: bool = False  # a decay that rises to `ema` in the first steps
     augment: bool = True
+    auto_augment: str = ""  # behind crop and flip, of a folder or shards; "": off
     repeated_aug: int = 1  # times an image comes in an epoch, of as many images as before; 1: off
     amp: str = "off"
     compile: bool = False
@@ -112,6 +114,7 @@ class TrainOptions:
             "mixup_switch_prob": (self.mixup and self.cutmix, "with both --mixup and --cutmix"),
             "ema_warmup": (self.ema, "with --ema"),
             "repeated_aug": (self.augment, "with augmentation"),
+            "auto_augment": (self.augment and not self.is_digits, "with augmentation of a folder"),
         }
         for name, (is_met, condition) in needed.items():
             if not is_met and getattr(self, name) != self.__dataclass_fields__[name].default:
@@ -203,6 +206,7 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("mixup_prob", "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
     ("mixup_switch_prob", "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
     ("ema", "a number from 0 to below 1 (0: off)", lambda v: _number(v) and 0 <= v < 1),
+    ("auto_augment", "one of " + ", ".join(AUTO_AUGMENTS), lambda v: v in ("", *AUTO_AUGMENTS)),
     ("repeated_aug", "a whole number of at least 1 (1: off)", lambda v: _whole(v, 1)),
     ("amp", "one of " + ", ".join(AMP_MODES), lambda v: v in AMP_MODES),
     ("shard", "one of " + ", ".join(SHARD_MODES), lambda v: v in SHARD_MODES),
