@@ -36,7 +36,7 @@ class Fault:
 
     def is_caught_by(self, found: str) -> bool:
         """What lies outside of a row or of a tensor is another's, or nobody's: which is seen first is chance."""
-        said = ("outside", "second write") if self.caught_by == "outside" else (self.caught_by,)
+        said = ("outside", "second write", "never written") if self.caught_by == "outside" else (self.caught_by,)
         return any(part in found for part in said)
 
 
