@@ -15,6 +15,16 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
+def ended(started: Sequence[subprocess.Popen[str]], timeout: float = 240) -> list[str]:
+    """What each process wrote to the one stream that is piped, once all have ended, or in so many seconds."""
+    try:
+        found = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [out if out is not None else errors for out, errors in found]
+
+
 def run_in_two_processes(worker: Path, arguments: Sequence[str]) -> list[str]:
     """Run `worker *arguments` with "{rank}" in them replaced by 0 and 1; what each printed. Both must succeed."""
     workers = [
@@ -26,11 +36,7 @@ def run_in_two_processes(worker: Path, arguments: Sequence[str]) -> list[str]:
         )
         for rank in range(2)
     ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in workers]
-    finally:
-        for process in workers:
-            process.kill()
+    outputs = ended(workers)
     for process, output in zip(workers, outputs, strict=True):
         assert process.returncode == 0, output
     return outputs

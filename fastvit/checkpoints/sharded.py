@@ -76,15 +76,18 @@ def read_metadata(folder: Path) -> Any:
     return metadata
 
 
-def load_into(folder: Path, state: Mapping[str, Any]) -> None:
+def load_into(folder: Path, state: Mapping[str, Any], metadata: Any = None) -> None:
     """Fill the tensors of `state`, which may be shards themselves, and in dictionaries inside each other.
 
     Every process of a group must call. Raises CheckpointError where they are not those of the folder.
+
+    Args:
+        metadata: what `read_metadata` gives, where that was read already.
     """
     from torch import distributed
     from torch.distributed import checkpoint
 
-    stored = shapes_in(read_metadata(folder))
+    stored = shapes_in(metadata or read_metadata(folder))
     wanted = {name: tuple(tensor.shape) for name, tensor in flat(state).items()}
     missing = [f"{name}: missing" for name in wanted if name not in stored]
     others = [
@@ -107,11 +110,11 @@ def read_sharded(folder: Path, leave_out: str = "optimizer.") -> dict[str, Tenso
     """Whole tensors by their names, with the keys they are under before them; CPU."""
     metadata = read_metadata(folder)
     state = {
-        name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
-        for name, tensor in metadata.state_dict_metadata.items()
-        if hasattr(tensor, "size") and not name.startswith(leave_out)
+        name: torch.empty(shape, dtype=metadata.state_dict_metadata[name].properties.dtype)
+        for name, shape in shapes_in(metadata).items()
+        if not name.startswith(leave_out)
     }
-    load_into(folder, state)
+    load_into(folder, state, metadata)
     return state
 
 

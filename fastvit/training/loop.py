@@ -62,8 +62,8 @@ def train(
         told_by_the_first(team, describe),
         limited_threads(options.threads),
     ):
-        last = last_of(options.output)
-        if last and (resume is None or not is_of(resume, options.output)):
+        goes_on_here = resume is not None and is_of(resume, options.output)
+        if not goes_on_here and (last := last_of(options.output)):
             raise OptionError("output", options.output, f"a folder without a run; go on with --resume {last}")
         data = load_data(options)
         check_agreement(team, {**versions(), **progress_of(resume), "data": data.fingerprint, **options.trained()})

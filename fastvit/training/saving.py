@@ -125,9 +125,10 @@ def _restore_tensors(run: Run, contents: dict[str, Any]) -> None:
     else:
         options = _options(run)
         model, optimizer = states.get_state_dict(run.model, run.optimizer, options=options)
-        has_stepped = any(name.startswith("optimizer.") for name in shapes_in(read_metadata(Path(folder))))
+        metadata = read_metadata(Path(folder))
+        has_stepped = any(name.startswith("optimizer.") for name in shapes_in(metadata))
         state = {"optimizer": optimizer["state"]} if has_stepped else {}
-        load_into(Path(folder), {"model": model, **state, **_average(run)})
+        load_into(Path(folder), {"model": model, **state, **_average(run)}, metadata)
         optimizer = {**optimizer, "param_groups": contents["groups"]}
     if run.ema and folder is None:
         with run.ema.in_place_of(run.model):
@@ -207,8 +208,10 @@ def resume_options(path: str | Path, given: dict[str, Any]) -> tuple[TrainOption
     Args:
         path: a file or folder that a run wrote, or the run's own folder, whose last one is taken.
     """
-    path = Path(path)
-    contents = load_note(path)
+    return _resumed(Path(path), load_note(Path(path)), given)
+
+
+def _resumed(path: Path, contents: dict[str, Any], given: dict[str, Any]) -> tuple[TrainOptions, dict[str, Any]]:
     is_run_s = path.is_dir() and not is_sharded_folder(path)
     contents["output"] = str((path if is_run_s else path.parent).resolve())
     stored = TrainOptions(**{**contents["options"], "output": contents["output"]})
@@ -226,26 +229,26 @@ def begin_or_resume(given: dict[str, Any], resumed: str | None) -> tuple[TrainOp
         resumed: as of `resume_options`; None: begin; "auto": the last checkpoint of the output, or begin.
     """
     if resumed == "auto":
-        output = Path(given.get("output", TrainOptions.output))
-        resumed = _last_whole(output)
-        given = {name: value for name, value in given.items() if resumed is None or name != "output"}
-    if resumed is None:
+        found = _last_whole(Path(given.get("output", TrainOptions.output)))
+        if found is not None:
+            return _resumed(*found, {name: value for name, value in given.items() if name != "output"})
+    if resumed is None or resumed == "auto":
         return TrainOptions(**given), None
     return resume_options(resumed, given)
 
 
-def _last_whole(output: Path) -> str | None:
-    """The last checkpoint of `output` that is not damaged; None where there is none at all."""
+def _last_whole(output: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint of `output` that is not damaged, and its contents; None where there is none at all."""
     damage: list[CheckpointError] = []
     for path in _newest_first(output):
         try:
-            load_note(path)
+            contents = load_note(path)
         except CheckpointError as error:
             damage.append(error)
             continue
-        for found in damage:
-            warnings.warn(f"passed over: {found}", stacklevel=2)
-        return str(path)
+        for passed in damage:
+            warnings.warn(f"passed over: {passed}", stacklevel=2)
+        return path, contents
     if damage:
         raise damage[0]
     return None

@@ -18,6 +18,7 @@ from PIL import Image
 
 from fastvit.training.observers import Observer
 from fastvit.training.run import Run
+from tests.two_processes import ended
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0}
 
@@ -139,11 +140,7 @@ def in_processes(world: int, *jobs: tuple[Path, dict[str, Any]], model: dict[str
         )
         for rank in range(world)
     ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    errors = ended(started)
     assert [process.returncode for process in started] == [0] * world, "\n".join(errors)
     return [found_in(world, output) for output, _ in jobs]
 

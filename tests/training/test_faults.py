@@ -20,7 +20,7 @@ from fastvit.training.failures import SharedError, check_agreement
 from fastvit.training.saving import CompleteError, begin_or_resume, load_note
 from fastvit.training.shard_writer import folders_in
 from tests.training.runs import free_port
-from tests.two_processes import needs_gloo
+from tests.two_processes import ended, needs_gloo
 
 pytestmark = needs_gloo
 
@@ -58,11 +58,7 @@ def in_two(output: Path, faults: list[Fault], *options: str) -> tuple[list[int],
         )
         for rank in range(2)
     ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    errors = ended(started, timeout=120)
     return [process.returncode for process in started], errors
 
 
