@@ -114,28 +114,56 @@ def check_windows(merge: int, grids: list[tuple[int, int]]) -> None:
         require(is_whole, f"sizes[{index}]: {rows} x {columns} patches are not whole windows of merge={merge}")
 
 
-def check_cut_patches(patches: Any, weight: Tensor, bias: Tensor | None, sizes: Any) -> list[tuple[int, int]]:
-    """Patches [ΣN_i, K] or [B, N_max, K], with as many values as a row of the weight, of images of these sizes."""
-    check_tensor("images", patches)
-    check_dtype("images", patches.dtype, IMAGE_DTYPES)
+def check_one_tensor(images: Any, weight: Tensor, bias: Tensor | None, still: bool, merge: int) -> Tensor:
+    """Pixels of whole patches [Σ C·H_i·W_i], or patches [ΣN_i, K] or [B, N_max, K] with the values of the weight's."""
+    check_tensor("images", images)
+    check_dtype("images", images.dtype, IMAGE_DTYPES)
     length = math.prod(weight.shape[1:])
-    if patches.dim() not in (2, 3) or patches.shape[-1] != length:
+    if images.dim() == 1:
+        require(weight.dim() == 4, "images: pixels [Σ C·H·W] have no frames, but weight has, [D, C, T, P_h, P_w]")
+        require(not still and merge == 1, "still, merge: of patches that are cut already alone")
+        if images.shape[0] % length:
+            raise ValueError(f"images: {images.shape[0]} pixels are no whole patches of {length}")
+    elif images.dim() > 3 or images.shape[-1] != length:
         raise ValueError(
-            f"images: expected patches [N, {length}] or [B, N, {length}] where sizes are given, got {shape_of(patches)}"
+            f"images: expected pixels [Σ C·H·W], or patches [N, {length}] or [B, N, {length}], where sizes are given, "
+            f"got {shape_of(images)}"
         )
-    check_device("images", patches, "weight", weight)
+    check_device("images", images, "weight", weight)
     _check_bias(bias, weight)
-    grids = [(whole("sizes", rows), whole("sizes", columns)) for rows, columns in pairs("sizes", sizes)]
-    counts = [rows * columns for rows, columns in grids]
-    if patches.dim() == 2:
-        if sum(counts) != patches.shape[0]:
-            raise ValueError(f"sizes: {sum(counts)} patches in all, but images has {patches.shape[0]}")
+    return images
+
+
+def check_sizes(sizes: Tensor, images: Tensor) -> None:
+    """Sizes that are a tensor, by what can be said without its values."""
+    if sizes.device.type != "cpu":
+        raise TypeError(f"sizes: a tensor on {sizes.device}, not on the host{_ADVICE}")
+    if sizes.dim() != 2 or sizes.shape[1] != 2:
+        raise ValueError(f"sizes: expected [B, 2], rows and columns, got {shape_of(sizes)}")
+    check_dtype("sizes", sizes.dtype, (torch.int32, torch.int64))
+    require(
+        images.dim() < 3, "sizes: a tensor is for images behind each other; with padded patches give Python numbers"
+    )
+
+
+def patches_in(images: Tensor, weight: Tensor) -> int:
+    """How many patches there are in pixels [Σ C·H_i·W_i] or patches [ΣN_i, K]."""
+    return images.shape[0] // weight[0].numel() if images.dim() == 1 else images.shape[0]
+
+
+def check_grids(sizes: Any, images: Tensor, weight: Tensor) -> list[tuple[int, int]]:
+    """Rows and columns of each image, from pairs of Python numbers or a tensor with values, that fit the images."""
+    listed = sizes.tolist() if isinstance(sizes, Tensor) else pairs("sizes", sizes)
+    grids = [(whole("sizes", rows), whole("sizes", columns)) for rows, columns in listed]
+    if images.dim() < 3:
+        total, patches = sum(rows * columns for rows, columns in grids), patches_in(images, weight)
+        if total != patches:
+            raise ValueError(f"sizes: {total} patches in all, but images has {patches}")
         return grids
-    if len(counts) != patches.shape[0]:
-        raise ValueError(f"sizes: {len(counts)} of them, but images has {patches.shape[0]}")
-    for index, count in enumerate(counts):
-        if count > patches.shape[1]:
-            raise ValueError(f"sizes[{index}]: {count} patches, but images has {patches.shape[1]} of each")
+    require(len(grids) == images.shape[0], f"sizes: {len(grids)} of them, but images has {images.shape[0]}")
+    for index, (rows, columns) in enumerate(grids):
+        if rows * columns > images.shape[1]:
+            raise ValueError(f"sizes[{index}]: {rows * columns} patches, but images has {images.shape[1]} of each")
     return grids
 
 

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from fastvit import backend as backends
 from fastvit import checks, ops, reference
+from fastvit.cut_patches import views, weight_for
 from fastvit.grids import grid_rows
 from fastvit.native.attention import MOST_TOKENS
 from fastvit.ops import Op
@@ -25,8 +26,11 @@ from fastvit.tuning import FORWARD, TRAINING
 
 __all__ = ["add_norm", "add_position", "attention", "bias_act", "patch_embed", "patch_embed_packed", "split_heads"]
 
-_PATCH_EMBED, _PATCH_EMBED_PACKED, _ADD_POSITION, _ADD_NORM, _BIAS_ACT, _ATTENTION = (
-    ops.OPS[name] for name in ("patch_embed", "patch_embed_packed", "add_position", "add_norm", "bias_act", "attention")
+_PATCH_EMBED, _PATCH_EMBED_PACKED, _PATCH_EMBED_SIZED = (
+    ops.OPS[name] for name in ("patch_embed", "patch_embed_packed", "patch_embed_sized")
+)
+_ADD_POSITION, _ADD_NORM, _BIAS_ACT, _ATTENTION = (
+    ops.OPS[name] for name in ("add_position", "add_norm", "bias_act", "attention")
 )
 
 
@@ -121,12 +125,16 @@ def patch_embed_packed(
 
     Args:
         images: a list of [C, H_i, W_i], uint8 or float, of one dtype, each in either layout; H_i and W_i are multiples
-            of the patch. Or patches that a processor has cut: [ΣN_i, C·P_h·P_w], image behind image, or
+            of the patch. Or one tensor, with `sizes`: the pixels of all images [Σ C·H_i·W_i], one [C, H_i, W_i] behind
+            the other; or patches that a processor has cut: [ΣN_i, C·P_h·P_w], image behind image, or
             [B, N_max, C·P_h·P_w] with those that are padding behind an image's own, which are not read.
         weight: [D, C, P_h, P_w], laid out as the convolution's; for cut patches of T frames, whose values are
             C·T·P_h·P_w, [D, C, T, P_h, P_w] (Qwen2-VL).
         bias: [D].
-        sizes: rows and columns of patches of each image, numbers of Python; for cut patches alone, as the next three.
+        sizes: rows and columns of patches of each image, where `images` is one tensor: numbers of Python, or a tensor
+            [B, 2] of whole numbers on the host, for images behind each other. Compiled, numbers are constants, and so
+            is how many there are; one program with a tensor serves all batches (a single image has one of its own),
+            and can be differentiated once.
         order: of the values of a cut patch: "CPP", as the weight has them, or "PPC" (NaFlexViT, SigLIP 2).
         still: whether the frames of a cut patch are all the same: then one of them is read, and multiplied by the sum
             of the weight over them. The others' values are not looked at.
@@ -154,20 +162,24 @@ def patch_embed_packed(
         grids = [(image.shape[1] // weight.shape[2], image.shape[2] // weight.shape[3]) for image in listed]
     else:
         checks.check_cut_weight(weight, order, still)
-        mean, std = _of_values(mean, std, weight, order, still)
-        grids, listed, weight = _cut_patches(images, weight, bias, sizes, order, still)
+        images = checks.check_one_tensor(images, weight, bias, still, merge)
+        if images.dim() > 1:
+            mean, std = _of_values(mean, std, weight, order, still)
+        if isinstance(sizes, Tensor):
+            checks.check_sizes(sizes, images)
+            if torch.compiler.is_compiling() or type(sizes) is not Tensor:  # has no values yet
+                layout = (order, still, merge, interpolation, antialias, align_corners)
+                return _by_sizes(images, weight, bias, sizes, layout, pos_embed, prefix, (mean, std), dtype, backend)
+        grids = checks.check_grids(sizes, images, weight)
         checks.check_windows(merge, grids)
-    dim = weight.shape[0]
-    prefix = checks.rows_of("prefix", prefix, dim, "weight", weight)
-    means, stds = checks.normalisation(mean, std, weight.shape[1])
+        listed, weight = views(images, weight, grids, still), weight_for(images, weight, order, still)
     counts = [rows * columns for rows, columns in grids]
+    prefix, means, stds = _tables(weight, pos_embed, prefix, mean, std, sum(counts))
     table, starts = None, [0] * len(counts)
-    if pos_embed is not None:
-        checks.check_packed_positions(pos_embed, weight, sum(counts))
-        if pos_embed.dim() == 2:
-            table, starts = pos_embed, list(itertools.accumulate(counts, initial=0))[:-1]
-        else:
-            table, starts = grid_rows(pos_embed, grids, interpolation, antialias, align_corners, merge)
+    if pos_embed is not None and pos_embed.dim() == 2:
+        table, starts = pos_embed, list(itertools.accumulate(counts, initial=0))[:-1]
+    elif pos_embed is not None:
+        table, starts = grid_rows(pos_embed, grids, interpolation, antialias, align_corners, merge)
     compute_dtype = _autocast_dtype(weight) or weight.dtype
     dtype = _token_dtype(dtype, compute_dtype)
 
@@ -180,6 +192,47 @@ def patch_embed_packed(
     return tokens, to_device(ends, torch.int32, weight.device)
 
 
+def _tables(
+    weight: Tensor, pos_embed: Tensor | None, prefix: Tensor | None, mean: Any, std: Any, patches: int
+) -> tuple[Tensor | None, Any, Any]:
+    """What goes with a weight [D, C, P_h, P_w] for so many patches, checked: the prefix as rows, means and stds."""
+    prefix = checks.rows_of("prefix", prefix, weight.shape[0], "weight", weight)
+    means, stds = checks.normalisation(mean, std, weight.shape[1])
+    if pos_embed is not None:
+        checks.check_packed_positions(pos_embed, weight, patches)
+    return prefix, means, stds
+
+
+def _by_sizes(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Tensor,
+    layout: tuple[Any, ...],
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    normalisation: tuple[Any, Any],
+    dtype: torch.dtype | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`patch_embed_packed` in a program that is compiled for all sizes: these are looked at when it runs."""
+    kernel = weight_for(images, weight, *layout[:2])
+    patches = checks.patches_in(images, weight)
+    prefix, means, stds = _tables(kernel, pos_embed, prefix, *normalisation, patches)
+    compute_dtype = _autocast_dtype(weight) or weight.dtype
+    dtype = _token_dtype(dtype, compute_dtype)
+    problem = (images.dtype, compute_dtype, dtype, kernel.shape, False)
+    listed = (weight, bias, pos_embed, prefix, [images], dtype)
+    name = _backend(_PATCH_EMBED_PACKED, listed, backend, problem, patches)
+    if name == "reference":
+        raise RuntimeError(
+            "sizes: compiled as a tensor, they are known to no code of plain PyTorch, the backend 'reference', which "
+            "also serves torch.func's transforms, forward-mode AD and ONNX; give Python numbers"
+        )
+    arguments = (weight, bias, pos_embed, prefix, images, sizes, *layout, means, stds, compute_dtype, dtype, name)
+    return _PATCH_EMBED_SIZED(*arguments)
+
+
 def _of_values(mean: Any, std: Any, weight: Tensor, order: str, still: bool) -> tuple[Any, Any]:
     """Mean and std of each value of a cut patch, whose channels stand together or in turn; of each channel for the one
     frame of a still."""
@@ -189,27 +242,6 @@ def _of_values(mean: Any, std: Any, weight: Tensor, order: str, still: bool) -> 
         None if values is None else [v for v in values for _ in range(area)] if order == "CPP" else list(values) * area
         for values in (means, stds)
     )  # type: ignore[return-value]
-
-
-def _cut_patches(
-    patches: Any, weight: Tensor, bias: Tensor | None, sizes: Any, order: str, still: bool
-) -> tuple[list[tuple[int, int]], list[Tensor], Tensor]:
-    """Patches as images, views, and the weight for those: [C·T·P_h·P_w, 1, N_i], whose patches are single pixels; of
-    stills [C, N_i, P_h·P_w], whose patches are rows."""
-    grids = checks.check_cut_patches(patches, weight, bias, sizes)
-    counts = [rows * columns for rows, columns in grids]
-    if still:
-        frames = patches.unflatten(-1, (*weight.shape[1:3], -1))  # [..., N, C, T, P_h·P_w]
-        maps = frames[..., 0, :].movedim(-2, -3)  # [C, ΣN, P_h·P_w] or [B, C, N, P_h·P_w]
-        kernel = weight.sum(2).flatten(2).unsqueeze(2)
-        if patches.dim() == 2:
-            return grids, list(maps.split(counts, 1)), kernel
-        return grids, [each[:, :count] for each, count in zip(maps.unbind(0), counts, strict=True)], kernel
-    weight = (weight if order == "CPP" else weight.movedim(1, -1)).flatten(1)[:, :, None, None]
-    columns = patches.transpose(-1, -2).unsqueeze(-2)  # [K, 1, N] or [B, K, 1, N]
-    if patches.dim() == 2:
-        return grids, list(columns.split(counts, -1)), weight
-    return grids, [each[..., :count] for each, count in zip(columns.unbind(0), counts, strict=True)], weight
 
 
 def add_position(

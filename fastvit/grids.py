@@ -24,7 +24,16 @@ from fastvit.checks import FLOAT_DTYPES, check_dtype, check_tensor, pairs, requi
 from fastvit.guards import is_transformed
 from fastvit.transfer import to_device
 
-__all__ = ["Filter", "axis_matrix", "gathered", "grid_rows", "resample_grid", "resample_grids"]
+__all__ = [
+    "Filter",
+    "axis_matrix",
+    "gathered",
+    "grid_rows",
+    "grid_rows_gradient",
+    "grid_starts",
+    "resample_grid",
+    "resample_grids",
+]
 
 MODES = ("nearest", "nearest-exact", "area", "bilinear", "bicubic", "lanczos")
 CORNERED = ("bilinear", "bicubic")
@@ -109,12 +118,7 @@ def resample_grid(
         image = table[None].permute(0, 3, 1, 2)
         image = F.interpolate(image, mode=how.interpolation, **_options(how, (rows, columns), scale))
         return image[0].permute(1, 2, 0)
-    rows, columns, device, dtype = operator.index(rows), operator.index(columns), table.device, table.dtype
-    by_row = by_column = None
-    if rows != old_rows or scale is not None:
-        by_row = _matrix(rows, old_rows, how, None if scale is None else scale[0], device, dtype)
-    if columns != old_columns or scale is not None:
-        by_column = _matrix(columns, old_columns, how, None if scale is None else scale[1], device, dtype)
+    by_row, by_column = _matrices((rows, columns), (old_rows, old_columns), how, scale, table)
     if by_row is None and by_column is None:
         return table
     product = _Product.apply if table.requires_grad and torch.is_grad_enabled() else _product
@@ -183,18 +187,49 @@ def grid_rows(
         [P, D], one grid behind the other, and of each image the row that its grid begins at.
     """
     how = _checked_filter(interpolation, antialias, align_corners)
-    first, rows = {}, 0
+    starts, _ = grid_starts(sizes)
+    if not starts:
+        return table.flatten(0, 1)[:0], starts
+    sizes = list(dict.fromkeys(sizes))
+    if _is_gathered(table, sizes):
+        return gathered(table, sizes, how, merge), starts
+    grids = [table if size == table.shape[:2] else resample_grid(table, *size, how) for size in sizes]
+    return torch.cat([_in_windows(grid, merge) for grid in grids]), starts
+
+
+def grid_starts(sizes: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """Of each image the row of `grid_rows` that its grid begins at, and how many rows there are."""
+    first: dict[tuple[int, int], int] = {}
+    rows = 0
     for size in sizes:
         if size not in first:
             first[size] = rows
             rows += size[0] * size[1]
-    starts = [first[size] for size in sizes]
-    if not starts:
-        return table.flatten(0, 1)[:0], starts
-    if _is_gathered(table, list(first)):
-        return gathered(table, list(first), how, merge), starts
-    grids = [table if size == table.shape[:2] else resample_grid(table, *size, how) for size in first]
-    return torch.cat([_in_windows(grid, merge) for grid in grids]), starts
+    return [first[size] for size in sizes], rows
+
+
+def grid_rows_gradient(
+    d_rows: Tensor,
+    table: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    align_corners: bool | None = None,
+    merge: int = 1,
+) -> Tensor:
+    """What the gradient of the rows [P, D] that `grid_rows` gives is of its table, [h, w, D], whose h and w are given;
+    for where nothing records how they were made."""
+    how = _checked_filter(interpolation, antialias, align_corners)
+    sizes = list(dict.fromkeys(sizes))
+    if _is_gathered(d_rows, sizes):
+        sums = _gathers(table, sizes, how, merge, d_rows.device)
+        return _Sums.apply(d_rows.float(), *_transposed(math.prod(table), *sums)).unflatten(0, table)
+    total = d_rows.new_zeros(*table, d_rows.shape[1])
+    for size, own in zip(sizes, d_rows.split([rows * columns for rows, columns in sizes]), strict=True):
+        matrices = _matrices(size, table, how, None, d_rows)
+        by_row, by_column = (None if matrix is None else matrix.mT for matrix in matrices)
+        total += _product(_out_of_windows(own, size, merge), by_row, by_column)
+    return total
 
 
 def _in_windows(grid: Tensor, merge: int) -> Tensor:
@@ -202,6 +237,14 @@ def _in_windows(grid: Tensor, merge: int) -> Tensor:
     if merge == 1:
         return grid.flatten(0, 1)
     return grid.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2).flatten(0, 3)
+
+
+def _out_of_windows(grid: Tensor, size: tuple[int, int], merge: int) -> Tensor:
+    """[rows · columns, ...] in windows of merge × merge as [rows, columns, ...], of this size."""
+    if merge == 1:
+        return grid.unflatten(0, size)
+    windows = grid.unflatten(0, (size[0] // merge, size[1] // merge, merge, merge))
+    return windows.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 FEW_SIZES = 2  # whose products a GPU makes in no more launches than the sums of all sizes take
@@ -216,12 +259,20 @@ def _is_gathered(table: Tensor, sizes: Sequence[tuple[int, int]]) -> bool:
 def gathered(table: Tensor, sizes: Sequence[tuple[int, int]], how: Filter, merge: int = 1) -> Tensor:
     """A table [h, w, D] on the grids of these sizes, [Σ rows · columns, D] float32: one copy to the device and one
     launch."""
-    taps = [_taps(size, tuple(table.shape[:2]), how, merge) for size in sizes]
+    sums = _gathers((table.shape[0], table.shape[1]), sizes, how, merge, table.device)
+    return _Sums.apply(table.flatten(0, 1).float(), *sums)
+
+
+def _gathers(
+    table: tuple[int, int], sizes: Sequence[tuple[int, int]], how: Filter, merge: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the positions of these grids are sums of, as `_Sums` takes it."""
+    taps = [_taps(size, table, how, merge) for size in sizes]
     counts, rows, factors = (torch.cat(parts) for parts in zip(*taps, strict=True))
     starts = counts.cumsum(0, dtype=torch.int32) - counts
-    numbers = to_device(torch.cat([rows, starts, factors.view(torch.int32)]), torch.int32, table.device)
+    numbers = to_device(torch.cat([rows, starts, factors.view(torch.int32)]), torch.int32, device)
     rows, starts, factors = numbers.split([len(rows), len(starts), len(factors)])
-    return _Sums.apply(table.flatten(0, 1).float(), rows, starts, factors.view(torch.float32))
+    return rows, starts, factors.view(torch.float32)
 
 
 class _Sums(torch.autograd.Function):
@@ -239,11 +290,15 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        rows, starts, factors = ctx.saved_tensors
-        sums = torch.bucketize(torch.arange(len(rows), device=rows.device), starts, right=True) - 1
-        ordered, order = torch.sort(rows, stable=True)
-        firsts = torch.searchsorted(ordered, torch.arange(ctx.count, dtype=rows.dtype, device=rows.device))
-        return _Sums.apply(gradients[0], sums[order], firsts, factors[order]), None, None, None
+        return _Sums.apply(gradients[0], *_transposed(ctx.count, *ctx.saved_tensors)), None, None, None
+
+
+def _transposed(count: int, rows: Tensor, starts: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums that bring the gradients of sums to the `count` rows that these were made of."""
+    sums = torch.bucketize(torch.arange(len(rows), device=rows.device), starts, right=True) - 1
+    ordered, order = torch.sort(rows, stable=True)
+    firsts = torch.searchsorted(ordered, torch.arange(count, dtype=rows.dtype, device=rows.device))
+    return sums[order], firsts, factors[order]
 
 
 @lru_cache(maxsize=MOST_TAPS)
@@ -299,6 +354,21 @@ def _rounds_products(device: torch.device) -> bool:
 def _may_keep() -> bool:
     """Whether a tensor that is made now is one for later calls too: values, which nothing traces or transforms."""
     return not torch.compiler.is_compiling() and not is_transformed() and not torch._C._len_torch_dispatch_stack()
+
+
+def _matrices(
+    new: tuple[int, int], old: tuple[int, int], how: Filter, scale: tuple[float, float] | None, like: Tensor
+) -> list[Tensor | None]:
+    """Those of rows and of columns, on the device and in the dtype of `like`; None where an axis stays as it is."""
+    if scale is None:
+        return [
+            None if to == side else _matrix(operator.index(to), side, how, None, like.device, like.dtype)
+            for to, side in zip(new, old, strict=True)
+        ]
+    return [
+        _matrix(operator.index(to), side, how, factor, like.device, like.dtype)
+        for to, side, factor in zip(new, old, scale, strict=True)
+    ]
 
 
 def _matrix(new: int, old: int, how: Filter, scale: float | None, device: torch.device, dtype: torch.dtype) -> Tensor:
