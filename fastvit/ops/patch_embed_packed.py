@@ -181,14 +181,12 @@ def _second_gradients(ctx: Any, of_images: list[Tensor | None], *others: Tensor 
     ) -> Tensor:
         rows = weight.new_zeros((prefix_rows, weight.shape[0])) if rows is None else rows
         prefix, table = (part if len(part) else None for part in (rows[:prefix_rows], rows[prefix_rows:]))
-        call = Arguments(
-            weight.contiguous(), bias, table, prefix, images, starts, mean, std, compute_dtype, torch.float32, backend
-        )
+        call = Arguments(weight, bias, table, prefix, images, starts, mean, std, compute_dtype, torch.float32, backend)
         return patch_embed_packed.call(*call)
 
     def gradients(images: list[Tensor], weight: Tensor, mean: Channels, needs: Needs) -> Any:
         settings = starts, mean, std, compute_dtype, prefix_rows, table_rows, needs, backend
-        return patch_embed_packed_backward.call(grad, weight.contiguous(), images, *settings)
+        return patch_embed_packed_backward.call(grad, weight, images, *settings)
 
     need_grad, need_weight, of_each = ctx.needs_input_grad[:3]
     d_grad, d_images, d_weight = second_gradients(

@@ -57,9 +57,10 @@ def test_opcheck(backend: str, device: str, uint8: bool) -> None:
     torch.library.opcheck(OPS.patch_embed_packed.default, arguments, test_utils=CHECKS)
     grad = torch.randn(OPS.patch_embed_packed(*arguments).shape, device=device)
     plain = [image.detach() for image in images]
-    settings = (starts, *rest, 2, 6, [not uint8, True, True, True], backend)
-    for given in ((grad, t["weight"].detach(), plain), (grad.requires_grad_(), t["weight"], images)):
-        torch.library.opcheck(OPS.patch_embed_packed_backward.default, (*given, *settings), test_utils=CHECKS)
+    for needs in ([not uint8, True, True, True], [False, False, True, False]):
+        settings = (starts, *rest, 2, 6, needs, backend)
+        for given in ((grad, t["weight"].detach(), plain), (grad.clone().requires_grad_(), t["weight"], images)):
+            torch.library.opcheck(OPS.patch_embed_packed_backward.default, (*given, *settings), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
