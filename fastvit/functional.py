@@ -150,8 +150,9 @@ def patch_embed_packed(
         backend: "reference", "cpu", "native", "triton", "cuda" or "emulated"; default: the best that can run here.
 
     Returns:
-        Tokens [Σ(R+N_i), D], differentiable once in images (floats), weight, bias, pos_embed and prefix; and offsets
-        [B+1] int32 on the weight's device: image i has the rows from offsets[i] to offsets[i+1].
+        Tokens [Σ(R+N_i), D], and offsets [B+1] int32 on the weight's device: image i has the rows from offsets[i] to
+        offsets[i+1]. The tokens are differentiable, any number of times, in images (floats), weight, bias, pos_embed
+        and prefix. Under torch.func's transforms and forward-mode AD the reference runs, where no backend is forced.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`patch_embed`; the message names the image by its index.

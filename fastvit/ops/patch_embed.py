@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from fastvit import checks, reference
 from fastvit.ops import registry
 from fastvit.ops.decompositions import normalised
 from fastvit.ops.registry import Channels, Needs
+
+Images = TypeVar("Images", Tensor, list[Tensor])
 
 
 class Arguments(NamedTuple):
@@ -154,19 +157,50 @@ def _save_backward(ctx: Any, call: BackwardArguments, _: Any) -> None:
     ctx.rest = call[4:]
 
 
-def _second_gradients(ctx: Any, *changes: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of what the backward op returns, in grad, images and weight.
+def second_gradients(
+    needs: Sequence[bool],
+    images: Images,
+    weight: Tensor,
+    mean: Channels,
+    of_images: Images | None,
+    of_others: Sequence[Tensor | None],
+    tokens: Callable[[Images, Tensor, Tensor | None, Tensor | None, Channels], Tensor],
+    gradients: Callable[[Images, Tensor, Channels, Needs], Sequence[Any]],
+) -> tuple[Tensor | None, Images | None, Tensor | None]:
+    """Of what a backward op returns, in grad, images and weight; float32 for grad.
 
     All but the images' mean is linear: tokens in weight, bias and rows, and gradients in grad, each for fixed images.
     So the derivatives are the two ops again, with the given change in the place of what it changes; and they have
     derivatives themselves, of any order.
+
+    Args:
+        needs: of grad, images and weight, whether they have a gradient.
+        of_images, of_others: the gradients of those of images; and of weight, bias and rows; None for none.
+        tokens: the op, of images, weight, bias, rows and mean.
+        gradients: the backward op, of images, weight, mean and needs.
     """
+    need_grad, need_images, need_weight = needs
+    of_weight, of_bias, of_rows = of_others
+    no_mean = None if mean is None else [0.0] * len(mean)  # a change of the images is scaled, but has no offset
+    d_grad = d_images = d_weight = None
+    if need_grad:
+        parts = []
+        if of_weight is not None or of_bias is not None or of_rows is not None:
+            change = torch.zeros_like(weight) if of_weight is None else of_weight
+            parts.append(tokens(images, change, of_bias, of_rows, mean))
+        if of_images is not None:
+            parts.append(tokens(of_images, weight, None, None, no_mean))
+        d_grad = sum(parts[1:], parts[0]) if parts else None
+    if need_images and of_weight is not None:
+        d_images = gradients(images, of_weight, mean, (True, False, False, False))[0]
+    if need_weight and of_images is not None:
+        d_weight = gradients(of_images, weight, no_mean, (False, True, False, False))[1]
+    return d_grad, d_images, d_weight
+
+
+def _second_gradients(ctx: Any, *changes: Tensor | None) -> tuple[Tensor | None, ...]:
     grad, images, weight, keep = ctx.saved_tensors
     mean, std, compute_dtype, prefix_rows, needs, backend = ctx.rest
-    of_images, of_weight, of_bias, of_rows = (
-        change if is_wanted else None for change, is_wanted in zip(changes, needs, strict=True)
-    )
-    no_mean = None if mean is None else [0.0] * len(mean)  # a change of the images is scaled, but has no offset
 
     def tokens(images: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, mean: Channels) -> Tensor:
         prefix = weight.new_zeros((prefix_rows, weight.shape[0])) if prefix_rows else None
@@ -181,20 +215,11 @@ def _second_gradients(ctx: Any, *changes: Tensor | None) -> tuple[Tensor | None,
         )
         return patch_embed_backward.call(*call)
 
-    d_grad = d_images = d_weight = None
-    if ctx.needs_input_grad[0]:
-        parts = []
-        if of_weight is not None or of_bias is not None or of_rows is not None:
-            change = torch.zeros_like(weight) if of_weight is None else of_weight
-            parts.append(tokens(images, change, of_bias, of_rows, mean))
-        if of_images is not None:
-            parts.append(tokens(of_images, weight, None, None, no_mean))
-        d_grad = sum(parts[1:], parts[0]).to(grad.dtype) if parts else None
-    if ctx.needs_input_grad[1] and of_weight is not None:
-        d_images = gradients(images, of_weight, mean, (True, False, False, False))[0]
-    if ctx.needs_input_grad[2] and of_images is not None:
-        d_weight = gradients(of_images, weight, no_mean, (False, True, False, False))[1]
-    return d_grad, d_images, d_weight
+    of_images, *of_others = (change if is_wanted else None for change, is_wanted in zip(changes, needs, strict=True))
+    d_grad, d_images, d_weight = second_gradients(
+        ctx.needs_input_grad[:3], images, weight, mean, of_images, of_others, tokens, gradients
+    )
+    return None if d_grad is None else d_grad.to(grad.dtype), d_images, d_weight
 
 
 registry.differentiate(patch_embed_backward, BackwardArguments, _save_backward, _second_gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastvit import reference
 from fastvit.ops import registry
 from fastvit.ops.decompositions import normalised
+from fastvit.ops.patch_embed import second_gradients
 from fastvit.ops.registry import Channels, Needs
 
 
@@ -152,9 +154,66 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         d_bias.to(bias_dtype) if need_bias else None,
         d_rows[ctx.prefix_rows :].to(pos_dtype) if need_pos else None,
         d_rows[: ctx.prefix_rows].to(prefix_dtype) if need_prefix else None,
-        [d_images[i] if need else None for i, need in enumerate(of_each)],
+        _of_those_wanted(d_images, of_each),
         None if ctx.starts else [],  # torch takes an empty list for one of tensors
     )
 
 
+def _of_those_wanted(d_images: list[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [d_images[i] if need else None for i, need in enumerate(needs)]
+
+
 registry.differentiate(patch_embed_packed, Arguments, _save, _gradients)
+
+
+def _save_backward(ctx: Any, call: BackwardArguments, _: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(call.grad, call.weight, *call.images)
+    ctx.rest = call[3:]
+
+
+def _second_gradients(ctx: Any, of_images: list[Tensor | None], *others: Tensor | None) -> tuple[Any, ...]:
+    grad, weight, *images = ctx.saved_tensors
+    starts, mean, std, compute_dtype, prefix_rows, table_rows, needs, backend = ctx.rest
+
+    def tokens(
+        images: list[Tensor], weight: Tensor, bias: Tensor | None, rows: Tensor | None, mean: Channels
+    ) -> Tensor:
+        rows = weight.new_zeros((prefix_rows, weight.shape[0])) if rows is None else rows
+        prefix, table = (part if len(part) else None for part in (rows[:prefix_rows], rows[prefix_rows:]))
+        call = Arguments(weight, bias, table, prefix, images, starts, mean, std, compute_dtype, torch.float32, backend)
+        return patch_embed_packed.call(*call)
+
+    def gradients(images: list[Tensor], weight: Tensor, mean: Channels, needs: Needs) -> Any:
+        settings = starts, mean, std, compute_dtype, prefix_rows, table_rows, needs, backend
+        return patch_embed_packed_backward.call(grad, weight, images, *settings)
+
+    need_grad, need_weight, of_each = ctx.needs_input_grad[:3]
+    d_grad, d_images, d_weight = second_gradients(
+        (need_grad, any(of_each), need_weight),
+        images,
+        weight,
+        mean,
+        _with_zeros(of_images, images),
+        [change if is_wanted else None for change, is_wanted in zip(others, needs[1:], strict=True)],
+        tokens,
+        gradients,
+    )
+    return (
+        None if d_grad is None else d_grad.to(grad.dtype),
+        d_weight,
+        [None] * len(images) if d_images is None else _of_those_wanted(d_images, of_each),
+        None if starts else [],  # as in _gradients
+    )
+
+
+def _with_zeros(changes: list[Tensor | None], images: list[Tensor]) -> list[Tensor] | None:
+    """The images' changes, for those that have none zero; None where no image has one."""
+    if all(change is None for change in changes):
+        return None
+    return [
+        torch.zeros_like(image) if change is None else change for change, image in zip(changes, images, strict=True)
+    ]
+
+
+registry.differentiate(patch_embed_packed_backward, BackwardArguments, _save_backward, _second_gradients)

@@ -1,7 +1,9 @@
-"""patch_embed_packed: what torch expects of an op, the ops that it stands for, wrong arguments, and no wait."""
+"""patch_embed_packed: what torch expects of an op, the ops that it stands for, derivatives of any order, wrong
+arguments, and no wait."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +14,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit import functional
-from fastvit.backend import launch_counts
+from fastvit import functional, reference
+from fastvit.backend import launch_counts, use_backend
 from fastvit.grids import resample_grids
+from fastvit.validation.tolerance import relative_error
+from tests.ops import test_derivatives as of_any_order
 
 OP = "patch_embed_packed"
 OPS = torch.ops.fastvit
@@ -53,8 +57,10 @@ def test_opcheck(backend: str, device: str, uint8: bool) -> None:
     torch.library.opcheck(OPS.patch_embed_packed.default, arguments, test_utils=CHECKS)
     grad = torch.randn(OPS.patch_embed_packed(*arguments).shape, device=device)
     plain = [image.detach() for image in images]
-    arguments = (grad, t["weight"].detach(), plain, starts, *rest, 2, 6, [not uint8, True, True, True], backend)
-    torch.library.opcheck(OPS.patch_embed_packed_backward.default, arguments, test_utils=CHECKS)
+    for needs in ([not uint8, True, True, True], [False, False, True, False]):
+        settings = (starts, *rest, 2, 6, needs, backend)
+        for given in ((grad, t["weight"].detach(), plain), (grad.clone().requires_grad_(), t["weight"], images)):
+            torch.library.opcheck(OPS.patch_embed_packed_backward.default, (*given, *settings), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
@@ -157,7 +163,157 @@ def test_no_images(backend: str, device: str) -> None:
     t = make(device, sizes=[])
     tokens, offsets = functional.patch_embed_packed(**t, backend=backend)
     assert tokens.shape == (0, D) and offsets.tolist() == [0]
-    assert torch.autograd.grad(tokens.sum(), t["weight"])[0].eq(0).all()
+    (first,) = torch.autograd.grad(tokens.square().sum(), t["weight"], create_graph=True)
+    assert first.eq(0).all() and torch.autograd.grad(first.square().sum(), t["weight"])[0].eq(0).all()
+
+
+def embed(weight: Tensor, bias: Tensor, table: Tensor, prefix: Tensor, *images: Tensor, **options: Any) -> Tensor:
+    """The tokens: by the library where a backend is named, None for its choice; else by plain PyTorch."""
+    run = functional.patch_embed_packed if "backend" in options else reference.patch_embed_packed
+    given = list(images) if "sizes" not in options else images[0]
+    return run(given, weight, bias, pos_embed=table, prefix=prefix, **NORMALISATION, **options)[0]
+
+
+def tensors(device: str, **options: Any) -> list[Tensor]:
+    """As `embed` takes them."""
+    t = make(device, **options)
+    return [*(t[name].detach() for name in ("weight", "bias", "pos_embed", "prefix")), *t["images"]]
+
+
+def expect_plain_pytorchs(inputs: list[Tensor], order: int, backend: str, **options: Any) -> None:
+    of_any_order.expect_plain_pytorchs(embed, embed, inputs, order, backend, **options)
+
+
+@pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
+@pytest.mark.parametrize("form", ["grid", "rows", "cut"])
+def test_derivatives_up_to_the_third(backend: str, device: str, form: str, uint8: bool) -> None:
+    inputs, options = tensors(device, uint8=uint8), {}
+    if form == "rows":
+        inputs[2] = torch.randn(19, D, device=device)
+    elif form == "cut":
+        inputs[4:], options = [torch.cat(cut(inputs[4:], "CPP"))], {"sizes": SIZES}
+    expect_plain_pytorchs(inputs, 3, backend, **options)
+    counts = launch_counts()
+    assert {name for _, name in counts} == {backend}
+    assert counts["patch_embed_packed_backward", backend] > 1 < counts["patch_embed_packed", backend]
+
+
+WANTED = {"weight": 0, "bias": 1, "table": 2, "prefix": 3, "first image": 4, "last image": 7}
+
+
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+def test_a_gradients_gradient_where_few_are_wanted(backend: str, device: str, wanted: int) -> None:
+    """The change comes as sums give it: one number, expanded; and only one of the images has one."""
+    results = []
+    for options in ({"backend": backend}, {}):
+        torch.manual_seed(0)
+        inputs = tensors(device)
+        inputs[wanted].requires_grad_()
+        (first,) = torch.autograd.grad(embed(*inputs, **options).pow(3).sum(), inputs[wanted], create_graph=True)
+        results.append(torch.autograd.grad(first.sum(), inputs[wanted])[0])
+    assert relative_error(*results) <= 1e-5
+
+
+def _negative(found: Any) -> Any:
+    return [_negative(each) for each in found] if isinstance(found, list) else None if found is None else -found
+
+
+def _wrong_sign(run: Callable[..., Any], *arguments: Any) -> Any:
+    return tuple(_negative(each) for each in run(*arguments))
+
+
+def _an_image_skipped(run: Callable[..., Any], *arguments: Any) -> Any:
+    *before, of_images, of_others, tokens, gradients = arguments
+    if of_images is not None:
+        of_images = [*of_images[:-1], torch.zeros_like(of_images[-1])]
+    return run(*before, of_images, of_others, tokens, gradients)
+
+
+def _positions_off_by_one(run: Callable[..., Any], *arguments: Any) -> Any:
+    *before, (of_weight, of_bias, of_rows), tokens, gradients = arguments
+    if of_rows is not None:
+        of_rows = torch.cat([of_rows[:2], of_rows[2:].roll(1, 0)])
+    return run(*before, (of_weight, of_bias, of_rows), tokens, gradients)
+
+
+def _images_have_an_offset(run: Callable[..., Any], *arguments: Any) -> Any:
+    *before, tokens, gradients = arguments
+    return run(*before, lambda *given: tokens(*given[:-1], NORMALISATION["mean"]), gradients)
+
+
+@pytest.mark.parametrize("fault", [_wrong_sign, _an_image_skipped, _positions_off_by_one, _images_have_an_offset])
+def test_faults_in_second_derivatives_are_found(
+    backend: str, device: str, fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("fastvit.ops.patch_embed_packed")  # the package's attribute is the op itself
+    run = module.second_gradients
+    monkeypatch.setattr(module, "second_gradients", lambda *arguments: fault(run, *arguments))
+    with pytest.raises(AssertionError, match="result .*error"):
+        expect_plain_pytorchs(tensors(device), 2, backend)
+
+
+def test_second_derivatives_under_autocast(backend: str, device: str) -> None:
+    def cast(*inputs: Tensor, **options: Any) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return embed(*inputs, **options).to(torch.bfloat16)
+
+    inputs = tensors(device)
+    found = of_any_order.derivatives(cast, inputs, 2, backend=backend)
+    plain = of_any_order.derivatives(cast, inputs, 2)
+    truth = of_any_order.derivatives(embed, [x.double() for x in inputs], 2)
+    assert [x.dtype for x in found] == [x.dtype for x in plain]
+    for ours, theirs, exact in zip(found, plain, truth, strict=True):
+        error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (ours, theirs))
+        assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["grid", "rows"])
+def test_gradcheck_through_the_reference(rows: bool) -> None:
+    inputs = [tensor.double() for tensor in tensors("cpu", sizes=[(2, 1), (1, 3)])]
+    if rows:
+        inputs[2] = torch.randn(5, D, dtype=torch.float64)
+    given = tuple(tensor.requires_grad_() for tensor in inputs)
+
+    def run(*given: Tensor) -> Tensor:
+        return embed(*given, backend=None)
+
+    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, given, fast_mode=True)
+
+
+def embed_batch(images: Tensor, weight: Tensor, bias: Tensor, table: Tensor, prefix: Tensor, **options: Any) -> Tensor:
+    """Of the inputs of patch_embed, whose images are cut to sizes of their own."""
+    cropped = [image[:, : 8 - 4 * number] for number, image in enumerate(images)]
+    return embed(weight, bias, table[1:].unflatten(0, (2, 3)), prefix, *cropped, **options)
+
+
+TRANSFORMS = [transform for transform in of_any_order.TRANSFORMS if transform is not of_any_order.with_kept_patches]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda function: function.__name__)
+def test_transforms_run_the_reference_unless_a_backend_is_forced(transform: Callable[..., Any], device: str) -> None:
+    def ours(*inputs: Tensor) -> Tensor:
+        return embed_batch(*inputs, backend=None)
+
+    inputs = of_any_order.make_inputs(device)
+    found, expected = (torch.utils._pytree.tree_leaves(transform(f, inputs)) for f in (ours, embed_batch))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert launch_counts() == {}
+    name = "cpu" if device == "cpu" else "triton"
+    with use_backend(name), pytest.raises(RuntimeError, match=f"{name!r} does not work under torch.func .*'reference'"):
+        transform(ours, inputs)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS[:2], ids=lambda function: function.__name__)
+def test_transforms_compile(transform: Callable[..., Any], device: str) -> None:
+    def ours(*inputs: Tensor) -> Any:
+        return transform(lambda *inputs: embed_batch(*inputs, backend=None), list(inputs))
+
+    inputs = of_any_order.make_inputs(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), tuple(transform(embed_batch, inputs)), rtol=1e-5, atol=1e-5)
+    assert launch_counts() == {}
 
 
 def test_values_are_never_waited_for(backend: str) -> None:
