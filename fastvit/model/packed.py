@@ -66,6 +66,12 @@ class Packing(NamedTuple):
         return [placed[i] for i in range(len(placed))]
 
 
+# Which images have as many tokens decides what is called: compiled, a program for nearly every batch, until torch
+# gives up.
+_uncompiled = torch.compiler.disable(reason="images of any sizes would be another program for nearly every batch")
+
+
+@_uncompiled
 def logits(model: Any, images: Sequence[Tensor]) -> Tensor:
     """See `VisionTransformer.forward_packed`."""
     if not model.global_pool and model.attn_pool is None:
@@ -78,6 +84,7 @@ def logits(model: Any, images: Sequence[Tensor]) -> Tensor:
     return torch.zeros_like(out).index_copy(0, places, out)
 
 
+@_uncompiled
 def features(model: Any, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See `VisionTransformer.forward_features_packed`."""
     x, packing = _tokens(model, images)

@@ -286,6 +286,26 @@ def test_it_trains() -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
+def test_a_compiled_model_runs_lists_as_they_are() -> None:
+    """Rather than compile a program for nearly every batch, and with blocks that are compiled by themselves."""
+    model, graphs = make(), []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled, by_block = torch.compile(copy.deepcopy(model), backend=count), copy.deepcopy(model)
+    for block in by_block.blocks:
+        block.compile(backend="eager", dynamic=True)
+    for sizes in (SIZES, SIZES[:2], SIZES[1:], SIZES[::-1], SIZES * 2):
+        given = images(sizes=sizes)
+        expected = model(given)
+        for ours in (compiled, by_block):
+            torch.testing.assert_close(ours(given), expected, rtol=1e-5, atol=2e-5)
+    assert not graphs
+
+
 def test_no_images() -> None:
     model = make()
     assert model([]).shape == (0, 7)
