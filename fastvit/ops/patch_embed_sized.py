@@ -68,6 +68,12 @@ def _grids(call: Any) -> Grids:
     return grids
 
 
+def _kernel(call: Any) -> Tensor:
+    """The weight as the views of the images meet it, in its own dtype."""
+    with registry.without_autocast(call.weight.device.type):
+        return weight_for(call.images, call.weight, call.order, call.still)
+
+
 def _starts(call: Any, grids: Grids) -> tuple[list[int], int]:
     """Of each image the row that is its first position, and how many rows there are."""
     if call.pos_embed is None:
@@ -92,7 +98,7 @@ def _run(call: Arguments) -> tuple[Tensor, Tensor]:
         table, _ = grid_rows(table, grids, *_filter(call), call.merge)
     starts, _ = _starts(call, grids)
     tokens = patch_embed_packed.run(
-        weight_for(call.images, call.weight, call.order, call.still),
+        _kernel(call),
         *(call.bias, table, call.prefix, views(call.images, call.weight, grids, call.still), starts),
         *(call.mean, call.std, call.compute_dtype, call.dtype, call.backend),
     )
@@ -153,7 +159,7 @@ def _run_backward(call: BackwardArguments) -> tuple[Tensor, ...]:
     grids, images, weight = _grids(call), call.images, call.weight
     starts, rows = _starts(call, grids) if need_rows else ([0] * len(grids), 0)
     d_images, d_weight, d_bias, d_rows = patch_embed_packed_backward.run(
-        *(call.grad, weight_for(images, weight, call.order, call.still), views(images, weight, grids, call.still)),
+        *(call.grad, _kernel(call), views(images, weight, grids, call.still)),
         *(starts, call.mean, call.std, call.compute_dtype, call.prefix_rows, rows, call.needs, call.backend),
     )
     d_prefix, d_positions = d_rows[: call.prefix_rows].clone(), d_rows[call.prefix_rows :].clone()
