@@ -240,6 +240,25 @@ def _specialisations() -> Iterator[tuple[str, ...]]:
             yield "generic", image, compute, "fp32", "fp32", precision
 
 
+def _forward_registers(
+    variant: str, image: str, compute: str, table: str, out: str, precision: str
+) -> manifest.Registers:
+    """Of a thread, at most: for two programs on a multiprocessor on the targets where that takes no stack."""
+    if variant == "generic":
+        return manifest.MOST_REGISTERS if compute == "fp32" else None
+    fits = variant == "wide" and table == "fp32" and (image == "u8" or precision == "tf32")
+    return {90: manifest.TWO_PROGRAMS} if fits else None
+
+
+def _weight_registers(variant: str, image: str, compute: str, precision: str) -> manifest.Registers:
+    """Of a thread, at most, likewise."""
+    if variant == "generic":
+        return manifest.MOST_REGISTERS if precision == "tf32" else None
+    if image == compute:
+        return {90: manifest.TWO_PROGRAMS} if variant == "wide" else None
+    return dict.fromkeys((90, 100) if variant == "wide" else (90,), manifest.TWO_PROGRAMS)
+
+
 for _key in _specialisations():
     _variant, _image, _compute, _table, _out, _precision = _key
     _generic = _variant == "generic"
@@ -263,7 +282,7 @@ for _key in _specialisations():
         function=f"forward_{manifest.alignment(not _generic)}",
         compute=_compute,
         copies=copies_of(_variant, _image, "weight"),
-        max_registers=manifest.MOST_REGISTERS if _generic and _compute == "fp32" else None,
+        max_registers=_forward_registers(*_key),
     )  # fmt: skip
 
 
@@ -283,7 +302,7 @@ def _add_weight_gradient(variant: str, image: str, compute: str, precision: str 
         compute=compute,
         product_rows="BLOCK_N",
         copies=copies_of(variant, image, "grad"),
-        max_registers=manifest.MOST_REGISTERS if generic and precision == "tf32" else None,
+        max_registers=_weight_registers(variant, image, compute, precision),
     )
 
 
