@@ -244,8 +244,11 @@ def _specialisations() -> Iterator[tuple[str, ...]]:
 
 def _registers(variant: str, tile: str, image: str, compute: str) -> manifest.Registers:
     """Of a thread, at most: for two programs on a multiprocessor on the targets where that takes no stack."""
+    # ptxas would spill some bytes for the sake of one more program.
     if variant == "generic" and compute == "fp32":
-        return manifest.MOST_REGISTERS  # ptxas would spill some bytes for the sake of one more program
+        return manifest.MOST_REGISTERS
+    if (variant, image) == ("masked", "u8"):
+        return {100: manifest.MOST_REGISTERS}
     if tile != "medium" or image == "u8" or (variant, image) == ("masked", "fp32"):
         return None
     return {80 if image == compute and variant != "masked" else 90: manifest.TWO_PROGRAMS}
