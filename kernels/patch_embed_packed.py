@@ -31,6 +31,7 @@ from fastvit.kernels.patch_embed_forward import as_multiplied, store_tokens, til
 from fastvit.kernels.precision import product_precision, round_to_tf32
 from fastvit.kernels.prepare_weight import prepare
 from fastvit.kernels.row_sums import TARGET_PROGRAMS, sum_rows
+from fastvit.tuning import TRAINING, configuration
 
 
 def _packed_forward(
@@ -402,6 +403,8 @@ def backward(
         return plain.backward(*given, needs)
     d_images = plain.backward(*given, (True, False, False, False))[0] if need_images else []
     packed, kernel, mean, std = _read(images, starts, weight, mean, std)
+    problem = ("patch_embed_packed", TRAINING, images[0].dtype, compute_dtype, grad.dtype, weight.shape, False)
+    programs = configuration(grad.device, problem, packed.rows).programs or TARGET_PROGRAMS
     grad = supported(grad).contiguous()
     width, positions = weight.shape[0], max(packed.positions, table_rows)
     _check_sizes(grad.shape[0], positions, width)
@@ -413,7 +416,8 @@ def backward(
     if need_rows or need_bias or (need_weight and mean is not None):
         d_rows = sum_positions(grad, packed, rows.table, prefix_rows, positions)
     if need_weight:
-        parts, constants = _weight_parts(product_grad, packed, plan, rows.origins, rows.places, kernel, mean, std)
+        places = rows.origins, rows.places
+        parts, constants = _weight_parts(product_grad, packed, plan, *places, kernel, mean, std, programs)
         is_uint8 = packed.tensors[0].dtype == torch.uint8
         found, d_bias = reduce_parts(parts, d_rows, kernel, packed.layout, plan.order, constants, prefix_rows, is_uint8)
         d_weight = found.view(weight.shape)
@@ -438,9 +442,10 @@ def _weight_parts(
     weight: Tensor,
     mean: Normalisation,
     std: Normalisation,
+    programs: int,
 ) -> tuple[Tensor, Tensor]:
-    """[splits, D, K] fp32, sums over slices of the rows, whose number sets the order in which rows are added; and the
-    constants that go with them."""
+    """[splits, D, K] fp32, sums over slices of the rows, which about so many programs share: their number sets the
+    order in which rows are added; and the constants that go with them."""
     layout, image, width = packed.layout, packed.tensors[0], weight.shape[0]
     tf32 = product_precision(grad.dtype) == "tf32"
     constants = constants_on_device(
@@ -448,7 +453,7 @@ def _weight_parts(
     )
     block_m, block_n, block_k = plan.entry.tile
     tiles = cdiv(width, block_n) * cdiv(plan.order.length, block_k)
-    splits = max(1, min(TARGET_PROGRAMS // tiles, cdiv(packed.rows, 4 * block_m)))
+    splits = max(1, min(programs // tiles, cdiv(packed.rows, 4 * block_m)))
     rows_per_split = cdiv(cdiv(packed.rows, splits), block_m) * block_m
     splits = cdiv(packed.rows, rows_per_split)
     parts = torch.empty(splits, width, plan.order.length, dtype=torch.float32, device=grad.device)
