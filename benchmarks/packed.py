@@ -9,7 +9,6 @@ and does not pack, is left out of the comparison of values and not of its time.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,59 +18,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.benchmarks.contenders import Make, Task, largest_error, timed_call
+from fastvit.benchmarks.patch_embed import PRECISIONS
+from fastvit.benchmarks.patch_embed_packed import NUMBER, Photographs
 from fastvit.benchmarks.problem import BOTH, COMPILED, FORWARD, WIDTHS, Contender, Plan, Problem, Unavailable, compiled
-from fastvit.benchmarks.rivals import Solution, imported, loader
+from fastvit.benchmarks.rivals import Solution, autocast, imported, loader
 from fastvit.benchmarks.timing import Call
 from fastvit.validation import make_inputs
 from fastvit.validation.ops import tensors_of
-from fastvit.validation.ops.patch_embed_packed import PackedCase, PackedInputs
+from fastvit.validation.ops.patch_embed_packed import PackedInputs
 
-PATCH, MOST_PATCHES, GRID = 16, 256, 16
-# Width and height of photographs, as cameras, phones and screens make them, and how many of 64 are such; some cropped.
-PHOTOGRAPHS = (
-    (640, 480, 14), (480, 640, 8), (640, 427, 10), (427, 640, 6), (500, 375, 4), (640, 360, 3), (360, 640, 2),
-    (612, 612, 3), (640, 512, 2), (500, 333, 2), (640, 424, 1), (333, 500, 1), (640, 278, 1), (1024, 512, 1),
-    (400, 601, 1), (640, 569, 1), (213, 640, 1), (1600, 400, 1), (375, 450, 1), (550, 640, 1),
-)  # fmt: skip
-
-
-def grid_of(width: int, height: int) -> tuple[int, int]:
-    """Rows and columns of the most patches that keep the aspect ratio, at most MOST_PATCHES."""
-    scale = math.sqrt(MOST_PATCHES / (width * height))
-    rows, columns = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
-    return min(rows, MOST_PATCHES), min(columns, MOST_PATCHES // rows)
-
-
-def grids(images: int) -> tuple[tuple[int, int], ...]:
-    """Of so many photographs, in an order that mixes them."""
-    listed = [grid_of(width, height) for width, height, count in PHOTOGRAPHS for _ in range(count)]
-    order = torch.randperm(len(listed), generator=torch.Generator().manual_seed(0)).tolist()
-    return tuple(listed[i] for i in order[:images])
+PATCH, GRID = 16, 16
+# Of raw images and of cut patches, of patch_embed's PRECISIONS: on a GPU as a model is trained.
+ON_CPU = ("uint8 to float32", "float32")
+ON_GPU = ("uint8 to bfloat16, autocast", "float32 to bfloat16, autocast")
 
 
 def plan(size: str, device: torch.device) -> Plan:
-    """The cases of the suite; none on a GPU, which has no kernel of the op yet."""
-    if device.type == "cuda":
-        return []
-    models, images = (("Ti",), 3) if size == "tiny" else (("S", "B"), 64)
+    """The cases of the suite."""
+    models, images = (("Ti",), 3) if size == "tiny" else (("S", "B"), NUMBER)
     hows = () if size == "tiny" else (COMPILED,)
-    kinds = {"raw images": _images, "NaFlexViT's patches": _naflex, "SigLIP 2's patches": _siglip2}
+    raw, cut = ON_GPU if device.type == "cuda" else ON_CPU
+    kinds = (("raw images", _images, raw), ("NaFlexViT's patches", _naflex, cut), ("SigLIP 2's patches", _siglip2, cut))
     return [
-        (f"packed ViT-{model}, {kind}", functools.partial(problems, model, images, device, hows))
-        for kind, problems in kinds.items()
+        (f"packed ViT-{model}, {kind}", functools.partial(problems, model, images, precision, device, hows))
+        for kind, problems, precision in kinds
         for model in models
     ]
 
 
-def _case(model: str, number: int, **rest: Any) -> PackedCase:
-    width = WIDTHS[model]
-    shared: dict[str, Any] = {"sizes": grids(number), "patch": (PATCH, PATCH), "grid": (GRID, GRID), "width": width}
-    return PackedCase(f"ViT-{model}/{PATCH}, {number} images", **{**shared, **rest})
-
-
-def _images(model: str, images: int, device: torch.device, hows: Sequence[str]) -> Iterator[Problem]:
-    case = _case(model, images, images="uint8", normalise=True)
-
+def _images(model: str, images: int, precision: str, device: torch.device, hows: Sequence[str]) -> Iterator[Problem]:
     def contenders(task: Task, mode: str) -> Iterator[Contender]:
         yield from task.ours(mode)
         # Compiled, what goes through images one by one becomes code for each of them, and a hundred times slower.
@@ -79,17 +54,20 @@ def _images(model: str, images: int, device: torch.device, hows: Sequence[str]) 
         yield from task.rival(mode, "pad", "", _pad)
         yield from task.rival(mode, "group by size", "", _group, hows)
 
-    return _problems(case, device, model, "uint8 to float32", "images", contenders)
+    return _problems(model, images, precision, device, "images", contenders, normalise=True)
 
 
-def _naflex(model: str, images: int, device: torch.device, hows: Sequence[str]) -> Iterator[Problem]:
-    case = _case(model, images, layout="padded", order="PPC", prefix=0)
-    return _problems(case, device, model, "float32", "NaFlexViT's", _of_patches("timm", _timm, hows))
+def _naflex(model: str, images: int, precision: str, device: torch.device, hows: Sequence[str]) -> Iterator[Problem]:
+    contenders = _of_patches("timm", _timm, hows)
+    return _problems(model, images, precision, device, "NaFlexViT's", contenders, **_CUT)
 
 
-def _siglip2(model: str, images: int, device: torch.device, hows: Sequence[str]) -> Iterator[Problem]:
-    case = _case(model, images, layout="padded", order="PPC", prefix=0, filter=("bilinear", True, None))
-    return _problems(case, device, model, "float32", "SigLIP 2's", _of_patches("huggingface", _huggingface, hows))
+def _siglip2(model: str, images: int, precision: str, device: torch.device, hows: Sequence[str]) -> Iterator[Problem]:
+    contenders, bilinear = _of_patches("huggingface", _huggingface, hows), ("bilinear", True, None)
+    return _problems(model, images, precision, device, "SigLIP 2's", contenders, **_CUT, filter=bilinear)
+
+
+_CUT: dict[str, Any] = {"layout": "padded", "order": "PPC", "prefix": 0}
 
 
 def _of_patches(name: str, make: Make, hows: Sequence[str]) -> Callable[[Task, str], Iterator[Contender]]:
@@ -103,17 +81,28 @@ def _of_patches(name: str, make: Make, hows: Sequence[str]) -> Callable[[Task, s
 
 
 def _problems(
-    case: PackedCase,
-    device: torch.device,
     model: str,
+    number: int,
     precision: str,
-    layout: str,
+    device: torch.device,
+    kind: str,
     contenders: Callable[[Task, str], Iterator[Contender]],
+    **rest: Any,
 ) -> Iterator[Problem]:
-    task = Task("patch_embed_packed", make_inputs(case, torch.float32, device), device)
-    shape = f"ViT-{model}/{PATCH}, {len(case.sizes)} images"
-    for problem in task.problems("packed", shape, precision, layout, contenders, _work):
-        yield replace(problem, batch=len(case.sizes))
+    compute, images, parameters = PRECISIONS[precision]
+    case = Photographs(
+        f"ViT-{model}/{PATCH}, {number} images",
+        batch=number,
+        grid=(GRID, GRID),
+        patch=(PATCH, PATCH),
+        width=WIDTHS[model],
+        images=images,
+        parameters=parameters,
+        **rest,
+    )
+    task = Task("patch_embed_packed", make_inputs(case, compute, device), device)
+    for problem in task.problems("packed", case.name, precision, kind, contenders, _work):
+        yield replace(problem, batch=number)
 
 
 def _work(inputs: PackedInputs, mode: str) -> tuple[float, float]:
@@ -127,6 +116,22 @@ def _work(inputs: PackedInputs, mode: str) -> tuple[float, float]:
     product = 2.0 * patches * inputs["weight"].numel()
     moved = float(pixels + inputs.grad.numel() * inputs.grad.element_size())
     return (product, moved) if mode == FORWARD else (2 * product, 2 * moved)
+
+
+def _under_autocast(make: Make) -> Make:
+    """A rival whose calls are made under autocast, where the case is about that."""
+
+    @functools.wraps(make)
+    def made(inputs: PackedInputs) -> Solution:
+        solution = make(inputs)
+
+        def tokens() -> Tensor:
+            with autocast(inputs):
+                return solution.tokens()
+
+        return Solution(tokens, solution.parameters)
+
+    return made
 
 
 # ---- raw images --------------------------------------------------------------------------------------------------
@@ -144,6 +149,7 @@ def _resampled(inputs: PackedInputs, size: tuple[int, int]) -> Tensor:
     return F.interpolate(grid, size, **options)[0].flatten(1).t()
 
 
+@_under_autocast
 def _loop(inputs: PackedInputs) -> Solution:
     """An image at a time: convolution, positions resampled."""
     weight, bias, _, prefix = parameters = _parameters(inputs)
@@ -159,6 +165,7 @@ def _loop(inputs: PackedInputs) -> Solution:
     return Solution(tokens, parameters)
 
 
+@_under_autocast
 def _pad(inputs: PackedInputs) -> Solution:
     """A batch padded to the largest height and width, of which each image's own patches are taken."""
     weight, bias, _, prefix = parameters = _parameters(inputs)
@@ -180,6 +187,7 @@ def _pad(inputs: PackedInputs) -> Solution:
     return Solution(tokens, parameters)
 
 
+@_under_autocast
 def _group(inputs: PackedInputs) -> Solution:
     """Images of one size as a batch, with their positions resampled once."""
     weight, bias, _, prefix = parameters = _parameters(inputs)
@@ -227,6 +235,7 @@ def _build_padded(task: Task, make: Make, mode: str, how: str) -> Call:
     return timed_call(Solution(tokens, solution.parameters), [grad], mode)
 
 
+@_under_autocast
 def _linear(inputs: PackedInputs) -> Solution:
     """A linear layer on each image's own patches, and positions resampled once a size: what is left without padding."""
     weight, bias, *_ = parameters = _parameters(inputs)
@@ -251,8 +260,9 @@ def _copied(inputs: PackedInputs, weight: Tensor, bias: Tensor, table: Tensor) -
     return [weight, bias, table]
 
 
+@_under_autocast
 def _timm(inputs: PackedInputs) -> Solution:
-    """timm's NaFlexEmbeds, which takes the coordinates of each patch."""
+    """timm's NaFlexEmbeds, which takes the coordinates of each patch: on the host, where it looks at them."""
     naflex = imported("timm.models.naflexvit")
     width, patches, sizes = inputs["weight"].shape[0], inputs["images"], inputs.sizes or ()
     options = {"proj_type": "linear", "class_token": False, "pos_embed_grid_size": (GRID, GRID)}
@@ -260,11 +270,11 @@ def _timm(inputs: PackedInputs) -> Solution:
     coordinates = torch.zeros(*patches.shape[:2], 2, dtype=torch.int64)
     for place, (rows, columns) in zip(coordinates, sizes, strict=True):
         place[: rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    coordinates = coordinates.to(patches.device)
     parameters = _copied(inputs, model.proj.weight, model.proj.bias, model.pos_embed)
     return Solution(lambda: model(patches, coordinates)[0], parameters)
 
 
+@_under_autocast
 def _huggingface(inputs: PackedInputs) -> Solution:
     """The embedding of transformers' SigLIP 2, which takes the size of each image."""
     siglip2 = imported("transformers.models.siglip2.modeling_siglip2")

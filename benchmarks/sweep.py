@@ -59,7 +59,8 @@ class Launch:
     @property
     def identity(self) -> tuple[Any, ...]:
         """All but the tensors."""
-        return self.entry, self.grid, *(value for value in self.arguments.values() if not isinstance(value, Tensor))
+        others = {name: value for name, value in self.arguments.items() if name != "reads"}
+        return self.entry, self.grid, *(value for value in others.values() if not isinstance(value, Tensor))
 
 
 @dataclass
@@ -163,7 +164,7 @@ def sweep(
             step = Step(op, case, measurement.compute, where, checked)
             for part, make in step.parts():
                 precision = measurement.title.rpartition(", ")[2]
-                blank = Row(SWEEP, f"{size}, width {case.width}", precision, "", "", part, **stamp)
+                blank = Row(SWEEP, f"{case.name}, width {case.width}", precision, "", "", part, **stamp)
                 if time.monotonic() > deadline:
                     found = [replace(blank, reason=NOT_REACHED)]
                 else:
@@ -181,7 +182,7 @@ class Step:
     """
 
     def __init__(self, op: str, case: Case, compute: torch.dtype, device: torch.device, checked: int) -> None:
-        self.op, self.device = op, device
+        self.op, self.device, self.checked = op, device, checked
         on_gpu = device.type == "cuda"
         inputs = make_inputs(case, compute, device)
         self.sets = [trained(copy.deepcopy(inputs)) for _ in range(SETS if on_gpu else 1)]
@@ -235,7 +236,7 @@ class Step:
             reason = check_backend("triton", self.op, self.small, self.device)
         launched = {launch.entry for launch in found}
         missing = {chosen} - launched if chosen else set(self.kernels.values()) - launched
-        return reason or ("" if not missing else f"not launched on {len(self.small.grad)} samples, and so not checked")
+        return reason or ("" if not missing else f"not launched on {self.checked} samples, and so not checked")
 
     @contextmanager
     def _forced(self, configuration: Configuration, chosen: Any) -> Iterator[None]:

@@ -196,8 +196,7 @@ def _tune_case(
             candidates += [Candidate(backend, configuration) for configuration in own]
         choice = _measure(op, mode, inputs, candidates, device, seconds)
         tile = choice.configuration.tile
-        rows = inputs.grad[:, inputs.copied :].shape[:-1].numel()  # B·N
-        found.setdefault(TUNED[op].problem(mode, inputs), {})[tuning.bucket(rows)] = choice
+        found.setdefault(TUNED[op].problem(mode, inputs), {})[tuning.bucket(inputs.rows)] = choice
     return found
 
 

@@ -147,7 +147,8 @@ def patch_embed_packed(
         interpolation, antialias, align_corners: of the positions, as in :func:`fastvit.grids.resample_grids`.
         mean, std: one float a channel, in the 0..1 scale: (x − mean) / std. A tensor is read once (a wait on a GPU).
         dtype: of the tokens; default: autocast's where it is on, else the weight's.
-        backend: "reference", "cpu", "native", "triton", "cuda" or "emulated"; default: the best that can run here.
+        backend: "reference", "cpu", "native", "triton", "cuda" or "emulated"; default: the fastest in the tuning table
+            of this device (:mod:`fastvit.tuning`), without one the best that can run here.
 
     Returns:
         Tokens [Σ(R+N_i), D], and offsets [B+1] int32 on the weight's device: image i has the rows from offsets[i] to

@@ -72,7 +72,7 @@ def compile_entry(entry: Entry, target: int) -> Any:
     function = jit_function(entry)
     signature, attributes, constants = specialisation(entry, function)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=entry.options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=entry.options(target))
 
 
 def specialisation(entry: Entry, function: Any) -> tuple[dict[str, str], dict[Any, Any], dict[str, Any]]:

@@ -27,10 +27,15 @@ def launch(entry: Entry, grid: tuple[int, ...], *, reads: Any = (), **arguments:
     if 0 in grid:
         return
     kernel = jit_function(entry)
-    with _on_device(arguments):
-        kernel[grid](**arguments, **entry.constants_by_name, **entry.options)
+    device = next(value for value in arguments.values() if isinstance(value, Tensor)).device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, **entry.constants_by_name, **entry.options(target_of(device)))
 
 
-def _on_device(arguments: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+@cache
+def target_of(device: torch.device) -> int:
+    """The compute capability of a GPU, times ten; 0 of a CPU, where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -7,7 +7,7 @@ launchers look one up, and `entries` gathers them all, so that ``compile_check``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ ROUNDINGS = (
     *((half, "fp32") for half in HALF),
 )  # from, to
 MOST_REGISTERS = 255
+TWO_PROGRAMS = 128  # registers of a thread with which two programs of 8 warps share a multiprocessor
+Registers = int | dict[int, int] | None  # of a thread, on every target or by target; None leaves it to the compiler
 ALIGNMENTS = (("aligned", 16), ("unaligned", 1))  # name, elements that divide every stride
 
 
@@ -50,14 +52,14 @@ class Entry:
     compute: str = ""  # dtype of the operands of its products; "" where there are none
     product_rows: str = "BLOCK_M"  # the constant that says how many rows the tile of a product has
     copies: tuple[tuple[str, int], ...] = ()  # pointers to its operands, and the bytes that a copy must have at least
-    max_registers: int | None = None  # a thread, where the compiler would set itself a limit of its own
+    max_registers: Registers = field(default=None, hash=False)  # where the compiler would set itself another limit
     targets: tuple[int, ...] = TARGETS  # compute capabilities it is meant for, times ten
 
-    @property
-    def options(self) -> dict[str, int]:
-        """What the compiler is told."""
-        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages, **limit)
+    def options(self, target: int) -> dict[str, int]:
+        """What the compiler is told for a compute capability, times ten."""
+        limit = self.max_registers
+        limit = limit.get(target) if isinstance(limit, dict) else limit
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, **({"maxnreg": limit} if limit else {}))
 
     @property
     def constants_by_name(self) -> dict[str, Any]:

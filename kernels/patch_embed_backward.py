@@ -314,6 +314,13 @@ def _tiles(variant: str, image: str, compute: str) -> dict[str, Tile]:
     return tiles
 
 
+def _registers(variant: str, precision: str) -> manifest.Registers:
+    """Of a thread, at most: for two programs on a multiprocessor on the targets where that takes no stack."""
+    if (variant, precision) == ("generic", "tf32"):
+        return manifest.MOST_REGISTERS  # ptxas would spill some bytes for the sake of one more program
+    return {90: manifest.TWO_PROGRAMS} if variant == "masked" else None
+
+
 def _add_weight_gradient(variant_name: str, image: str, compute: str, precision: str = "ieee") -> None:
     variant, generic = VARIANTS[variant_name], variant_name == "generic"
     for tile_name, tile in _tiles(variant_name, image, compute).items():
@@ -330,8 +337,7 @@ def _add_weight_gradient(variant_name: str, image: str, compute: str, precision:
                 compute=compute,
                 product_rows="BLOCK_N",
                 copies=copies_of(variant_name, image, "grad"),
-                # ptxas would spill some bytes for the sake of one more program on a multiprocessor.
-                max_registers=manifest.MOST_REGISTERS if generic and precision == "tf32" else None,
+                max_registers=_registers(variant_name, precision),
                 targets=(90,) if tile_name == "large" else manifest.TARGETS,  # others have no registers for it
             )
 

@@ -242,6 +242,18 @@ def _specialisations() -> Iterator[tuple[str, ...]]:
             yield "generic", "generic", image, compute, "fp32", precision
 
 
+def _registers(variant: str, tile: str, image: str, compute: str) -> manifest.Registers:
+    """Of a thread, at most: for two programs on a multiprocessor on the targets where that takes no stack."""
+    # ptxas would spill some bytes for the sake of one more program.
+    if variant == "generic" and compute == "fp32":
+        return manifest.MOST_REGISTERS
+    if (variant, image) == ("masked", "u8"):
+        return {100: manifest.MOST_REGISTERS}
+    if tile != "medium" or image == "u8" or (variant, image) == ("masked", "fp32"):
+        return None
+    return {80 if image == compute and variant != "masked" else 90: manifest.TWO_PROGRAMS}
+
+
 ENTRIES = manifest.Entries(__name__)
 for _key in _specialisations():
     _variant, _tile, _image, _compute, _out, _precision = _key
@@ -263,8 +275,7 @@ for _key in _specialisations():
         function="unaligned" if _variant == "generic" else "aligned",
         compute=_compute,
         copies=copies_of(_variant, _image, "weight"),
-        # ptxas would spill some bytes for the sake of one more program on a multiprocessor.
-        max_registers=manifest.MOST_REGISTERS if _variant == "generic" and _compute == "fp32" else None,
+        max_registers=_registers(_variant, _tile, _image, _compute),
     )
 
 

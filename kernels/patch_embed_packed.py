@@ -31,6 +31,7 @@ from fastvit.kernels.patch_embed_forward import as_multiplied, store_tokens, til
 from fastvit.kernels.precision import product_precision, round_to_tf32
 from fastvit.kernels.prepare_weight import prepare
 from fastvit.kernels.row_sums import TARGET_PROGRAMS, sum_rows
+from fastvit.tuning import TRAINING, configuration
 
 
 def _packed_forward(
@@ -240,6 +241,25 @@ def _specialisations() -> Iterator[tuple[str, ...]]:
             yield "generic", image, compute, "fp32", "fp32", precision
 
 
+def _forward_registers(
+    variant: str, image: str, compute: str, table: str, out: str, precision: str
+) -> manifest.Registers:
+    """Of a thread, at most: for two programs on a multiprocessor on the targets where that takes no stack."""
+    if variant == "generic":
+        return manifest.MOST_REGISTERS if compute == "fp32" else None
+    fits = variant == "wide" and table == "fp32" and (image == "u8" or precision == "tf32")
+    return {90: manifest.TWO_PROGRAMS} if fits else None
+
+
+def _weight_registers(variant: str, image: str, compute: str, precision: str) -> manifest.Registers:
+    """Of a thread, at most, likewise."""
+    if variant == "generic":
+        return manifest.MOST_REGISTERS if precision == "tf32" else None
+    if image == compute:
+        return {90: manifest.TWO_PROGRAMS} if variant == "wide" else None
+    return dict.fromkeys((90, 100) if variant == "wide" else (90,), manifest.TWO_PROGRAMS)
+
+
 for _key in _specialisations():
     _variant, _image, _compute, _table, _out, _precision = _key
     _generic = _variant == "generic"
@@ -263,7 +283,7 @@ for _key in _specialisations():
         function=f"forward_{manifest.alignment(not _generic)}",
         compute=_compute,
         copies=copies_of(_variant, _image, "weight"),
-        max_registers=manifest.MOST_REGISTERS if _generic and _compute == "fp32" else None,
+        max_registers=_forward_registers(*_key),
     )  # fmt: skip
 
 
@@ -283,7 +303,7 @@ def _add_weight_gradient(variant: str, image: str, compute: str, precision: str 
         compute=compute,
         product_rows="BLOCK_N",
         copies=copies_of(variant, image, "grad"),
-        max_registers=manifest.MOST_REGISTERS if generic and precision == "tf32" else None,
+        max_registers=_weight_registers(variant, image, compute, precision),
     )
 
 
@@ -383,6 +403,8 @@ def backward(
         return plain.backward(*given, needs)
     d_images = plain.backward(*given, (True, False, False, False))[0] if need_images else []
     packed, kernel, mean, std = _read(images, starts, weight, mean, std)
+    problem = ("patch_embed_packed", TRAINING, images[0].dtype, compute_dtype, grad.dtype, weight.shape, False)
+    programs = configuration(grad.device, problem, packed.rows).programs or TARGET_PROGRAMS
     grad = supported(grad).contiguous()
     width, positions = weight.shape[0], max(packed.positions, table_rows)
     _check_sizes(grad.shape[0], positions, width)
@@ -394,7 +416,8 @@ def backward(
     if need_rows or need_bias or (need_weight and mean is not None):
         d_rows = sum_positions(grad, packed, rows.table, prefix_rows, positions)
     if need_weight:
-        parts, constants = _weight_parts(product_grad, packed, plan, rows.origins, rows.places, kernel, mean, std)
+        places = rows.origins, rows.places
+        parts, constants = _weight_parts(product_grad, packed, plan, *places, kernel, mean, std, programs)
         is_uint8 = packed.tensors[0].dtype == torch.uint8
         found, d_bias = reduce_parts(parts, d_rows, kernel, packed.layout, plan.order, constants, prefix_rows, is_uint8)
         d_weight = found.view(weight.shape)
@@ -419,9 +442,10 @@ def _weight_parts(
     weight: Tensor,
     mean: Normalisation,
     std: Normalisation,
+    programs: int,
 ) -> tuple[Tensor, Tensor]:
-    """[splits, D, K] fp32, sums over slices of the rows, whose number sets the order in which rows are added; and the
-    constants that go with them."""
+    """[splits, D, K] fp32, sums over slices of the rows, which about so many programs share: their number sets the
+    order in which rows are added; and the constants that go with them."""
     layout, image, width = packed.layout, packed.tensors[0], weight.shape[0]
     tf32 = product_precision(grad.dtype) == "tf32"
     constants = constants_on_device(
@@ -429,7 +453,7 @@ def _weight_parts(
     )
     block_m, block_n, block_k = plan.entry.tile
     tiles = cdiv(width, block_n) * cdiv(plan.order.length, block_k)
-    splits = max(1, min(TARGET_PROGRAMS // tiles, cdiv(packed.rows, 4 * block_m)))
+    splits = max(1, min(programs // tiles, cdiv(packed.rows, 4 * block_m)))
     rows_per_split = cdiv(cdiv(packed.rows, splits), block_m) * block_m
     splits = cdiv(packed.rows, rows_per_split)
     parts = torch.empty(splits, width, plan.order.length, dtype=torch.float32, device=grad.device)

@@ -116,11 +116,12 @@ def _warm_emulation() -> dict[str, Any]:
 def _warm_entry(index: int, target: int) -> dict[str, Any]:
     """Of an entry: seconds, and where there is a GPU what Triton says of the loaded kernel."""
     from fastvit.kernels import manifest
+    from fastvit.kernels.launch import target_of
 
     if target:
         _pretend(target)
     started = time.monotonic()
-    kernel = warm_entry(manifest.entries()[index], load=not target)
+    kernel = warm_entry(manifest.entries()[index], target or target_of(torch.device("cuda")), load=not target)
     found = {"compile_seconds": round(time.monotonic() - started, 2)}
     return found | {name: getattr(kernel, name) for name in ("n_regs", "n_spills") if hasattr(kernel, name)}
 
@@ -134,8 +135,9 @@ def _pretend(target: int) -> None:
     driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in names.items()}))
 
 
-def warm_entry(entry: Any, load: bool = True) -> Any:
-    """Compile one entry along the very path of a launch, so that the launch finds it in the cache, and load it."""
+def warm_entry(entry: Any, target: int, load: bool = True) -> Any:
+    """Compile one entry along the very path of a launch on such a GPU, so that the launch finds it in the cache, and
+    load it."""
     from triton.runtime.jit import MockTensor
 
     from fastvit.kernels import manifest
@@ -150,7 +152,7 @@ def warm_entry(entry: Any, load: bool = True) -> Any:
             arguments[parameter.name] = MockTensor(dtypes[pointers[parameter.name]])
         else:  # never specialised on, so that any value will do
             arguments[parameter.name] = 1.0 if "fp" in parameter.annotation_type else 64
-    kernel = function.warmup(grid=(1,), **arguments, **entry.constants_by_name, **entry.options)
+    kernel = function.warmup(grid=(1,), **arguments, **entry.constants_by_name, **entry.options(target))
     if load:
         kernel._init_handles()  # what a first launch does; Triton has no public name for it
     return kernel

@@ -79,11 +79,12 @@ STAGES = (
     _suite("model", 34, "B"),
     Stage("launch", 10, "what a call costs the host, and torch.add", launch, {**_CPU, "rounds": 2}, "B"),
     _suite("add_position", 12, "B"),
-    Stage("tune", 20, "the fastest backend and configuration for ViT-S and ViT-B", tune, _SHAPES, "B"),
+    Stage("tune", 32, "the fastest backend and configuration for ViT-S and ViT-B", tune, _SHAPES, "B"),
     Stage("profile", 20, "time per kernel of steps, ours and timm's, eager and compiled", profiles, _STEPS, "B"),
     Stage("compiled", 23, "the cases of the suites that have compiled rivals, beside those", compiled, _COMPILED, "B"),
     Stage("sanitize", 16, "compute-sanitizer's tools on the smallest shapes", sanitize, _UNDER_A_TOOL, "B"),
     *(_suite(name, 20) for name in ("input", "accelerated", "accelerated_model", "masked")),
     *(_suite(name, 20) for name in ("add_norm", "bias_act", "split_heads")),
+    _suite("packed", 60),  # rivals that go through the images one by one, and convolutions of twenty sizes to choose
 )
 CALLS = {name: sum(stage.share for stage in STAGES if name in stage.calls) for name in "AB"}  # seconds

@@ -55,6 +55,11 @@ class Inputs:
         """The upstream gradient of each result, by the name that the result has in a report."""
         return {"forward": self.grad, **self.more_grads}
 
+    @property
+    def rows(self) -> int:
+        """B·N: what a tuning table goes by."""
+        return self.grad[:, self.copied :].shape[:-1].numel()
+
     def __getitem__(self, name: str) -> Tensor:
         """A tensor that the case is known to have."""
         tensor = self.tensors[name]

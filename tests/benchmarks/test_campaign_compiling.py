@@ -204,7 +204,7 @@ def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
             self.n_regs, self.n_spills = 168, 4
 
     about = {"name": "kernel", "pointers": (), "constants_by_name": {"BLOCK_M": 64}, "num_warps": 4, "num_stages": 2}
-    entries, given = [SimpleNamespace(**about, options={"num_warps": 4, "maxnreg": 128})], []
+    entries, given = [SimpleNamespace(**about, options=lambda target: {"num_warps": 4, "maxnreg": target})], []
 
     def warm_up(grid: tuple[int, ...], **options: Any) -> Kernel:
         given.append(options)
@@ -213,6 +213,7 @@ def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
     function = SimpleNamespace(params=[], warmup=warm_up)
     monkeypatch.setattr(manifest, "entries", lambda: entries)
     monkeypatch.setattr(launch, "jit_function", lambda entry: function)
+    monkeypatch.setattr(launch, "target_of", {torch.device("cuda"): 80}.__getitem__)
     monkeypatch.setattr(compiling, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
     monkeypatch.setattr(compiling, "_warm_emulation", dict)
     monkeypatch.setattr(compiling, "_pretend", lambda target: None)
@@ -222,4 +223,5 @@ def test_what_is_compiled_is_loaded_where_there_is_a_gpu(
         assert set(said(printed, "kernel")) == {entries[0].name, compiling.EMULATION}
         assert ["shared memory" in error for error in said(printed, "error")] == ([] if fits else [True])
         assert [*said(printed, "n_regs"), *said(printed, "n_spills")] == ([] if target or not fits else [168, 4])
-        assert given.pop() == {"BLOCK_M": 64, "num_warps": 4, "maxnreg": 128}, "what a launch is given too"
+        options = {"BLOCK_M": 64, "num_warps": 4, "maxnreg": target or 80}
+        assert given.pop() == options, "what a launch on such a GPU is given too"

@@ -163,6 +163,55 @@ def test_the_forward_leaves_room_for_two(image: str) -> None:
     assert row.problems == () and row.prefetched and row.programs == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "programs"),
+    [
+        ("packed_forward wide u8 bf16 fp32 bf16", 90, 2),
+        ("packed_forward wide u8 bf16 fp32 bf16", 80, 1),
+        ("packed_weight_gradient wide u8 bf16", 100, 2),
+        ("patch_embed_forward wide medium bf16 bf16 bf16", 80, 2),
+    ],
+)
+def test_registers_are_limited_on_the_targets_where_two_then_fit(name: str, target: int, programs: int) -> None:
+    """On another the same limit would take stack."""
+    from fastvit.kernels.compile_check import inspect
+
+    entry = find(name)
+    row = inspect(entry, target)
+    assert row.problems == () and row.programs == programs
+    assert (target in entry.max_registers) == (programs == 2)
+    if programs == 1:
+        (problem,) = inspect(replace(entry, max_registers=128), target).problems
+        assert problem.endswith("bytes of stack")
+    else:
+        assert inspect(replace(entry, max_registers=None), target).programs == 1
+
+
+@pytest.mark.parametrize("max_registers", [None, 80, {90: 128}])
+def test_a_launch_has_the_limit_of_its_own_device(max_registers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that none names has none."""
+    from fastvit.kernels import launch
+
+    given: list[dict[str, Any]] = []
+    entry = replace(find("position_table"), constants=(), max_registers=max_registers)
+    monkeypatch.setattr(launch, "jit_function", lambda found: {(1,): lambda **options: given.append(options)})
+    for target in (80, 86, 90, 120):
+        monkeypatch.setattr(launch, "target_of", {torch.device("cpu"): target}.__getitem__)
+        launch.launch(entry, (1,), tokens_ptr=torch.empty(1))
+        limit = max_registers.get(target) if isinstance(max_registers, dict) else max_registers
+        assert given[-1].get("maxnreg") == limit and given[-1].items() >= entry.options(target).items()
+
+
+def test_a_target_is_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvit.kernels.launch import target_of
+
+    capabilities = {torch.device("cuda", 0): (9, 0), torch.device("cuda", 1): (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    target_of.cache_clear()
+    assert [target_of(device) for device in capabilities] == [90, 120] and target_of(torch.device("cpu")) == 0
+    target_of.cache_clear()
+
+
 def test_launches_of_a_call() -> None:
     """Nothing is cast, and nothing launched, besides the preparation and the product, there and back; of images of any
     sizes their table is copied, and their positions are summed from copied numbers."""

@@ -135,6 +135,45 @@ def test_launchers_follow_the_table(
     assert tiles(launched) == ["small"]
 
 
+def packed_step(device: str, images: int) -> torch.Tensor:
+    """The weight's gradient of a training step on so many images of two patches."""
+    weight = torch.ones(256, 3, 16, 16, device=device).bfloat16().requires_grad_()
+    prefix = torch.zeros(3, 256, device=device).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    listed = [torch.randint(256, (3, 16, 32), dtype=U8, generator=generator).to(device) for _ in range(images)]
+    tokens, _ = functional.patch_embed_packed(listed, weight, prefix=prefix, backend="triton")
+    (found,) = torch.autograd.grad(tokens.float().square().sum(), [weight])
+    return found
+
+
+def packed_splits(launched: list[tuple[Any, tuple[int, ...]]]) -> list[int]:
+    return [grid[1] for entry, grid in launched if entry.kernel == "packed_weight_gradient"]
+
+
+def test_forced_programs_set_the_split_of_packed_images(device: str, launched: list) -> None:
+    found = []
+    for programs in (12, 24, None):
+        with tuning.forced_configuration(programs=programs):
+            found.append(packed_step(device, 300))
+    assert packed_splits(launched)[:2] == [1, 2] and packed_splits(launched)[2] > 2
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=2e-2, atol=0)
+
+
+def test_packed_images_follow_the_table(use: Callable, device: str, launched: list) -> None:
+    """By the number of their patches, without prefix rows."""
+    where = torch.empty(0, device=device).device
+    problem = Problem("patch_embed_packed", TRAINING, U8, BF16, BF16, (256, 3, 16, 16), False)
+    times = {"triton": 1.0, "reference": 2.0}
+    choices = {
+        rows: Choice("triton", times, Configuration(programs=programs)) for rows, programs in ((512, 12), (1024, 24))
+    }
+    use(Table(tuning.device_name(where), tuning.current_versions(), {problem: choices}))
+    for images in (256, 300):  # of 512 and 600 patches
+        packed_step(device, images)
+    assert packed_splits(launched) == [1, 2]
+
+
 def test_tuning_measures_every_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastvit.benchmarks import timing
     from fastvit.benchmarks.tune import WIDTHS, Scope, tune
@@ -158,3 +197,6 @@ def test_tuning_measures_every_configuration(device: str, monkeypatch: pytest.Mo
     assert set(trained.times_us) == {"reference", *splits}
     assert trained.configuration.programs in counts and trained.configuration.weight_tile in ("medium", "large")
     assert set(found["add_position", TRAINING].times_us) == {"reference", "triton"}
+    packed = {f"triton, {count} programs" for count in counts}
+    assert set(found["patch_embed_packed", FORWARD].times_us) == {"reference", "triton"}
+    assert set(found["patch_embed_packed", TRAINING].times_us) == {"reference", *packed}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastvit.benchmarks import patch_embed_packed
 from fastvit.benchmarks import sweep as sweeper
 from fastvit.benchmarks.rows import Row
 from fastvit.benchmarks.timing import Timing
@@ -92,6 +93,16 @@ def test_every_variant_is_run_and_what_is_wrong_is_said(planted: dict[str, Entry
     assert [(row.mode, row.provider) for row in rows[-2:]] == [
         ("forward", "product alone"), ("forward+backward", "product alone"),
     ]  # fmt: skip
+
+
+def test_images_of_any_sizes_are_swept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose launches are told of tensors that they find by address. A row says how many images there were."""
+    monkeypatch.setattr(patch_embed_packed, "NUMBER", 1)
+    rows = sweeper.sweep(_device(), op="patch_embed_packed", limit=500, **SIZES)
+    assert {"packed_forward", "packed_weight_gradient", "place_rows", "sum_positions"} < {row.mode for row in rows}
+    for row in rows:
+        assert "4 patches, batch 1, width 64" in row.shape
+        assert row.median_us or (_device() == "cpu" and row.reason == sweeper.NOT_TIMED), row
 
 
 def test_launchers_find_what_is_substituted_and_nothing_of_it_stays(planted: dict[str, Entry]) -> None:

@@ -37,6 +37,13 @@ class PackedInputs(Inputs):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
+    @property
+    def rows(self) -> int:
+        """Patches of all images."""
+        prefix, images = self.tensors["prefix"], tensors_of("images", self.tensors)
+        number = len(images) if self.sizes is None else len(self.sizes)
+        return self.grad.shape[0] - (0 if prefix is None else number * prefix.shape[0])
+
 
 @dataclass(frozen=True)
 class PackedCase(Case[PackedInputs]):
