@@ -12,6 +12,7 @@
 
 namespace fastvit::FASTVIT_ISA {
 
+constexpr std::size_t MEGABYTE = 1 << 20;
 constexpr int64_t COLUMNS = 64;  // of sums over rows in no order, for each task
 
 // Row d of the weight, scaled, rounded and in the order of the pixels. Returns its bias.
@@ -58,10 +59,10 @@ class Tokens {
     });
   }
 
-  // Asks for the positions that `write` will add: they lie where only this tile has to do with them.
+  // Asks for the positions that `write` will add, unless they are few, as of a batch, and stay in the second cache.
   void expect(int64_t row, int64_t rows, int64_t column) const {
     const View& positions = inputs_.positions;
-    if (!positions) return;
+    if (!positions || positions.extent() < MEGABYTE) return;
     for (int64_t i = 0; i < rows; i++) {
       const int64_t place = (prefix_rows_ + patches_.place(row + i).position - skipped_) * width_ + column;
       prefetch((pointer_to<Any>(positions) + place).data, TILE_COLUMNS * bytes_of(positions.type));
@@ -146,7 +147,9 @@ struct TokenGradients {
   void read(int64_t row, int64_t first, int64_t end, Element* to) const {
     const Patches::Place& place = patches.place(row);
     const Any from = values(place, first);
-    each_vector(end - first, [&](int64_t i, auto n) { store(to + i, place.is_there() ? load(from + i, n) : Floats{}); });
+    each_vector(end - first, [&](int64_t i, auto n) {
+      store(to + i, place.is_there() ? load(from + i, n) : Floats{});
+    });
   }
   void expect(int64_t row, int64_t first, int64_t end) const {
     prefetch(values(patches.place(row), first).data, (end - first) * bytes_of(grad.type));

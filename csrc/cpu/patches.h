@@ -134,7 +134,8 @@ class Patches {
     }
   }
 
-  // Calls use(k, offset, count) for the values from k on, of first to end, that lie side by side, so far from the first.
+  // Calls use(k, offset, count) for values of first to end that lie side by side: those from k on, so far from the
+  // patch's first.
   template <class Use>
   void each_run(const View& images, int64_t first, int64_t end, const Use& use) const {
     int64_t run = first / run_, within = first % run_;

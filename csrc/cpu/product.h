@@ -220,8 +220,8 @@ void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Rea
 
 constexpr int64_t PACKED_TILES = 16;  // at once
 
-// BLOCK rows of the first operand of a sum over rows, as tiles of TILE_ROWS columns, at most
-// PACKED_TILES: read(row, first, end, to) writes those of a row, and perhaps LANES - 1 more.
+// BLOCK rows of the first operand of a sum over rows, as at most PACKED_TILES tiles of TILE_ROWS columns: read(row, first,
+// end, to) writes those of a row, and perhaps LANES - 1 more.
 template <class Operand, class Read>
 void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* packed) {
   using Element = typename Operand::Element;
@@ -248,8 +248,8 @@ void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Rea
 }
 
 // sums[i][j] = sum over rows of left[row][i] right[row][j], of matrices `height` and `width` wide. Both have
-// read(row, first, end, to), which writes values of a row, and perhaps LANES - 1 more, and expect(row, first, end), which
-// asks for their memory. finish(i, j, count, sums) takes `count` of the sums of i.
+// read(row, first, end, to), which writes values of a row, and perhaps LANES - 1 more, and expect(row, first, end),
+// which asks for their memory. finish(i, j, count, sums) takes `count` of the sums of i.
 template <class Operand, class Left, class Right, class Finish>
 void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left, const Right& right,
                   const Finish& finish) {
@@ -258,27 +258,29 @@ void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left,
   const int64_t tiles = up(height, TILE_ROWS), all_panels = up(width, TILE_COLUMNS);
   // As many tasks as it takes, all of about the same size, and more where that leaves threads without one.
   int64_t parts = up(tiles, TASK_TILES), groups = up(all_panels, TASK_PANELS);
-  while (parts * groups % threads() && parts * groups < 4 * threads()) (height * groups > width * parts ? parts : groups)++;
+  while (parts * groups % threads() && parts * groups < 4 * threads()) {
+    (height * groups > width * parts ? parts : groups)++;
+  }
   const int64_t most_tiles = up(tiles, parts), most_panels = up(all_panels, groups);
   parts = up(tiles, most_tiles);
   const int64_t columns = most_panels * TILE_COLUMNS;
   const auto read_left = [&](int64_t row, int64_t first, int64_t end, auto* to) { left.read(row, first, end, to); };
   const auto read_right = [&](int64_t row, int64_t first, int64_t end, auto* to) { right.read(row, first, end, to); };
   parallel(up(width, columns) * parts, columns * rows, [&](int64_t first, int64_t end) {
-    Room<float> right_room(TASK_PANELS * PANEL_SIZE), left_room(TASK_TILES * TILE_SIZE + LANES);
-    Room<float> room(TASK_PANELS * TASK_TILES * SIZE);
+    Room<float> left_room(most_tiles * TILE_SIZE + LANES), right_room(most_panels * PANEL_SIZE);
+    Room<float> room(most_panels * most_tiles * SIZE);
     for (int64_t task = first; task < end; task++) {
       const int64_t start = task / parts * columns, last = least(start + columns, width);
       const int64_t top = task % parts * most_tiles * TILE_ROWS, bottom = least(top + most_tiles * TILE_ROWS, height);
       const int64_t panels = up(last - start, TILE_COLUMNS), tiles_here = up(bottom - top, TILE_ROWS);
-      const auto sums = [&](int64_t panel, int64_t tile) { return room.data + (panel * TASK_TILES + tile) * SIZE; };
-      if (!rows) std::memset(room.data, 0, TASK_PANELS * TASK_TILES * SIZE * sizeof(float));
+      const auto sums = [&](int64_t panel, int64_t tile) { return room.data + (panel * most_tiles + tile) * SIZE; };
+      if (!rows) std::memset(room.data, 0, most_panels * most_tiles * SIZE * sizeof(float));
       for (int64_t row = 0; row < rows; row += BLOCK) {
         const int64_t block = least(BLOCK, rows - row);
         pack_panels<Operand>(row, block, start, last, read_right, right_room.data, PANEL_SIZE);
         for (int64_t tile = 0; tile < tiles_here; tile += PACKED_TILES) {
-          pack_tiles<Operand>(row, block, top + tile * TILE_ROWS, least(top + (tile + PACKED_TILES) * TILE_ROWS, bottom),
-                              read_left, left_room.data + tile * TILE_SIZE);
+          const int64_t column = top + tile * TILE_ROWS, end_column = least(column + PACKED_TILES * TILE_ROWS, bottom);
+          pack_tiles<Operand>(row, block, column, end_column, read_left, left_room.data + tile * TILE_SIZE);
         }
         int64_t next = row + BLOCK;
         const int64_t next_end = least(next + BLOCK, rows), at_once = up(BLOCK, panels * tiles_here);
