@@ -220,8 +220,8 @@ void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Rea
 
 constexpr int64_t PACKED_TILES = 16;  // at once
 
-// BLOCK rows of the first operand of a sum over rows, as at most PACKED_TILES tiles of TILE_ROWS columns: read(row, first,
-// end, to) writes those of a row, and perhaps LANES - 1 more.
+// BLOCK rows of the first operand of a sum over rows, as at most PACKED_TILES tiles of TILE_ROWS columns:
+// read(row, first, end, to) writes those of a row, and perhaps LANES - 1 more.
 template <class Operand, class Read>
 void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* packed) {
   using Element = typename Operand::Element;
