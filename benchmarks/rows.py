@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -126,15 +127,22 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[Row]:
     return rows
 
 
-def processor() -> str:
-    """The name of this machine's processor."""
+def processor(information: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
+    """The name of this machine's processor; with family and model where a cloud's name hides which it is, as "AMD EPYC"
+    does, whose generations differ by a factor of two and more."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path(information).read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())  # the first processor's
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    # A number names the product, but for that of the clock.
+    if "cpu family" in facts and not re.search(r"\d", name.partition("@")[0]):
+        name += f" family {facts['cpu family']} model {facts.get('model', 'unknown')}"
+    return name
 
 
 def device_name(device: torch.device) -> str:

@@ -12,6 +12,7 @@
 
 namespace fastvit::FASTVIT_ISA {
 
+constexpr std::size_t MEGABYTE = 1 << 20;
 constexpr int64_t COLUMNS = 64;  // of sums over rows in no order, for each task
 
 // Row d of the weight, scaled, rounded and in the order of the pixels. Returns its bias.
@@ -58,6 +59,16 @@ class Tokens {
     });
   }
 
+  // Asks for the positions that `write` will add, unless they are few, as of a batch, and stay in the second cache.
+  void expect(int64_t row, int64_t rows, int64_t column) const {
+    const View& positions = inputs_.positions;
+    if (!positions || positions.extent() < MEGABYTE) return;
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t place = (prefix_rows_ + patches_.place(row + i).position - skipped_) * width_ + column;
+      prefetch((pointer_to<Any>(positions) + place).data, TILE_COLUMNS * bytes_of(positions.type));
+    }
+  }
+
   // A tile of products of `rows` patches from `row` on.
   void write(const Tile& tile, int64_t row, int64_t rows, int64_t column) const {
     const int64_t width = least(TILE_COLUMNS, width_ - column);
@@ -98,6 +109,7 @@ void embed(const PatchEmbedInputs& inputs, const Patches& patches, const View& o
   tokens.write_prefix();
   multiply_rows<Operand>(
       patches.rows(), length, weight, [&](int64_t row, auto* to) { patches.read(row, 0, length, to); },
+      [&](int64_t row, int64_t count, int64_t column) { tokens.expect(row, count, column); },
       [&](const Tile& tile, int64_t row, int64_t count, int64_t column) { tokens.write(tile, row, count, column); });
 }
 
@@ -122,24 +134,35 @@ inline void write_weight_gradient(const Patches& patches, const View& d_weight, 
   });
 }
 
+// The gradient of the tokens of each row of patches.
+struct TokenGradients {
+  const View& grad;
+  const Patches& patches;
+  int64_t width;
+
+  Any values(const Patches::Place& place, int64_t first) const {
+    return pointer_to<Any>(grad) + place.token * width + first;
+  }
+  template <class Element>
+  void read(int64_t row, int64_t first, int64_t end, Element* to) const {
+    const Patches::Place& place = patches.place(row);
+    const Any from = values(place, first);
+    each_vector(end - first, [&](int64_t i, auto n) {
+      store(to + i, place.is_there() ? load(from + i, n) : Floats{});
+    });
+  }
+  void expect(int64_t row, int64_t first, int64_t end) const {
+    prefetch(values(patches.place(row), first).data, (end - first) * bytes_of(grad.type));
+  }
+};
+
 template <class Operand>
-void differentiate_weight(const Patches& patches, const View& grad, const float* d_bias, const View& d_weight,
-                          const Queue& queue) {
+void differentiate_weight(const Patches& patches, const View& grad, const float* d_bias, const View& d_weight) {
   const int64_t width = d_weight.sizes[0];
-  sum_products<Operand>(
-      patches.rows(), width, patches.length(),
-      [&](int64_t row, int64_t first, int64_t end, auto* to) {
-        const Patches::Place& place = patches.place(row);
-        each_vector(end - first, [&](int64_t i, auto n) {
-          const Any from = pointer_to<Any>(grad) + place.token * width + first + i;
-          store(to + i, place.is_there() ? load(from, n) : Floats{});
-        });
-      },
-      [&](int64_t row, int64_t first, int64_t end, auto* to) { patches.read(row, first, end, to); },
-      [&](int64_t d, int64_t pixel, int64_t count, const float* sums) {
-        write_weight_gradient(patches, d_weight, d, pixel, count, sums, d_bias[d]);
-      },
-      queue);
+  sum_products<Operand>(patches.rows(), width, patches.length(), TokenGradients{grad, patches, width}, patches,
+                        [&](int64_t d, int64_t pixel, int64_t count, const float* sums) {
+                          write_weight_gradient(patches, d_weight, d, pixel, count, sums, d_bias[d]);
+                        });
 }
 
 // The gradient of every row of the table, [R+N, D], where each image has patches of its own.
@@ -198,7 +221,7 @@ void differentiate(const PatchEmbedInputs& inputs, const Patches& patches, const
   sum_rows(elements<float>(d_rows) + patches.prefix_rows() * width, patches.places(), width, d_bias);
   if (!gradients.d_weight) return;
   with_operand(inputs.compute, [&](auto operand) {
-    differentiate_weight<decltype(operand)>(patches, gradients.grad, d_bias, gradients.d_weight, queue);
+    differentiate_weight<decltype(operand)>(patches, gradients.grad, d_bias, gradients.d_weight);
   });
 }
 

@@ -79,6 +79,16 @@ class Patches {
     }
   }
 
+  // Asks for the memory of what will be read.
+  void expect(int64_t row, int64_t first, int64_t end) const {
+    const Place& at = place(row);
+    if (!at.is_there()) return;
+    const int64_t size = bytes_of(at.images->type);
+    each_run(*at.images, first, end, [&](int64_t, int64_t offset, int64_t count) {
+      prefetch(static_cast<const char*>(at.images->data) + (at.start + offset) * size, count * size);
+    });
+  }
+
  private:
   Patches(const PatchEmbedInputs& inputs, const View& like, bool channels_last, int64_t prefix_rows, int64_t most,
           const Queue& queue)
@@ -124,24 +134,31 @@ class Patches {
     }
   }
 
+  // Calls use(k, offset, count) for values of first to end that lie side by side: those from k on, so far from the
+  // patch's first.
+  template <class Use>
+  void each_run(const View& images, int64_t first, int64_t end, const Use& use) const {
+    int64_t run = first / run_, within = first % run_;
+    for (int64_t k = first; k < end; run++, within = 0) {
+      const int64_t row_of_run = run % height_, channel = run / height_, count = least(run_ - within, end - k);
+      use(k, row_of_run * images.strides[2] + (channels_last_ ? 0 : channel * images.strides[1]) + within, count);
+      k += count;
+    }
+  }
+
   template <class Pixel, class Element>
   void read_from(const View& images, int64_t start, int64_t first, int64_t end, Element* to) const {
     const Pixel* pixels = elements<Pixel>(images) + start;
     const Pixel* last_whole = elements<Pixel>(images) + static_cast<int64_t>(images.extent() / sizeof(Pixel)) - LANES;
     const float *shift = constants_[PIXEL_SHIFT], *scale = constants_[PIXEL_SCALE];
-    int64_t run = first / run_, within = first % run_;
-    for (int64_t k = first; k < end; run++, within = 0) {
-      const int64_t row_of_run = run % height_, channel = run / height_;
-      const Pixel* from = pixels + row_of_run * images.strides[2] + (channels_last_ ? 0 : channel * images.strides[1]);
-      const int64_t count = least(run_ - within, end - k);
+    each_run(images, first, end, [&](int64_t k, int64_t offset, int64_t count) {
       for (int64_t i = 0; i < count; i += LANES) {
-        const Pixel* at = from + within + i;
+        const Pixel* at = pixels + offset + i;
         Floats values = at <= last_whole ? load(at) : load(at, count - i);
         if (normalises_) values = (values - load(shift + k + i)) * load(scale + k + i);
         store(to + k - first + i, values);
       }
-      k += count;
-    }
+    });
   }
 
   enum Constant { WEIGHT_SCALE, PIXEL_SHIFT, BIAS_SHIFT, PIXEL_SCALE };  // rows of the constants

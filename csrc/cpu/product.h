@@ -149,7 +149,10 @@ Words paired(const Element* even, const Element* odd) {
   return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
 }
 
-constexpr int64_t TASK_PANELS = 4;  // of TILE_COLUMNS results, in sums over rows: what is read of a row at once
+// Sums over rows are made in tasks of TASK_TILES times TASK_PANELS tiles of results at most. Rows of the first operand
+// are read in one piece where that is as wide as a ViT-B: of memory that waits long, pieces cost more than the cache.
+constexpr int64_t BLOCK = 128;  // rows whose products are summed in registers; the sums are added in order
+constexpr int64_t TASK_TILES = 784 / TILE_ROWS, TASK_PANELS = 192 / TILE_COLUMNS;
 
 // Panels of the columns from `first` to `end`, at most TASK_PANELS, of a matrix as it lies; they begin `apart` from each
 // other. read(row, first, end, to) writes those of a row, and perhaps LANES - 1 more.
@@ -180,9 +183,11 @@ void pack_panels(int64_t row, int64_t rows, int64_t first, int64_t end, const Re
 constexpr int64_t GROUP = 4;  // tiles of rows that are read at once: a panel then serves them all from the cache
 
 // The products of `rows` rows: read(row, to) writes the `length` values of one, and perhaps LANES - 1 more, and
-// write(tile, row, count, column) takes the sums of `count` rows and the columns from `column` on.
-template <class Operand, class Read, class Write>
-void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Read& read, const Write& write) {
+// write(tile, row, count, column) takes the sums of `count` rows and the columns from `column` on. expect(row, count,
+// column), before the sums are made, asks for the memory that `write` reads.
+template <class Operand, class Read, class Expect, class Write>
+void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Read& read, const Expect& expect,
+                   const Write& write) {
   using Element = typename Operand::Element;
   // In words; an odd number of cache lines, so that the rows of a tile don't meet in the same set.
   const int64_t stride = (up(panels.steps + LANES, 16) | 1) * 16;
@@ -200,26 +205,23 @@ void multiply_rows(int64_t rows, int64_t length, const Panels& panels, const Rea
         const float* panel = panels.panel(column / TILE_COLUMNS);
         for (int64_t row = start_row; row < end_row; row += TILE_ROWS) {
           const float* values = room.data + (row - start_row) * stride;
+          const int64_t count = least(TILE_ROWS, end_row - row);
+          expect(row, count, column);
           for (int64_t s = 0; s == 0 || s < panels.steps; s += CHAIN) {
             const int64_t steps = least(CHAIN, panels.steps - s);
             multiply<Operand>(values + s, stride, 1, panel + s * TILE_COLUMNS, steps, s > 0, &tile[0][0]);
           }
-          write(tile, row, least(TILE_ROWS, end_row - row), column);
+          write(tile, row, count, column);
         }
       }
     }
   });
 }
 
-// Sums over rows, and in which parts they are made. A task has TASK_TILES times TASK_PANELS tiles of results, whom what is
-// read of the first operand serves all.
-constexpr int64_t BLOCK = 128;      // rows whose products are summed in registers; the sums are added in order
-constexpr int64_t TASK_TILES = 32;  // of TILE_ROWS results
-
 constexpr int64_t PACKED_TILES = 16;  // at once
 
-// BLOCK rows of the first operand of a sum over rows, as tiles of TILE_ROWS columns: read(row, first, end, to) writes
-// those of a row, and perhaps LANES - 1 more.
+// BLOCK rows of the first operand of a sum over rows, as at most PACKED_TILES tiles of TILE_ROWS columns:
+// read(row, first, end, to) writes those of a row, and perhaps LANES - 1 more.
 template <class Operand, class Read>
 void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Read& read, float* packed) {
   using Element = typename Operand::Element;
@@ -245,57 +247,57 @@ void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Rea
   }
 }
 
-// All of them, `size` words a block of rows.
-template <class Operand, class Read>
-const float* pack_all_tiles(int64_t rows, int64_t height, int64_t size, const Read& read, const simt::Queue& queue) {
-  float* packed = queue.scratch<float>("tiles", up(rows, BLOCK) * size);
-  parallel(up(rows, BLOCK), BLOCK * height, [&](int64_t first, int64_t end) {
-    constexpr int64_t COLUMNS = PACKED_TILES * TILE_ROWS;
-    for (int64_t block = first; block < end; block++) {
-      for (int64_t column = 0; column < height; column += COLUMNS) {
-        pack_tiles<Operand>(block * BLOCK, least(BLOCK, rows - block * BLOCK), column, least(column + COLUMNS, height),
-                            read, packed + block * size + column * (BLOCK / Operand::VALUES));
-      }
-    }
-  });
-  return packed;
-}
-
-// sums[i][j] = sum over rows of left[row][i] right[row][j], of matrices `height` and `width` wide. Of both,
-// read(row, first, end, to) writes values of a row, and perhaps LANES - 1 more. finish(i, j, count, sums) takes `count` of
-// the sums of i.
+// sums[i][j] = sum over rows of left[row][i] right[row][j], of matrices `height` and `width` wide. Both have
+// read(row, first, end, to), which writes values of a row, and perhaps LANES - 1 more, and expect(row, first, end),
+// which asks for their memory. finish(i, j, count, sums) takes `count` of the sums of i.
 template <class Operand, class Left, class Right, class Finish>
 void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left, const Right& right,
-                  const Finish& finish, const simt::Queue& queue) {
+                  const Finish& finish) {
   constexpr int64_t SIZE = TILE_ROWS * TILE_COLUMNS, TILE_SIZE = BLOCK / Operand::VALUES * TILE_ROWS;
+  constexpr int64_t PANEL_SIZE = BLOCK / Operand::VALUES * TILE_COLUMNS;
   const int64_t tiles = up(height, TILE_ROWS), all_panels = up(width, TILE_COLUMNS);
-  // As many tasks as it takes, and all of about the same size.
-  const int64_t most_tiles = up(tiles, up(tiles, TASK_TILES)), most_panels = up(all_panels, up(all_panels, TASK_PANELS));
-  const int64_t parts = up(tiles, most_tiles), columns = most_panels * TILE_COLUMNS;
-  const float* packed = pack_all_tiles<Operand>(rows, height, tiles * TILE_SIZE, left, queue);
+  // As many tasks as it takes, all of about the same size, and more where that leaves threads without one.
+  int64_t parts = up(tiles, TASK_TILES), groups = up(all_panels, TASK_PANELS);
+  while (parts * groups % threads() && parts * groups < 4 * threads()) {
+    (height * groups > width * parts ? parts : groups)++;
+  }
+  const int64_t most_tiles = up(tiles, parts), most_panels = up(all_panels, groups);
+  parts = up(tiles, most_tiles);
+  const int64_t columns = most_panels * TILE_COLUMNS;
+  const auto read_left = [&](int64_t row, int64_t first, int64_t end, auto* to) { left.read(row, first, end, to); };
+  const auto read_right = [&](int64_t row, int64_t first, int64_t end, auto* to) { right.read(row, first, end, to); };
   parallel(up(width, columns) * parts, columns * rows, [&](int64_t first, int64_t end) {
-    Room<float> values(TASK_PANELS * BLOCK * TILE_COLUMNS + LANES), room(TASK_PANELS * TASK_TILES * SIZE);
+    Room<float> left_room(most_tiles * TILE_SIZE + LANES), right_room(most_panels * PANEL_SIZE);
+    Room<float> room(most_panels * most_tiles * SIZE);
     for (int64_t task = first; task < end; task++) {
-      const int64_t start = task / parts * columns, panels = up(least(columns, width - start), TILE_COLUMNS);
-      const int64_t first_tile = task % parts * most_tiles, last_tile = least(first_tile + most_tiles, tiles);
-      const auto sums = [&](int64_t panel, int64_t t) { return room.data + (panel * TASK_TILES + t - first_tile) * SIZE; };
-      if (!rows) std::memset(room.data, 0, TASK_PANELS * TASK_TILES * SIZE * sizeof(float));
+      const int64_t start = task / parts * columns, last = least(start + columns, width);
+      const int64_t top = task % parts * most_tiles * TILE_ROWS, bottom = least(top + most_tiles * TILE_ROWS, height);
+      const int64_t panels = up(last - start, TILE_COLUMNS), tiles_here = up(bottom - top, TILE_ROWS);
+      const auto sums = [&](int64_t panel, int64_t tile) { return room.data + (panel * most_tiles + tile) * SIZE; };
+      if (!rows) std::memset(room.data, 0, most_panels * most_tiles * SIZE * sizeof(float));
       for (int64_t row = 0; row < rows; row += BLOCK) {
         const int64_t block = least(BLOCK, rows - row);
-        pack_panels<Operand>(row, block, start, least(start + panels * TILE_COLUMNS, width), right, values.data,
-                             BLOCK * TILE_COLUMNS);
-        for (int64_t t = first_tile; t < last_tile; t++) {
-          const float* rows_of_tile = packed + (row / BLOCK * tiles + t) * TILE_SIZE;
-          for (int64_t panel = 0; panel < panels; panel++) {
-            multiply<Operand>(rows_of_tile, 1, TILE_ROWS, values.data + panel * BLOCK * TILE_COLUMNS,
-                              words<Operand>(block), row > 0, sums(panel, t));
+        pack_panels<Operand>(row, block, start, last, read_right, right_room.data, PANEL_SIZE);
+        for (int64_t tile = 0; tile < tiles_here; tile += PACKED_TILES) {
+          const int64_t column = top + tile * TILE_ROWS, end_column = least(column + PACKED_TILES * TILE_ROWS, bottom);
+          pack_tiles<Operand>(row, block, column, end_column, read_left, left_room.data + tile * TILE_SIZE);
+        }
+        int64_t next = row + BLOCK;
+        const int64_t next_end = least(next + BLOCK, rows), at_once = up(BLOCK, panels * tiles_here);
+        for (int64_t panel = 0; panel < panels; panel++) {
+          for (int64_t tile = 0; tile < tiles_here; tile++) {
+            for (const int64_t enough = least(next + at_once, next_end); next < enough; next++) {
+              left.expect(next, top, bottom), right.expect(next, start, last);
+            }
+            multiply<Operand>(left_room.data + tile * TILE_SIZE, 1, TILE_ROWS, right_room.data + panel * PANEL_SIZE,
+                              words<Operand>(block), row > 0, sums(panel, tile));
           }
         }
       }
       for (int64_t panel = 0; panel < panels; panel++) {
-        const int64_t column = start + panel * TILE_COLUMNS, count = least(TILE_COLUMNS, width - column);
-        for (int64_t i = first_tile * TILE_ROWS; i < least(last_tile * TILE_ROWS, height); i++) {
-          finish(i, column, count, sums(panel, i / TILE_ROWS) + i % TILE_ROWS * TILE_COLUMNS);
+        const int64_t column = start + panel * TILE_COLUMNS, count = least(TILE_COLUMNS, last - column);
+        for (int64_t i = top; i < bottom; i++) {
+          finish(i, column, count, sums(panel, (i - top) / TILE_ROWS) + (i - top) % TILE_ROWS * TILE_COLUMNS);
         }
       }
     }

@@ -10,6 +10,9 @@ namespace fastvit {
 void run_parallel(int64_t count, int64_t grain, void (*body)(const void* context, int64_t first, int64_t end),
                   const void* context);
 
+// As many as torch.set_num_threads allows. No result may depend on it.
+int64_t threads();
+
 #if defined(FASTVIT_ISA)
 namespace FASTVIT_ISA {
 

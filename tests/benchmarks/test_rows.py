@@ -14,7 +14,16 @@ from rich.console import Console
 
 from fastvit import cuda
 from fastvit.benchmarks import timing
-from fastvit.benchmarks.rows import Row, commit, device_name, format_table, read_json_lines, versions, write_json_lines
+from fastvit.benchmarks.rows import (
+    Row,
+    commit,
+    device_name,
+    format_table,
+    processor,
+    read_json_lines,
+    versions,
+    write_json_lines,
+)
 from fastvit.benchmarks.timing import Ceilings, Timing, interleave, peak_bytes
 
 KEYS = {
@@ -52,6 +61,26 @@ def test_rows_say_where_they_come_from() -> None:
     assert "thread" in device_name(torch.device("cpu"))
     assert versions("cpu")["torch"] == torch.__version__
     assert isinstance(commit(), str)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("AMD EPYC", "AMD EPYC family 26 model 2"),
+        ("Intel(R) Xeon(R) CPU @ 2.60GHz", "Intel(R) Xeon(R) CPU @ 2.60GHz family 26 model 2"),
+        ("AMD EPYC 9755 128-Core Processor", "AMD EPYC 9755 128-Core Processor"),
+    ],
+)
+def test_a_name_that_hides_the_processor_has_its_family(tmp_path: Path, name: str, said: str) -> None:
+    one = "processor\t: {}\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {}\n\n"
+    (tmp_path / "cpuinfo").write_text(one.format(0, name) + one.format(1, "another"))
+    assert processor(tmp_path / "cpuinfo") == said
+
+
+def test_a_processor_without_information_has_a_name(tmp_path: Path) -> None:
+    assert processor(tmp_path / "none")
+    (tmp_path / "arm").write_text("processor\t: 0\nCPU part\t: 0xd40\n")
+    assert "family" not in processor(tmp_path / "arm")
 
 
 def test_a_copy_without_history_can_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ NAMES = (
     "cropped view, five channels, patch 7", "width 63, channels last, no bias", "three sizes, raw, class token",
     "sizes that repeat",
 )  # fmt: skip
-PARTS = PatchEmbedCase("parts", batch=5, width=460, grid=(6, 6), patch=(8, 8), images="uint8", normalise=True)
+PARTS = PatchEmbedCase("parts", batch=5, width=800, grid=(6, 6), patch=(8, 8), images="uint8", normalise=True)
 OPS = ("patch_embed", "patch_embed_packed", "add_position")
 CASES = tuple(
     (case, dtype)
@@ -46,8 +46,10 @@ FAULTS = (
     Fault("the first block's rows in all", PRODUCT, "read(row + start + i, first, end, values[i]);",
           "read(start + i, first, end, values[i]);"),
     Fault("a panel of one value", PRODUCT, "row[k]", "row[start * VALUES]"),
-    Fault("rows of the tile before", PRODUCT, "write(tile, row, least(TILE_ROWS, end_row - row), column);",
-          "write(tile, start_row, least(TILE_ROWS, end_row - row), column);"),
+    Fault("rows of the tile before", PRODUCT, "write(tile, row, count, column);",
+          "write(tile, start_row, count, column);"),
+    Fault("sums of the first columns in every task", PRODUCT, "task / parts * columns", "0 * columns"),
+    Fault("sums of the first rows in every task", PRODUCT, "task % parts * most_tiles * TILE_ROWS", "0 * parts"),
 )  # fmt: skip
 
 

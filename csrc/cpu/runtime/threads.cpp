@@ -8,4 +8,6 @@ void run_parallel(int64_t count, int64_t grain, void (*body)(const void*, int64_
   torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t end) { body(context, first, end); });
 }
 
+int64_t threads() { return torch::stable::get_num_threads(); }
+
 }  // namespace fastvit
