@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -209,3 +209,18 @@ def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 registry.differentiate(patch_embed_sized, Arguments, _save, _gradients)
+
+
+def _save_nothing(ctx: Any, call: BackwardArguments, _: Any) -> None:
+    pass
+
+
+def _refuse(ctx: Any, *_: Any) -> NoReturn:
+    raise RuntimeError(
+        "sizes: patch_embed_packed with a tensor of them, compiled or exported, can be differentiated once; "
+        "give Python numbers for derivatives of any order"
+    )
+
+
+# Without one torch would take the second derivative for zero.
+registry.differentiate(patch_embed_sized_backward, BackwardArguments, _save_nothing, _refuse)

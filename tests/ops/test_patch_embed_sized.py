@@ -98,6 +98,19 @@ def test_compiled_by_inductor_once(device: str) -> None:
             torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["a parameter", "compiled"])
+def test_a_second_derivative_is_refused(device: str, traced: bool) -> None:
+    """Where none is known; torch would take it for zero."""
+    call, sizes = given("pixels", device, BATCHES[0])
+    torch._dynamo.reset()
+    run = torch.compile(functional.patch_embed_packed, backend="eager") if traced else functional.patch_embed_packed
+    tokens, _ = run(**call, sizes=sizes if traced else torch.nn.Parameter(sizes, requires_grad=False))
+    grad = torch.randn_like(tokens, requires_grad=True)
+    (first,) = torch.autograd.grad(tokens, call["weight"], grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="sizes: .* can be differentiated once; give Python numbers"):
+        first.square().sum().backward()
+
+
 def test_a_tensor_of_sizes_is_the_numbers(backend: str, device: str) -> None:
     """Where nothing is compiled; of no images too."""
     for kind, sizes in (*((kind, BATCHES[0]) for kind in KINDS), ("pixels", []), ("rows of positions", [])):
