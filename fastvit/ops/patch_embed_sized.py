@@ -140,7 +140,7 @@ def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
     new = call.grad.new_empty
     table = (0, width) if call.pos_embed is None else call.pos_embed.shape
     return (
-        torch.empty_like(call.images) if need_images else call.images.new_empty(0),
+        new(call.images.shape if need_images else 0, dtype=call.images.dtype),  # without gaps, whatever images has
         call.weight.new_empty(call.weight.shape if need_weight else 0),
         new(width if need_bias else 0, dtype=torch.float32),
         new((call.prefix_rows, width) if need_rows else 0, dtype=torch.float32),

@@ -111,6 +111,17 @@ def test_a_second_derivative_is_refused(device: str, traced: bool) -> None:
         first.square().sum().backward()
 
 
+@pytest.mark.parametrize("sizes", [BATCHES[0], []], ids=["images", "none"])
+def test_gradients_of_transposed_patches(backend: str, device: str, sizes: list[tuple[int, int]]) -> None:
+    """They have no gaps and no order of their own, which the compiler is told before it knows them."""
+    call, listed = given("CPP", device, BATCHES[0])
+    images = call["images"][: len(sizes) * 8].t().contiguous().t()
+    rest = ("CPP", False, 1, "bicubic", True, None, None, None, torch.float32, 2, (True,) * 4, backend)
+    grad = torch.randn(len(images) + 2 * len(sizes), D, device=device)
+    tensors = grad, call["weight"].detach(), call["pos_embed"].detach(), images, listed[: len(sizes)]
+    torch.library.opcheck(OPS.patch_embed_sized_backward.default, (*tensors, *rest), test_utils=CHECKS)
+
+
 def test_a_tensor_of_sizes_is_the_numbers(backend: str, device: str) -> None:
     """Where nothing is compiled; of no images too."""
     for kind, sizes in (*((kind, BATCHES[0]) for kind in KINDS), ("pixels", []), ("rows of positions", [])):
