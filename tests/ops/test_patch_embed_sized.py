@@ -228,6 +228,27 @@ def test_gradients_of_resampled_positions(device: str, gathers: bool, merge: int
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
+def test_traced_by_torchscript(device: str) -> None:
+    """For all sizes, and not at all from those that a trace would keep."""
+    call, sizes = given("pixels", device, [(2, 4), (4, 2)])
+    images = call.pop("images")
+    call = {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
+
+    def embed(images: Tensor, sizes: Any) -> tuple[Tensor, Tensor]:
+        return functional.patch_embed_packed(images, sizes=sizes, **call)
+
+    traced = torch.jit.trace(embed, (images, sizes), check_trace=False)
+    for others in ([(4, 2), (2, 4)], [(1, 3)], [(2, 2), (1, 1), (3, 5)]):
+        pixels = given("pixels", device, others)[0]["images"]
+        for own, other in zip(traced(pixels, torch.tensor(others)), embed(pixels, others), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="images, sizes: torch.jit.trace would keep the sizes"):
+        torch.jit.trace(lambda images: embed(images, [(2, 4), (4, 2)]), (images,), check_trace=False)
+    with pytest.raises(RuntimeError, match="images, sizes: torch.jit.trace would keep the sizes"):
+        torch.jit.trace(lambda image: embed([image], None), (torch.zeros(C, P, P, device=device),), check_trace=False)
+
+
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sizes": torch.tensor([[2, 2], [2, 3]])}, ValueError, "sizes: 10 patches in all, but images has 8"),
     ({"sizes": torch.tensor([[2, 2], [0, 4]])}, ValueError, "sizes: 0 must be at least 1"),
