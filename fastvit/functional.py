@@ -233,7 +233,7 @@ def _by_sizes(
     if name == "reference":
         raise RuntimeError(
             "sizes: compiled as a tensor, they are known to no code of plain PyTorch, the backend 'reference', which "
-            "also serves torch.func's transforms, forward-mode AD and ONNX; give Python numbers"
+            "also serves float64, torch.func's transforms, forward-mode AD and ONNX; give Python numbers"
         )
     arguments = (weight, bias, pos_embed, prefix, images, sizes, *layout, means, stds, compute_dtype, dtype, name)
     return _PATCH_EMBED_SIZED(*arguments)

@@ -283,6 +283,9 @@ def test_plain_pytorch_knows_no_sizes_that_are_a_tensor(device: str) -> None:
     ):
         fake = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in call.items()}
         functional.patch_embed_packed(**fake, sizes=mode.from_tensor(listed), backend="reference")
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError, match="'reference', which also serves float64"):
+        fake = {name: mode.from_tensor(v).double() if isinstance(v, Tensor) else v for name, v in call.items()}
+        functional.patch_embed_packed(**fake, sizes=mode.from_tensor(listed))
     torch._dynamo.reset()
     tokens, _ = torch.compile(functional.patch_embed_packed, backend="eager")(  # in parts
         **call, sizes=listed, backend="reference"
