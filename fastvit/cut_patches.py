@@ -52,7 +52,7 @@ def views(images: Tensor, weight: Tensor, grids: Grids, still: bool) -> list[Ten
 def gradient_of_images(gradients: Sequence[Tensor], images: Tensor, weight: Tensor, still: bool) -> Tensor:
     """From the gradients of the views that of the pixels or [ΣN_i, K]; a still's other frames have none."""
     if not gradients:
-        return torch.zeros_like(images)
+        return images.new_zeros(images.shape)
     if images.dim() == 1:
         return torch.cat([gradient.flatten() for gradient in gradients])
     if not still:

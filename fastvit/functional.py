@@ -158,6 +158,11 @@ def patch_embed_packed(
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`patch_embed`; the message names the image by its index.
     """
+    if torch.jit.is_tracing() and not isinstance(sizes, Tensor):
+        raise RuntimeError(
+            "images, sizes: torch.jit.trace would keep the sizes of these images for all others; give it one tensor of "
+            "all images, and one of their sizes"
+        )
     if sizes is None:
         checks.require(not still and merge == 1, "still, merge: of patches that are cut already, with sizes, alone")
         listed = checks.check_packed_images(images, weight, bias)
@@ -169,7 +174,7 @@ def patch_embed_packed(
             mean, std = _of_values(mean, std, weight, order, still)
         if isinstance(sizes, Tensor):
             checks.check_sizes(sizes, images)
-            if torch.compiler.is_compiling() or type(sizes) is not Tensor:  # has no values yet
+            if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(sizes) is not Tensor:  # no values yet
                 layout = (order, still, merge, interpolation, antialias, align_corners)
                 return _by_sizes(images, weight, bias, sizes, layout, pos_embed, prefix, (mean, std), dtype, backend)
         grids = checks.check_grids(sizes, images, weight)
@@ -229,7 +234,7 @@ def _by_sizes(
     if name == "reference":
         raise RuntimeError(
             "sizes: compiled as a tensor, they are known to no code of plain PyTorch, the backend 'reference', which "
-            "also serves torch.func's transforms, forward-mode AD and ONNX; give Python numbers"
+            "also serves float64, torch.func's transforms, forward-mode AD and ONNX; give Python numbers"
         )
     arguments = (weight, bias, pos_embed, prefix, images, sizes, *layout, means, stds, compute_dtype, dtype, name)
     return _PATCH_EMBED_SIZED(*arguments)

@@ -305,10 +305,20 @@ def _transposed(count: int, rows: Tensor, starts: Tensor, factors: Tensor) -> tu
 def _taps(new: tuple[int, int], old: tuple[int, int], how: Filter, merge: int) -> tuple[Tensor, Tensor, Tensor]:
     """What each position of a grid is a sum of, on the host: how many rows of the table [N], which, by what factors."""
     host = torch.device("cpu")
-    axes = (_matrix(*sides, how, None, host, torch.float32) for sides in zip(new, old, strict=True))
-    factors = _in_windows(torch.kron(*axes).unflatten(0, new), merge)
-    bags, found = factors.nonzero(as_tuple=True)
-    return factors.count_nonzero(1).int(), found.int(), factors[bags, found]
+    axes = [_taps_of_axis(_matrix(*sides, how, None, host, torch.float32)) for sides in zip(new, old, strict=True)]
+    (rows, by_row), (columns, by_column) = axes
+    found = rows[:, None, :, None] * old[1] + columns[:, None]  # [rows, columns, taps, taps]
+    factors = by_row[:, None, :, None] * by_column[:, None]
+    found, factors = (_in_windows(each, merge).flatten(1) for each in (found, factors))
+    is_tap = factors != 0
+    return is_tap.sum(1).int(), found[is_tap].int(), factors[is_tap]
+
+
+def _taps_of_axis(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the old values each new one is a sum of, and by what factors, [new, most of them]; the rest are 0."""
+    most = int(matrix.count_nonzero(1).max())
+    found = (matrix == 0).int().argsort(dim=1, stable=True)[:, :most]
+    return found, matrix.gather(1, found)
 
 
 class _Product(torch.autograd.Function):

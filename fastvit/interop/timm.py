@@ -407,6 +407,9 @@ class NaFlexEmbeds(Fused):
             or not isinstance(coordinates, Tensor)
             or patches.dim() != 3
             or not patches.is_floating_point()
+            or not coordinates.numel()
+            or coordinates.shape[-1] != 2
+            or coordinates.is_floating_point()
             or not self._takes_patches(self)
             or not self.may_fuse(patches.new_empty(0, self.in_chans, *self.patch_size))  # asks of the module alone
         ):

@@ -140,7 +140,8 @@ def _one_by_one(model: Any, run: Callable[[Tensor], Tensor], images: list[Tensor
 def _embed(model: Any, images: list[Tensor]) -> tuple[Tensor, Packing]:
     """What enters the first block."""
     embed = attribute(model, "patch_embed")
-    may_pack = bool(images) and not _is_own(model, "_embed") and model._is_one_call(embed, images[0])
+    has_own = _is_own(model, "_embed", "_positions", "_resampled")
+    may_pack = bool(images) and not has_own and model._is_one_call(embed, images[0])
     if not may_pack or not isinstance(embed.norm, nn.Identity):
         return _one_by_one(model, model._embed, images)
     grids = [embed.dynamic_feat_size(image.shape[1:]) for image in images]

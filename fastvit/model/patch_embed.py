@@ -168,7 +168,7 @@ class PatchEmbed(nn.Module):
             mean, std = None, None  # a mean is no whole grey level
         images = check_packed_images(images, weight, bias)  # whose errors name them by their places as they were given
         images = [images[i] for i in order]
-        if is_raw and self.copy_images and weight.requires_grad and torch.is_grad_enabled():
+        if is_raw and self.copy_images and _are_kept(weight, bias, pos_embed, prefix):
             images = [image.clone() for image in images]
         options: dict[str, Any] = {"pos_embed": pos_embed, "prefix": prefix, "mean": mean, "std": std, "dtype": dtype}
         return functional.patch_embed_packed(images, weight, bias, **options)[0]
@@ -183,7 +183,7 @@ class PatchEmbed(nn.Module):
                 padded = pad_to_patches(normalised(images, mean, std), self.patch_size)
                 mean, std = None, None
             images = padded
-        if is_raw and self.copy_images and weight.requires_grad and torch.is_grad_enabled():
+        if is_raw and self.copy_images and _are_kept(weight, proj.bias, *arguments.values()):
             images = images.clone()
         return functional.patch_embed(images, weight, proj.bias, mean=mean, std=std, **arguments)
 
@@ -238,6 +238,11 @@ class PatchEmbed(nn.Module):
             raise ValueError(
                 f"img_size: {img_size} is not a multiple of the patch {patch_size}; dynamic_img_pad=True pads"
             )
+
+
+def _are_kept(*arguments: Any) -> bool:
+    """Whether a call with these keeps its images for the backward pass, whichever of them has a gradient."""
+    return torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
 
 
 def _check_images(images: Tensor, img_size: tuple[int, int] | None, patch_size: tuple[int, int], can_pad: bool) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,14 +75,19 @@ def _kernel(call: Any) -> Tensor:
         return weight_for(call.images, call.weight, call.order, call.still)
 
 
-def _starts(call: Any, grids: Grids) -> tuple[list[int], int]:
-    """Of each image the row that is its first position, and how many rows there are."""
-    if call.pos_embed is None:
+def _starts(table: Sequence[int], grids: Grids) -> tuple[list[int], int]:
+    """Of each image the row that is its first position, and how many rows there are; of positions of this shape."""
+    if not table:
         return [0] * len(grids), 0
-    if call.pos_embed.dim() == 3:
+    if len(table) == 3:
         return grid_starts(grids)
     *starts, end = _ends([rows * columns for rows, columns in grids])
     return starts, end
+
+
+def _shape(pos_embed: Tensor | None) -> list[int]:
+    """Of positions; nothing where there are none."""
+    return [] if pos_embed is None else list(pos_embed.shape)
 
 
 def _filter(call: Any) -> tuple[str, bool, bool | None]:
@@ -96,7 +102,7 @@ def _run(call: Arguments) -> tuple[Tensor, Tensor]:
     grids, table = _grids(call), call.pos_embed
     if table is not None and table.dim() == 3:
         table, _ = grid_rows(table, grids, *_filter(call), call.merge)
-    starts, _ = _starts(call, grids)
+    starts, _ = _starts(_shape(call.pos_embed), grids)
     tokens = patch_embed_packed.run(
         _kernel(call),
         *(call.bias, table, call.prefix, views(call.images, call.weight, grids, call.still), starts),
@@ -123,7 +129,6 @@ class BackwardArguments(NamedTuple):
 
     grad: Tensor  # [Σ R+N_i, D]
     weight: Tensor
-    pos_embed: Tensor | None
     images: Tensor
     sizes: Tensor
     order: str
@@ -136,6 +141,7 @@ class BackwardArguments(NamedTuple):
     std: Channels
     compute_dtype: torch.dtype
     prefix_rows: int
+    table: list[int]  # the shape of the positions; nothing where there are none
     needs: Needs  # of images, weight, bias, and prefix and positions
     backend: str
 
@@ -144,9 +150,9 @@ def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
     need_images, need_weight, need_bias, need_rows = call.needs
     width = call.weight.shape[0]
     new = call.grad.new_empty
-    table = (0, width) if call.pos_embed is None else call.pos_embed.shape
+    table = call.table or (0, width)
     return (
-        torch.empty_like(call.images) if need_images else call.images.new_empty(0),
+        new(call.images.shape if need_images else 0, dtype=call.images.dtype),  # without gaps, whatever images has
         call.weight.new_empty(call.weight.shape if need_weight else 0),
         new(width if need_bias else 0, dtype=torch.float32),
         new((call.prefix_rows, width) if need_rows else 0, dtype=torch.float32),
@@ -157,15 +163,15 @@ def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
 def _run_backward(call: BackwardArguments) -> tuple[Tensor, ...]:
     need_images, need_weight, _, need_rows = call.needs
     grids, images, weight = _grids(call), call.images, call.weight
-    starts, rows = _starts(call, grids) if need_rows else ([0] * len(grids), 0)
+    starts, rows = _starts(call.table, grids) if need_rows else ([0] * len(grids), 0)
     d_images, d_weight, d_bias, d_rows = patch_embed_packed_backward.run(
         *(call.grad, _kernel(call), views(images, weight, grids, call.still)),
         *(starts, call.mean, call.std, call.compute_dtype, call.prefix_rows, rows, call.needs, call.backend),
     )
     d_prefix, d_positions = d_rows[: call.prefix_rows].clone(), d_rows[call.prefix_rows :].clone()
-    if need_rows and call.pos_embed is not None and call.pos_embed.dim() == 3:
-        sides = call.pos_embed.shape[0], call.pos_embed.shape[1]
-        d_positions = grid_rows_gradient(d_positions, sides, grids, *_filter(call), call.merge)
+    if need_rows and len(call.table) == 3:
+        rows, columns, _ = call.table
+        d_positions = grid_rows_gradient(d_positions, (rows, columns), grids, *_filter(call), call.merge)
     return (
         gradient_of_images(d_images, images, weight, call.still) if need_images else images.new_empty(0),
         gradient_of_weight(d_weight, images, weight, call.order, call.still) if need_weight else d_weight,
@@ -191,7 +197,9 @@ patch_embed_sized_backward = registry.define(
 
 
 def _save(ctx: Any, call: Arguments, _: Any) -> None:
-    ctx.save_for_backward(call.weight, call.pos_embed, call.images, call.sizes)
+    # Of positions, a row a patch of which is as much as the tokens, the shape is all that the gradients need.
+    ctx.save_for_backward(call.weight, call.images, call.sizes)
+    ctx.table = _shape(call.pos_embed)
     ctx.settings = call[call._fields.index("order") : call._fields.index("dtype")]
     ctx.prefix_rows = 0 if call.prefix is None else call.prefix.shape[0]
     ctx.dtypes = tuple(None if table is None else table.dtype for table in (call.bias, call.pos_embed, call.prefix))
@@ -202,7 +210,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     need_weight, need_bias, need_pos, need_prefix, need_images = ctx.needs_input_grad[:5]
     needs = (need_images, need_weight, need_bias, need_pos or need_prefix)
     d_images, d_weight, d_bias, d_prefix, d_positions = patch_embed_sized_backward(
-        grad, *ctx.saved_tensors, *ctx.settings, ctx.prefix_rows, needs, ctx.backend
+        grad, *ctx.saved_tensors, *ctx.settings, ctx.prefix_rows, ctx.table, needs, ctx.backend
     )
     bias_dtype, pos_dtype, prefix_dtype = ctx.dtypes
     return (
@@ -215,3 +223,18 @@ def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 registry.differentiate(patch_embed_sized, Arguments, _save, _gradients)
+
+
+def _save_nothing(ctx: Any, call: BackwardArguments, _: Any) -> None:
+    pass
+
+
+def _refuse(ctx: Any, *_: Any) -> NoReturn:
+    raise RuntimeError(
+        "sizes: patch_embed_packed with a tensor of them, compiled or exported, can be differentiated once; "
+        "give Python numbers for derivatives of any order"
+    )
+
+
+# Without one torch would take the second derivative for zero.
+registry.differentiate(patch_embed_sized_backward, BackwardArguments, _save_nothing, _refuse)

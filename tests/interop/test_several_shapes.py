@@ -98,6 +98,27 @@ def test_sizes(case: str):
     expect_the_same(model, untouched, 1, pixel_values=images, image_sizes=SIZES[case])
 
 
+COORDINATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "of floats": lambda coordinates: coordinates.float(),
+    "with a third": lambda coordinates: torch.cat([coordinates, coordinates[..., :1]], -1),
+    "of no images": lambda coordinates: coordinates[:0],
+}
+
+
+@pytest.mark.parametrize("case", COORDINATES)
+def test_coordinates_that_only_the_library_knows(case: str):
+    model, untouched = pair("timm-naflexvit-patches")
+    places = torch.arange(6)
+    coordinates = COORDINATES[case](torch.stack([places // 3, places % 3], -1).expand(2, -1, -1))
+    batch = len(coordinates)
+    patches = torch.randn(batch, 6, 3 * PATCH * PATCH, generator=torch.Generator().manual_seed(4))
+    valid = torch.ones(batch, 6, dtype=torch.bool)
+    given = {"patches": patches, "patch_coord": coordinates, "patch_valid": valid}
+    launched()
+    expect_close(tensors(model(given)), tensors(untouched(given)))
+    assert launched() == 0
+
+
 def around(family: str) -> Any:
     """The whole model, with a text tower."""
     transformers: Any = build("transformers-idefics3") and import_peer("transformers")

@@ -297,6 +297,18 @@ def test_copy_images_keeps_what_the_loader_writes_over(is_compiled, tiny):
     assert torch.equal(gradients[3], gradients[0])
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_copy_images_with_a_frozen_projection(as_list, tiny):
+    """Whose images are kept for the gradients of the other parts."""
+    model = tiny(mean=MEAN, std=STD, copy_images=True)
+    model.patch_embed.proj.weight.requires_grad_(False)
+    images = torch.randint(0, 256, IMAGES, dtype=torch.uint8)
+    output = model(list(images) if as_list else images)
+    images.zero_()
+    output.square().sum().backward()
+    assert model.patch_embed.proj.bias.grad.any() and model.pos_embed.grad.any()
+
+
 class Doubled(nn.Module):
     """A block of the user's own, with timm's arguments."""
 

@@ -152,6 +152,24 @@ class OwnEmbedding(fastvit.VisionTransformer):
         return super()._embed(images).flip(1)
 
 
+class OwnPositions(fastvit.VisionTransformer):
+    def _positions(self, grid: Any, own: Any) -> Any:
+        return 2 * super()._positions(grid, own)  # type: ignore[operator]
+
+
+class OwnResampling(fastvit.VisionTransformer):
+    def _resampled(self, table: Tensor, grid: Any) -> Tensor:
+        return super()._resampled(table, grid).flip(1)
+
+
+def _own_positions(model: fastvit.VisionTransformer) -> None:
+    model.__class__ = OwnPositions
+
+
+def _own_resampling(model: fastvit.VisionTransformer) -> None:
+    model.__class__ = OwnResampling
+
+
 def _own_steps(model: fastvit.VisionTransformer) -> None:
     model.__class__ = OwnSteps
 
@@ -183,7 +201,7 @@ def _subclasses_across_tokens(model: fastvit.VisionTransformer) -> None:
 
 CHANGES = [
     _hooked, _own_block, _parts_across_tokens, _drops_across_tokens, _hooks_that_count_on_batches, _own_steps,
-    _own_embedding, _subclasses_across_tokens,
+    _own_embedding, _own_positions, _own_resampling, _subclasses_across_tokens,
 ]  # fmt: skip
 
 

@@ -78,8 +78,11 @@ def test_one_program_for_all_batches(backend: str, device: str, kind: str) -> No
     assert graphs.count == 1
 
 
-def test_compiled_by_inductor_once(device: str) -> None:
+def test_compiled_by_inductor_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """uint8 pixels, forward and backward through torch's own compiler, in a program that does more."""
+    # A program that is kept on disk may be of another version of the op.
+    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
+    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
 
     def loss(images: Tensor, sizes: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
         tokens, offsets = functional.patch_embed_packed(
@@ -96,6 +99,45 @@ def test_compiled_by_inductor_once(device: str) -> None:
             ours = torch.autograd.grad(compiled(*arguments), arguments[2:])
         for own, other in zip(ours, torch.autograd.grad(loss(*arguments), arguments[2:]), strict=True):
             torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["a parameter", "compiled"])
+def test_a_second_derivative_is_refused(device: str, traced: bool) -> None:
+    """Where none is known; torch would take it for zero."""
+    call, sizes = given("pixels", device, BATCHES[0])
+    torch._dynamo.reset()
+    run = torch.compile(functional.patch_embed_packed, backend="eager") if traced else functional.patch_embed_packed
+    tokens, _ = run(**call, sizes=sizes if traced else torch.nn.Parameter(sizes, requires_grad=False))
+    grad = torch.randn_like(tokens, requires_grad=True)
+    (first,) = torch.autograd.grad(tokens, call["weight"], grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="sizes: .* can be differentiated once; give Python numbers"):
+        first.square().sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [BATCHES[0], []], ids=["images", "none"])
+def test_gradients_of_transposed_patches(backend: str, device: str, sizes: list[tuple[int, int]]) -> None:
+    """They have no gaps and no order of their own, which the compiler is told before it knows them."""
+    call, listed = given("CPP", device, BATCHES[0])
+    images = call["images"][: len(sizes) * 8].t().contiguous().t()
+    rest = ("CPP", False, 1, "bicubic", True, None, None, None, torch.float32, 2, [3, 2, D], (True,) * 4, backend)
+    grad = torch.randn(len(images) + 2 * len(sizes), D, device=device)
+    tensors = grad, call["weight"].detach(), images, listed[: len(sizes)]
+    torch.library.opcheck(OPS.patch_embed_sized_backward.default, (*tensors, *rest), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "rows of positions"])
+def test_positions_are_not_kept(device: str, kind: str) -> None:
+    """For the backward pass, which needs their shape alone: they may be written over, and their memory is free."""
+    call, sizes = given(kind, device, BATCHES[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.patch_embed_packed, fullgraph=True, dynamic=True, backend="aot_eager")
+    tokens, _ = compiled(**call, sizes=sizes)
+    expected, _ = functional.patch_embed_packed(**call, sizes=BATCHES[0])
+    grad = torch.randn_like(tokens)
+    with torch.no_grad():
+        call["pos_embed"].zero_()
+    for own, other in zip(*(torch.autograd.grad(each, leaves(call), grad) for each in (tokens, expected)), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tensor_of_sizes_is_the_numbers(backend: str, device: str) -> None:
@@ -148,9 +190,9 @@ def test_opcheck(backend: str, device: str, kind: str) -> None:
     arguments = (weight, call["bias"], table, call["prefix"], images, sizes, *rest, torch.float32, backend)
     torch.library.opcheck(OPS.patch_embed_sized.default, arguments, test_utils=CHECKS)
     grad = torch.randn(OPS.patch_embed_sized(*arguments)[0].shape, device=device)
-    detached = weight.detach(), table.detach(), images.detach()
+    detached = weight.detach(), images.detach()
     for needs in ((True,) * 4, (False, True, False, False)):
-        arguments = (grad, *detached, sizes, *rest, 2, needs, backend)
+        arguments = (grad, *detached, sizes, *rest, 2, list(table.shape), needs, backend)
         torch.library.opcheck(OPS.patch_embed_sized_backward.default, arguments, test_utils=CHECKS)
 
 
@@ -184,6 +226,27 @@ def test_gradients_of_resampled_positions(device: str, gathers: bool, merge: int
     (expected,) = torch.autograd.grad(rows, table, grad)
     found = grids.grid_rows_gradient(grad, (4, 6), sizes, merge=merge)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
+def test_traced_by_torchscript(device: str) -> None:
+    """For all sizes, and not at all from those that a trace would keep."""
+    call, sizes = given("pixels", device, [(2, 4), (4, 2)])
+    images = call.pop("images")
+    call = {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
+
+    def embed(images: Tensor, sizes: Any) -> tuple[Tensor, Tensor]:
+        return functional.patch_embed_packed(images, sizes=sizes, **call)
+
+    traced = torch.jit.trace(embed, (images, sizes), check_trace=False)
+    for others in ([(4, 2), (2, 4)], [(1, 3)], [(2, 2), (1, 1), (3, 5)]):
+        pixels = given("pixels", device, others)[0]["images"]
+        for own, other in zip(traced(pixels, torch.tensor(others)), embed(pixels, others), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="images, sizes: torch.jit.trace would keep the sizes"):
+        torch.jit.trace(lambda images: embed(images, [(2, 4), (4, 2)]), (images,), check_trace=False)
+    with pytest.raises(RuntimeError, match="images, sizes: torch.jit.trace would keep the sizes"):
+        torch.jit.trace(lambda image: embed([image], None), (torch.zeros(C, P, P, device=device),), check_trace=False)
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -220,6 +283,9 @@ def test_plain_pytorch_knows_no_sizes_that_are_a_tensor(device: str) -> None:
     ):
         fake = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in call.items()}
         functional.patch_embed_packed(**fake, sizes=mode.from_tensor(listed), backend="reference")
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError, match="'reference', which also serves float64"):
+        fake = {name: mode.from_tensor(v).double() if isinstance(v, Tensor) else v for name, v in call.items()}
+        functional.patch_embed_packed(**fake, sizes=mode.from_tensor(listed))
     torch._dynamo.reset()
     tokens, _ = torch.compile(functional.patch_embed_packed, backend="eager")(  # in parts
         **call, sizes=listed, backend="reference"

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastvit import grids
 from fastvit.grids import axis_matrix, resample_grids
@@ -181,6 +183,30 @@ def test_sums_of_all_sizes_at_once(options, dtype, device, monkeypatch):
     for ours, theirs in zip(at_once, one_by_one, strict=True):
         scale = theirs.abs().max().item()
         torch.testing.assert_close(ours, theirs, rtol=8 * rounding, atol=16 * rounding * scale)
+
+
+def test_sums_are_found_axis_by_axis():
+    """Of a large grid, whose every position by every one of the table is a hundred megabytes and more."""
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max([largest, *(each.numel() for each in tree_leaves(result) if isinstance(each, torch.Tensor))])
+            return result
+
+    new, old, merge = (96, 64), (48, 48), 2
+    how = grids.Filter("bilinear", False, True)
+    with Largest():
+        counts, rows, factors = grids._taps.__wrapped__(new, old, how, merge)
+    assert largest <= 4 * 96 * 64
+    axes = [axis_matrix(*sides, interpolation="bilinear", antialias=False, align_corners=True)
+            for sides in zip(new, old, strict=True)]  # fmt: skip
+    every = grids._in_windows(torch.kron(*axes).unflatten(0, new), merge)
+    found = torch.zeros_like(every)
+    found[torch.arange(96 * 64).repeat_interleave(counts), rows.long()] = factors
+    assert torch.equal(found, every)
 
 
 def test_its_own_grid_is_the_table(device):
