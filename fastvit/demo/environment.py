@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from rich.table import Table
 from fastvit import cuda, native
 from fastvit._version import __version__
 from fastvit.backend import available_backends, resolve
-from fastvit.benchmarks.rows import processor
+from fastvit.benchmarks.rows import installed_versions, processor
 from fastvit.kernels.manifest import TARGETS
 from fastvit.validation.ops import OPS
 
@@ -59,12 +58,7 @@ def _chosen(device_type: str, op: str) -> str:
 
 def versions() -> dict[str, str]:
     """Version of each package; "" for one that is not installed. Imports none of them."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = ""
+    found = {"python": platform.python_version(), **installed_versions(PACKAGES)}
     found["fastvit"] = found["fastvit"] or __version__  # of an uninstalled checkout
     found["torch"] = torch.__version__  # the distribution's metadata leaves out which build it is
     return found
