@@ -104,14 +104,14 @@ def extension() -> dict[str, str]:
     """The library of the C++/CUDA extension, or why there is none and the command that builds it."""
     missing = cuda.why_missing()
     how_to_get = cuda.how_to_get() if missing else ""
-    return {"library": "" if missing else str(cuda.LIBRARY), "why_missing": missing, "how_to_get": how_to_get}
+    return {"library": "" if missing else str(cuda.LIBRARY.path), "why_missing": missing, "how_to_get": how_to_get}
 
 
 def native_library() -> dict[str, Any]:
     """The library for the processor and the instruction set that it runs with, or why there is none, as `extension`."""
     reason = native.why_missing() or native.why_not_loaded()
     return {
-        "library": "" if reason else str(native.LIBRARY),
+        "library": "" if reason else str(native.LIBRARY.path),
         "instruction_set": "" if reason else native.instruction_set(),
         "ops": [] if reason else list(native.ops()),
         "why_missing": reason,
