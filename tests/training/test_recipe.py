@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -254,16 +253,9 @@ def test_the_model_comes_back_exactly() -> None:
     assert_same(ema.values, average, "average")
 
 
-@pytest.fixture
-def alone_in_a_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @needs_timm
 @pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
-def test_a_sharded_model_has_the_same_average(few: None, alone_in_a_group: None) -> None:
+def test_a_sharded_model_has_the_same_average(few: None, group: None) -> None:
     found = []
     for shard in ("none", "full"):
         run = begin(shard=shard, **WHOLE)
