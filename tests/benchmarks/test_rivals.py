@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from fastvit.benchmarks import models, rivals
 from fastvit.benchmarks.contenders import ours, yardstick
@@ -114,14 +115,8 @@ def test_the_best_setting_counts_and_a_yardstick_is_no_rival() -> None:
 
 def test_every_contender_is_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contenders are closures of the same code, of which torch.compile keeps a few versions and then gives up."""
-    graphs: list[object] = []
-
-    def note(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph.forward
-
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend=note, dynamic=False))
+    counter, real = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend=counter, dynamic=False))
 
     def contender(layer: nn.Module) -> Callable[[], torch.Tensor]:
         x = torch.ones(2, 3)
@@ -131,5 +126,5 @@ def test_every_contender_is_compiled_however_many_there_are(monkeypatch: pytest.
     torch._dynamo.reset()
     calls = [compiled(contender(nn.Linear(3, width)), CPU) for width in range(1, count + 1)]
     assert [call().shape[1] for call in calls] == list(range(1, count + 1))
-    assert len(graphs) == count
+    assert counter.frame_count == count
     torch._dynamo.reset()
