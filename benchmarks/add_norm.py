@@ -81,7 +81,7 @@ def _work(inputs: AddNormInputs, mode: str) -> tuple[float, float]:
 
 
 def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return 0 if tensor is None else tensor.nbytes
 
 
 def _measurements(size: Size, scope: Scope) -> Iterator[Measurement]:

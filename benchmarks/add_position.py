@@ -57,7 +57,7 @@ def _eager(inputs: Inputs) -> Solution:
 
 def _work(inputs: Inputs, mode: str) -> tuple[float, float]:
     """Backward reads the gradient once more; the tokens' own gradient is a view of it."""
-    tokens, grad = (tensor.numel() * tensor.element_size() for tensor in (inputs["tokens"], inputs.grad))
+    tokens, grad = (tensor.nbytes for tensor in (inputs["tokens"], inputs.grad))
     return float(inputs.grad.numel()), float(tokens + grad * (2 if mode == BOTH else 1))
 
 

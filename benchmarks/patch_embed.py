@@ -183,7 +183,7 @@ def work(inputs: Inputs, mode: str) -> tuple[float, float]:
     patches = grad.shape[0] * (grad.shape[1] - inputs.copied)
     pixels = patches * weight[0].numel() * images.element_size()
     flops = 2.0 * patches * weight.numel()
-    moved = float(pixels + sum(tensor.numel() * tensor.element_size() for tensor in (weight, grad)))
+    moved = float(pixels + weight.nbytes + grad.nbytes)
     return (flops, moved) if mode == FORWARD else (2 * flops, 2 * moved)
 
 

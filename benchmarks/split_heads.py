@@ -68,7 +68,7 @@ def _eager(inputs: SplitHeadsInputs) -> Solution:
 def _work(inputs: SplitHeadsInputs, mode: str) -> tuple[float, float]:
     """The gradients are read and written."""
     qkv = inputs["qkv"]
-    return float(qkv.numel()), 2.0 * qkv.numel() * qkv.element_size()
+    return float(qkv.numel()), 2.0 * qkv.nbytes
 
 
 def _measurements(size: Size, scope: Scope) -> Iterator[Measurement]:

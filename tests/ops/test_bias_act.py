@@ -14,10 +14,10 @@ from fastvit.backend import launch_counts
 from fastvit.peers import import_peer
 from fastvit.validation.tolerance import assert_close
 from tests.libraries import needs
+from tests.ops.test_registration import CHECKS
 
 OP = "bias_act"
 OPS = torch.ops.fastvit
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 FORMS = {
     "plain": {},
     "two products": {"up": True},

@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit import functional, grids
-from tests.ops.test_patch_embed_packed import CHECKS, NORMALISATION, OPS, C, D, P, cut, make
+from tests.ops.test_patch_embed_packed import NORMALISATION, OPS, C, D, P, cut, make
+from tests.ops.test_registration import CHECKS
 
 OP = "patch_embed_packed"
 # The first has as many images as nothing else has of anything, which torch would take for the same.
