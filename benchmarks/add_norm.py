@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastvit import tuning
 from fastvit.benchmarks import tune
-from fastvit.benchmarks.contenders import Task
-from fastvit.benchmarks.problem import BOTH, COMPILED, WIDTHS, Contender, Plan, Problem
+from fastvit.benchmarks.contenders import Task, against
+from fastvit.benchmarks.problem import BOTH, WIDTHS, Plan, Problem
 from fastvit.benchmarks.rivals import Solution
 from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
 from fastvit.validation import AddNormCase, AddNormInputs, make_inputs
@@ -57,13 +57,8 @@ def _problems_of(
     name = f"ViT-{model}, {TOKENS} tokens, batch {batch}"
     case = AddNormCase(name, batch=batch, tokens=TOKENS, width=WIDTHS[model], **options)  # type: ignore[arg-type]
     task = Task("add_norm", make_inputs(case, dtype, device), device)
-    contenders = functools.partial(_contenders, hows=(COMPILED,) if with_compiled else ())
+    contenders = against("add + layer_norm", _eager, with_compiled)
     return task.problems("add_norm", name, precision, "contiguous", contenders, _work)
-
-
-def _contenders(task: Task, mode: str, hows: tuple[str, ...]) -> Iterator[Contender]:
-    yield from task.ours(mode)
-    yield from task.rival(mode, "add + layer_norm", "", _eager, hows)
 
 
 def _eager(inputs: AddNormInputs) -> Solution:
@@ -86,7 +81,7 @@ def _work(inputs: AddNormInputs, mode: str) -> tuple[float, float]:
 
 
 def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return 0 if tensor is None else tensor.nbytes
 
 
 def _measurements(size: Size, scope: Scope) -> Iterator[Measurement]:

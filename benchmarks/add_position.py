@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastvit import tuning
 from fastvit.benchmarks import tune
-from fastvit.benchmarks.contenders import Task
-from fastvit.benchmarks.problem import BOTH, COMPILED, WIDTHS, Contender, Plan, Problem
+from fastvit.benchmarks.contenders import Task, against, token_shapes
+from fastvit.benchmarks.problem import BOTH, WIDTHS, Plan, Problem
 from fastvit.benchmarks.rivals import Solution
 from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
 from fastvit.validation import AddPositionCase, Inputs, make_inputs
@@ -24,15 +24,7 @@ PRECISIONS = {"float32": (torch.float32, "same"), "bfloat16": (torch.bfloat16, "
 
 def plan(size: str, device: torch.device) -> Plan:
     """The cases of the suite."""
-    on_gpu = device.type == "cuda"
-    if size == "tiny":
-        shapes = [("Ti", 2, 4)]
-    else:
-        batches = (
-            ((256,) if size == "small" else (64, 256, 1024)) if on_gpu else ((16,) if size == "small" else (1, 16))
-        )
-        models = ("S", "B") if size == "small" else tuple(WIDTHS)
-        shapes = [(model, batch, 196) for model in models for batch in batches]
+    shapes = [("Ti", 2, 4)] if size == "tiny" else token_shapes(size, device, 196)
     return [
         (
             f"add_position ViT-{model}, batch {batch}, {precision}",
@@ -50,13 +42,8 @@ def _problems_of(
     name = f"ViT-{model}, {patches} patches, batch {batch}"
     case = AddPositionCase(name, batch=batch, patches=patches, width=WIDTHS[model], parameters=parameters)
     task = Task("add_position", make_inputs(case, dtype, device), device)
-    contenders = functools.partial(_contenders, hows=(COMPILED,) if with_compiled else ())
+    contenders = against("cat + add", _eager, with_compiled)
     return task.problems("add_position", name, precision, "contiguous", contenders, _work)
-
-
-def _contenders(task: Task, mode: str, hows: tuple[str, ...]) -> Iterator[Contender]:
-    yield from task.ours(mode)
-    yield from task.rival(mode, "cat + add", "", _eager, hows)
 
 
 def _eager(inputs: Inputs) -> Solution:
@@ -70,7 +57,7 @@ def _eager(inputs: Inputs) -> Solution:
 
 def _work(inputs: Inputs, mode: str) -> tuple[float, float]:
     """Backward reads the gradient once more; the tokens' own gradient is a view of it."""
-    tokens, grad = (tensor.numel() * tensor.element_size() for tensor in (inputs["tokens"], inputs.grad))
+    tokens, grad = (tensor.nbytes for tensor in (inputs["tokens"], inputs.grad))
     return float(inputs.grad.numel()), float(tokens + grad * (2 if mode == BOTH else 1))
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastvit import tuning
 from fastvit.benchmarks import tune
-from fastvit.benchmarks.contenders import Task
-from fastvit.benchmarks.problem import COMPILED, FORWARD, WIDTHS, Contender, Plan, Problem
+from fastvit.benchmarks.contenders import Task, against
+from fastvit.benchmarks.problem import FORWARD, WIDTHS, Plan, Problem
 from fastvit.benchmarks.rivals import BiasOfProduct, Solution
 from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
 from fastvit.validation import AttentionCase, AttentionInputs, make_inputs
@@ -46,17 +46,12 @@ def _problems_of(
     name = f"ViT-{model}, {tokens} tokens, batch {batch}"
     case = _case(name, model, batch, tokens)
     task = Task("attention", make_inputs(case, PRECISIONS[precision], device), device)
-    contenders = functools.partial(_contenders, hows=(COMPILED,) if with_compiled else ())
+    contenders = against("scaled_dot_product_attention", _eager, with_compiled)
     return task.problems("attention", name, precision, "packed", contenders, _work)
 
 
 def _case(name: str, model: str, batch: int, tokens: int) -> AttentionCase:
     return AttentionCase(name, batch=batch, tokens=tokens, heads=max(1, WIDTHS[model] // HEAD), width=HEAD)
-
-
-def _contenders(task: Task, mode: str, hows: tuple[str, ...]) -> Iterator[Contender]:
-    yield from task.ours(mode)
-    yield from task.rival(mode, "scaled_dot_product_attention", "", _eager, hows)
 
 
 def _eager(inputs: AttentionInputs) -> Solution:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastvit import tuning
 from fastvit.benchmarks import tune
-from fastvit.benchmarks.contenders import Task
-from fastvit.benchmarks.problem import BOTH, COMPILED, WIDTHS, Contender, Plan, Problem
+from fastvit.benchmarks.contenders import Task, against, token_shapes
+from fastvit.benchmarks.problem import BOTH, WIDTHS, Plan, Problem
 from fastvit.benchmarks.rivals import BiasOfProduct, Solution
 from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
 from fastvit.validation import BiasActCase, Inputs, make_inputs
@@ -27,15 +27,7 @@ MLPS: dict[str, tuple[str, bool | None, float]] = {"GELU": ("gelu", None, 4), "S
 
 def plan(size: str, device: torch.device) -> Plan:
     """The cases of the suite."""
-    on_gpu = device.type == "cuda"
-    if size == "tiny":
-        shapes = [("Ti", 1, 4)]
-    else:
-        batches = (
-            ((256,) if size == "small" else (64, 256, 1024)) if on_gpu else ((16,) if size == "small" else (1, 16))
-        )
-        models = ("S", "B") if size == "small" else tuple(WIDTHS)
-        shapes = [(model, batch, 197) for model in models for batch in batches]
+    shapes = [("Ti", 1, 4)] if size == "tiny" else token_shapes(size, device, 197)
     return [
         (
             f"bias_act ViT-{model}, {mlp}, batch {batch}, {precision}",
@@ -62,13 +54,8 @@ def _problems_of(
     name = f"ViT-{model}, {mlp}, {tokens} tokens, batch {batch}"
     case = _case(name, model, mlp, batch, tokens, parameters)
     task = Task("bias_act", make_inputs(case, dtype, device), device)
-    contenders = functools.partial(_contenders, hows=(COMPILED,) if with_compiled else ())
+    contenders = against("linear's bias + act", _eager, with_compiled)
     return task.problems("bias_act", name, precision, "contiguous", contenders, _work)
-
-
-def _contenders(task: Task, mode: str, hows: tuple[str, ...]) -> Iterator[Contender]:
-    yield from task.ours(mode)
-    yield from task.rival(mode, "linear's bias + act", "", _eager, hows)
 
 
 def _eager(inputs: Inputs) -> Solution:
@@ -84,7 +71,7 @@ def _eager(inputs: Inputs) -> Solution:
 
 def _work(inputs: Inputs, mode: str) -> tuple[float, float]:
     """Backward reads the product once more, and writes as much."""
-    x, grad = (tensor.numel() * tensor.element_size() for tensor in (inputs["x"], inputs.grad))
+    x, grad = (tensor.nbytes for tensor in (inputs["x"], inputs.grad))
     return 20.0 * inputs.grad.numel(), float(x + grad + (2 * x + grad if mode == BOTH else 0))
 
 

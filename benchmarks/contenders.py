@@ -12,7 +12,18 @@ from torch import Tensor
 
 from fastvit import functional
 from fastvit.backend import why_missing
-from fastvit.benchmarks.problem import BOTH, FORWARD, Contender, Problem, Unavailable, compiled, our_backends
+from fastvit.benchmarks.problem import (
+    BOTH,
+    COMPILED,
+    FORWARD,
+    WIDTHS,
+    Contender,
+    Problem,
+    Unavailable,
+    compiled,
+    our_backends,
+    usual_batches,
+)
 from fastvit.benchmarks.rivals import Solution, autocast
 from fastvit.benchmarks.rows import OURS
 from fastvit.benchmarks.timing import Call
@@ -85,6 +96,22 @@ class Task:
             with torch.set_grad_enabled(mode == BOTH):
                 tokens = compiled(tokens, self.device, how)
         return timed_call(Solution(tokens, solution.parameters), self.inputs.grads.values(), mode)
+
+
+def token_shapes(size: str, device: torch.device, tokens: int) -> list[tuple[str, int, int]]:
+    """Model, batch and tokens of the cases of an op that is given tokens; of size small or full."""
+    models = ("S", "B") if size == "small" else tuple(WIDTHS)
+    return [(model, batch, tokens) for model in models for batch in usual_batches(size, device.type == "cuda")]
+
+
+def against(rival: str, make: Make, with_compiled: bool) -> Callable[[Task, str], Iterator[Contender]]:
+    """The contenders of a suite that has one rival: it is compiled too if asked for."""
+
+    def contenders(task: Task, mode: str) -> Iterator[Contender]:
+        yield from task.ours(mode)
+        yield from task.rival(mode, rival, "", make, (COMPILED,) if with_compiled else ())
+
+    return contenders
 
 
 def trained(inputs: Inputs) -> Any:

@@ -16,7 +16,17 @@ import torch
 from fastvit import tuning
 from fastvit.benchmarks import rivals, tune
 from fastvit.benchmarks.contenders import Make, Task, timed_call
-from fastvit.benchmarks.problem import CHANNELS_LAST, COMPILED, FORWARD, MAX_AUTOTUNE, WIDTHS, Contender, Plan, Problem
+from fastvit.benchmarks.problem import (
+    CHANNELS_LAST,
+    COMPILED,
+    FORWARD,
+    MAX_AUTOTUNE,
+    WIDTHS,
+    Contender,
+    Plan,
+    Problem,
+    usual_batches,
+)
 from fastvit.benchmarks.timing import Call
 from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
 from fastvit.tuning import Configuration
@@ -109,19 +119,15 @@ def usual_shapes(size: str, on_gpu: bool) -> list[Shape]:
     if size == "tiny":
         return [Shape("Ti", 2, image=32)]
     if size == "small":
-        return [Shape(model, 256 if on_gpu else 16) for model in ("B", "S")]
-    return [Shape(model, batch) for model in WIDTHS for batch in _batches(on_gpu)]
-
-
-def _batches(on_gpu: bool) -> tuple[int, ...]:
-    return (64, 256, 1024) if on_gpu else (1, 16)
+        return [Shape(model, batch) for model in ("B", "S") for batch in usual_batches(size, on_gpu)]
+    return [Shape(model, batch) for model in WIDTHS for batch in usual_batches(size, on_gpu)]
 
 
 def _published(on_gpu: bool) -> Iterator[Shape]:
     for model in WIDTHS:
         for patch, images in ((16, (224, 384)), (14, (224, 378))):  # 14 does not divide 384
             for image in images:
-                for batch in _batches(on_gpu):
+                for batch in usual_batches("full", on_gpu):
                     yield Shape(model, batch, image, patch)
 
 
@@ -177,7 +183,7 @@ def work(inputs: Inputs, mode: str) -> tuple[float, float]:
     patches = grad.shape[0] * (grad.shape[1] - inputs.copied)
     pixels = patches * weight[0].numel() * images.element_size()
     flops = 2.0 * patches * weight.numel()
-    moved = float(pixels + sum(tensor.numel() * tensor.element_size() for tensor in (weight, grad)))
+    moved = float(pixels + weight.nbytes + grad.nbytes)
     return (flops, moved) if mode == FORWARD else (2 * flops, 2 * moved)
 
 

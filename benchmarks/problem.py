@@ -37,6 +37,13 @@ NO_COMPILE = "FASTVIT_NO_COMPILE"  # environment variable: where it is set, noth
 NOT_COMPILED = f"not compiled in this run: {NO_COMPILE} is set"
 
 
+def usual_batches(size: str, on_gpu: bool) -> tuple[int, ...]:
+    """How many images at once a model embeds where it is measured."""
+    if size == "small":
+        return (256,) if on_gpu else (16,)
+    return (64, 256, 1024) if on_gpu else (1, 16)
+
+
 class Unavailable(RuntimeError):
     """A contender can't run here, or does not compute the right thing; the message is the reason in its row."""
 

@@ -153,12 +153,6 @@ def _time(row: Row) -> str:
     return f"{median:.2f} ms ({p20:.2f} to {p80:.2f})"
 
 
-def _measured(options: argparse.Namespace, suite: str) -> list[Row]:
-    """The rows of a suite, measured here and now."""
-
-    return run_suites([suite], options.size, progress=_progress, seconds=options.seconds, threads=options.threads)
-
-
 def _recorded(options: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows that are to be written, suite by suite.
 
@@ -169,7 +163,8 @@ def _recorded(options: argparse.Namespace) -> Iterator[list[Row]]:
     if options.render:
         return iter(())
     if not options.source:
-        return (_measured(options, suite) for suite in suites)
+        how = {"progress": _progress, "seconds": options.seconds, "threads": options.threads}
+        return (run_suites([suite], options.size, **how) for suite in suites)
     found = list(of_campaign(read_json_lines(options.source), suites))
     if not found:
         raise ValueError(f"{options.source}: no rows of {', '.join(suites)}")

@@ -152,15 +152,22 @@ def device_name(device: torch.device) -> str:
     return f"{processor()}, {torch.get_num_threads()} threads"
 
 
-@functools.lru_cache
-def versions(device_type: str) -> dict[str, str]:
-    """Versions of everything that shapes a timing; "" for what is not installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("fastvit", "triton", "timm", "torchvision", "transformers"):
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of packages, none of which is imported; "" for what is not installed."""
+    found = {}
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = ""
+    return found
+
+
+@functools.lru_cache
+def versions(device_type: str) -> dict[str, str]:
+    """Versions of everything that shapes a timing; "" for what is not installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= installed_versions(("fastvit", "triton", "timm", "torchvision", "transformers"))
     if device_type == "cuda":
         found["cuda"] = torch.version.cuda or ""
         found["cudnn"] = str(torch.backends.cudnn.version() or "")

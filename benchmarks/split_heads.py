@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastvit import tuning
 from fastvit.benchmarks import tune
-from fastvit.benchmarks.contenders import Task
-from fastvit.benchmarks.problem import BOTH, COMPILED, WIDTHS, Contender, Plan, Problem
+from fastvit.benchmarks.contenders import Task, against, token_shapes
+from fastvit.benchmarks.problem import BOTH, WIDTHS, Plan, Problem
 from fastvit.benchmarks.rivals import BiasOfProduct, Solution
 from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
 from fastvit.validation import SplitHeadsCase, SplitHeadsInputs, make_inputs
@@ -28,15 +28,7 @@ HEAD = 64
 
 def plan(size: str, device: torch.device) -> Plan:
     """The cases of the suite."""
-    on_gpu = device.type == "cuda"
-    if size == "tiny":
-        shapes = [("Ti", 2, 4)]
-    else:
-        batches = (
-            ((256,) if size == "small" else (64, 256, 1024)) if on_gpu else ((16,) if size == "small" else (1, 16))
-        )
-        models = ("S", "B") if size == "small" else tuple(WIDTHS)
-        shapes = [(model, batch, 197) for model in models for batch in batches]
+    shapes = [("Ti", 2, 4)] if size == "tiny" else token_shapes(size, device, 197)
     return [
         (
             f"split_heads ViT-{model}, batch {batch}, {precision}",
@@ -54,7 +46,7 @@ def _problems_of(
     name = f"ViT-{model}, {tokens} tokens, batch {batch}"
     case = _case(name, model, batch, tokens, parameters)
     task = Task("split_heads", make_inputs(case, dtype, device), device)
-    contenders = functools.partial(_contenders, hows=(COMPILED,) if with_compiled else ())
+    contenders = against("stack + sum", _eager, with_compiled)
     return task.problems("split_heads", name, precision, "by tokens", contenders, _work, modes=(BOTH,))
 
 
@@ -62,11 +54,6 @@ def _case(name: str, model: str, batch: int, tokens: int, parameters: str) -> Sp
     return SplitHeadsCase(
         name, batch=batch, tokens=tokens, heads=max(1, WIDTHS[model] // HEAD), width=HEAD, parameters=parameters
     )
-
-
-def _contenders(task: Task, mode: str, hows: tuple[str, ...]) -> Iterator[Contender]:
-    yield from task.ours(mode)
-    yield from task.rival(mode, "stack + sum", "", _eager, hows)
 
 
 def _eager(inputs: SplitHeadsInputs) -> Solution:
@@ -81,7 +68,7 @@ def _eager(inputs: SplitHeadsInputs) -> Solution:
 def _work(inputs: SplitHeadsInputs, mode: str) -> tuple[float, float]:
     """The gradients are read and written."""
     qkv = inputs["qkv"]
-    return float(qkv.numel()), 2.0 * qkv.numel() * qkv.element_size()
+    return float(qkv.numel()), 2.0 * qkv.nbytes
 
 
 def _measurements(size: Size, scope: Scope) -> Iterator[Measurement]:

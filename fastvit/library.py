@@ -14,53 +14,54 @@ import torch
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Library:
-    """What messages call it, the file that builds it in a checkout, `make`'s target, and the variable of an install."""
+    """What messages call it, the file that builds it in a checkout, `make`'s target, the variable of an install, and
+    where it lies."""
 
     about: str
     tool: str
     target: str
     variable: str
+    path: Path
+    checkout: Path = CHECKOUT
 
-    def why_missing(self, path: Path) -> str:
+    def why_missing(self) -> str:
         """The reason why there is no library, "" if there is one."""
-        if path.exists():
+        if self.path.exists():
             return ""
-        reason = self.build_info(path).get("reason")
+        reason = self.build_info().get("reason")
         return f"{self.about} is not built: {reason}" if reason else f"{self.about} is not built"
 
-    @staticmethod
-    def why_not_loaded(path: Path) -> str:
+    def why_not_loaded(self) -> str:
         """Load the library. The reason why it can't be, "" if it is loaded."""
         try:
-            torch.ops.load_library(str(path))
+            torch.ops.load_library(str(self.path))
         except OSError as error:
             # torch wraps what the system's loader said.
-            return f"{path} can't be loaded into torch {torch.__version__}: {error.__cause__ or error}"
+            return f"{self.path} can't be loaded into torch {torch.__version__}: {error.__cause__ or error}"
         return ""
 
-    @staticmethod
-    def build_info(path: Path) -> dict[str, Any]:
+    def build_info(self) -> dict[str, Any]:
         """What the build wrote beside the library: of what it was built, or "reason"; {} where nothing was built."""
         try:
-            return dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+            return dict(json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
 
-    def how_to_get(self, checkout: Path) -> str:
+    def how_to_get(self) -> str:
         """The command that builds the library for this installation."""
-        if (checkout / "tools" / self.tool).exists():
-            return f"make -C {checkout} {self.target}"
+        if (self.checkout / "tools" / self.tool).exists():
+            return f"make -C {self.checkout} {self.target}"
         return (
             f"{self.variable}=1 pip install --no-build-isolation --no-deps --force-reinstall PATH_TO_FASTVIT'S_SOURCES"
         )
 
-    def is_outdated(self, path: Path, checkout: Path) -> bool:
+    def is_outdated(self) -> bool:
         """Whether the library was built from other sources than those of the checkout it is in."""
-        built_from = self.build_info(path).get("sources")
-        tool = checkout / "tools" / self.tool
-        if built_from is None or not path.exists() or not tool.exists():
+        built_from = self.build_info().get("sources")
+        tool = self.checkout / "tools" / self.tool
+        if built_from is None or not self.path.exists() or not tool.exists():
             return False
         return bool(_module(tool).sources_digest() != built_from)
 

@@ -55,16 +55,6 @@ def _import_torchvision() -> None:
             stand_in._destroy()
 
 
-def import_timm() -> ModuleType:
-    """timm; raises as `import_peer`."""
-    return import_peer("timm")
-
-
-def timm_missing() -> str:
-    """Why timm can't be used here, "" if it can."""
-    return peer_missing("timm")
-
-
 def peer_missing(name: str) -> str:
     """Why a library can't be used here, "" if it can."""
     try:

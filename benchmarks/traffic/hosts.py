@@ -17,8 +17,6 @@ PLAIN, SCALED = "plain", "layerscale+droppath"
 SETTINGS = (PLAIN, SCALED)
 DEPTHS = {"Ti": 12, "S": 12, "B": 12, "L": 24}
 _OPTIONS: dict[str, dict[str, Any]] = {PLAIN: {}, SCALED: {"init_values": 1e-5, "drop_path_rate": 0.1}}
-
-
 _LISTS = (nn.ModuleList, nn.Sequential)  # of which a model's blocks are in the largest
 
 

@@ -56,12 +56,12 @@ def console(*, to_stderr: bool = False) -> Console:
 
 
 @contextmanager
-def progress_bar(*, shown: bool = True) -> Iterator[Progress]:
+def progress_bar() -> Iterator[Progress]:
     """A bar on standard error, called as progress(done, total, description)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console(to_stderr=True), transient=True, disable=not shown) as bar:
+    with Progress(*columns, console=console(to_stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def update(done: int, total: int, description: str) -> None:

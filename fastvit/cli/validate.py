@@ -50,7 +50,7 @@ def validate(
     if primitives and (backends or ops or dtypes or quick):
         raise typer.BadParameter("accepted alone or with --device and --json", param_hint="--primitives")
     check_device(device)
-    with progress_bar(shown=True) as progress:
+    with progress_bar() as progress:
         if primitives:
             report = check_primitives(device, progress)
         else:

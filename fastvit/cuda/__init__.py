@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastvit.library import CHECKOUT, Library
+from fastvit.library import Library
 
-LIBRARY = Path(__file__).resolve().with_name("_fastvit_cuda.so")
-_CHECKOUT = CHECKOUT
-_KIND = Library("the C++/CUDA extension", "build_extension.py", "extension", "FASTVIT_BUILD_CUDA")
+LIBRARY = Library(
+    "the C++/CUDA extension",
+    "build_extension.py",
+    "extension",
+    "FASTVIT_BUILD_CUDA",
+    Path(__file__).resolve().with_name("_fastvit_cuda.so"),
+)
+why_missing, build_info = LIBRARY.why_missing, LIBRARY.build_info
+how_to_get, is_outdated = LIBRARY.how_to_get, LIBRARY.is_outdated
+why_not_loaded = lru_cache(LIBRARY.why_not_loaded)  # once in a process
 
 
 @lru_cache
@@ -32,37 +38,11 @@ def why_unavailable(device_type: str) -> str:
     return _why_not_compiled_for(*torch.cuda.get_device_capability()) or why_not_loaded()
 
 
-def why_missing() -> str:
-    """The reason why there is no library, "" if there is one."""
-    return _KIND.why_missing(LIBRARY)
-
-
-@lru_cache
-def why_not_loaded() -> str:
-    """Load the library, once in a process. The reason why it can't be, "" if it is loaded."""
-    return _KIND.why_not_loaded(LIBRARY)
-
-
-def build_info() -> dict[str, Any]:
-    """What the build wrote beside the library: "architectures" and "ptx", or "reason"; {} where nothing was built."""
-    return _KIND.build_info(LIBRARY)
-
-
 def architectures() -> tuple[str, ...]:
     """The GPU architectures that the library is compiled for: "sm_80", and "compute_80" for it and all later ones."""
     info = build_info()
     ptx = info.get("ptx")
     return (*(f"sm_{name}" for name in info.get("architectures", ())), *([f"compute_{ptx}"] if ptx else []))
-
-
-def how_to_get() -> str:
-    """The command that builds the extension for this installation."""
-    return _KIND.how_to_get(_CHECKOUT)
-
-
-def is_outdated() -> bool:
-    """Whether the library was built from other sources than those of the checkout it is in."""
-    return _KIND.is_outdated(LIBRARY, _CHECKOUT)
 
 
 def _why_not_compiled_for(major: int, minor: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from rich.table import Table
 from fastvit import cuda, native
 from fastvit._version import __version__
 from fastvit.backend import available_backends, resolve
-from fastvit.benchmarks.rows import processor
+from fastvit.benchmarks.rows import installed_versions, processor
 from fastvit.kernels.manifest import TARGETS
 from fastvit.validation.ops import OPS
 
@@ -59,12 +58,7 @@ def _chosen(device_type: str, op: str) -> str:
 
 def versions() -> dict[str, str]:
     """Version of each package; "" for one that is not installed. Imports none of them."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = ""
+    found = {"python": platform.python_version(), **installed_versions(PACKAGES)}
     found["fastvit"] = found["fastvit"] or __version__  # of an uninstalled checkout
     found["torch"] = torch.__version__  # the distribution's metadata leaves out which build it is
     return found
@@ -110,14 +104,14 @@ def extension() -> dict[str, str]:
     """The library of the C++/CUDA extension, or why there is none and the command that builds it."""
     missing = cuda.why_missing()
     how_to_get = cuda.how_to_get() if missing else ""
-    return {"library": "" if missing else str(cuda.LIBRARY), "why_missing": missing, "how_to_get": how_to_get}
+    return {"library": "" if missing else str(cuda.LIBRARY.path), "why_missing": missing, "how_to_get": how_to_get}
 
 
 def native_library() -> dict[str, Any]:
     """The library for the processor and the instruction set that it runs with, or why there is none, as `extension`."""
     reason = native.why_missing() or native.why_not_loaded()
     return {
-        "library": "" if reason else str(native.LIBRARY),
+        "library": "" if reason else str(native.LIBRARY.path),
         "instruction_set": "" if reason else native.instruction_set(),
         "ops": [] if reason else list(native.ops()),
         "why_missing": reason,

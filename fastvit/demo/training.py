@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastvit.peers import import_peer, timm_missing
+from fastvit.peers import import_peer, peer_missing
 from fastvit.training import Run, TrainOptions, train
 from fastvit.training.digits import load_digits
 from fastvit.training.distributed import Team, choose_device
@@ -59,7 +59,7 @@ class Comparison:
 
 def compare_with_timm() -> Comparison:
     """Train ours and timm's for an epoch from the same weights, on the same batches, with the same optimiser."""
-    reason = timm_missing()
+    reason = peer_missing("timm")
     if reason:
         return Comparison(skipped=reason)
     options = TrainOptions(tensorboard=False)

@@ -39,9 +39,7 @@ def patch_embed(
     if tokens.numel() == 0:
         return tokens
     held = [_contiguous(tensor) for tensor in (bias, pos_embed, prefix, keep)]
-    inputs = library().PatchEmbedInputs(
-        view(images), view(weight), *map(view, held), view(constants), type_of(compute_dtype), tf32, False
-    )
+    inputs = _patch_embed_inputs((images, weight, *held, constants), compute_dtype, tf32, False)
     library().patch_embed(device(), inputs, view(tokens))
     return tokens
 
@@ -72,21 +70,8 @@ def patch_embed_backward(
     d_rows = torch.empty((rows, dim) if need_rows else (0,), dtype=torch.float32)
     grad, product_grad, images = grad.contiguous(), product_grad.contiguous(), _readable(images)
     weight, keep = weight.contiguous(), _contiguous(keep)
-    none = view(None)
-    inputs = library().PatchEmbedInputs(
-        view(images),
-        view(weight),
-        none,
-        none,
-        none,
-        view(keep),
-        view(constants),
-        type_of(compute_dtype),
-        tf32,
-        has_mean,
-    )
-    wanted = zip((d_images, d_weight, d_bias, d_rows), needs, strict=True)
-    results = (view(tensor if is_needed else None) for tensor, is_needed in wanted)
+    inputs = _patch_embed_inputs((images, weight, None, None, None, keep, constants), compute_dtype, tf32, has_mean)
+    results = _views((d_images, d_weight, d_bias, d_rows), needs)
     gradients = library().PatchEmbedGradients(view(grad), view(product_grad), view(constants_of_images), *results)
     library().patch_embed_backward(device(), inputs, prefix_rows, gradients)
     return d_images, d_weight, d_bias, d_rows
@@ -108,10 +93,7 @@ def patch_embed_packed(
     """[C, H_i, W_i] each → [Σ R+N_i, D]."""
     weight = weight.contiguous()
     held = [_contiguous(tensor) for tensor in (bias, pos_embed, prefix)]
-    none = view(None)
-    inputs = library().PatchEmbedInputs(
-        none, view(weight), *map(view, held), none, view(constants), type_of(compute_dtype), tf32, False
-    )
+    inputs = _patch_embed_inputs((None, weight, *held, None, constants), compute_dtype, tf32, False)
     packed, patches = _packed(images, starts, table, weight, 0 if pos_embed is None else pos_embed.shape[0])
     rows = patches + len(images) * (0 if prefix is None else prefix.shape[0])
     tokens = weight.new_empty((rows, weight.shape[0]), dtype=dtype)
@@ -142,12 +124,9 @@ def patch_embed_packed_backward(
     d_weight = weight.new_empty(weight.shape if need_weight else 0)
     d_bias = torch.empty(width if need_bias else 0, dtype=torch.float32)
     d_rows = torch.empty((prefix_rows + places, width) if need_rows else 0, dtype=torch.float32)
+    inputs = _patch_embed_inputs((None, weight, None, None, None, None, constants), compute_dtype, tf32, has_mean)
+    results = _views((d_weight, d_bias, d_rows), needs)
     none = view(None)
-    inputs = library().PatchEmbedInputs(
-        none, view(weight), none, none, none, none, view(constants), type_of(compute_dtype), tf32, has_mean
-    )
-    wanted = zip((d_weight, d_bias, d_rows), needs, strict=True)
-    results = [view(tensor if is_needed else None) for tensor, is_needed in wanted]
     gradients = library().PatchEmbedGradients(view(grad), view(product_grad), none, none, *results)
     library().patch_embed_packed_backward(device(), inputs, *packed, prefix_rows, gradients)
     return d_weight, d_bias, d_rows
@@ -278,6 +257,16 @@ def split_heads_backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, has_bias: bool) 
     results = view(d_qkv), view(sums if has_bias else None)
     library().split_heads_backward(device(), *map(view, (d_q, d_k, d_v)), *results)
     return d_qkv, sums
+
+
+def _patch_embed_inputs(tensors: Sequence[Tensor | None], compute_dtype: torch.dtype, *rest: bool) -> Any:
+    """Of images, weight, bias, positions, prefix, keep and constants."""
+    return library().PatchEmbedInputs(*map(view, tensors), type_of(compute_dtype), *rest)
+
+
+def _views(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Any]:
+    """Of the gradients that are needed."""
+    return [view(tensor if is_needed else None) for tensor, is_needed in zip(gradients, needs, strict=True)]
 
 
 def _packed(

@@ -246,12 +246,12 @@ class Fused(Mixin):
             "the model first, or use torch.export or torch.jit.trace"
         )
 
-    def as_the_host_takes_them(self, images: Any, dtype: torch.dtype | None = None) -> Any:
+    def as_the_host_takes_them(self, images: Any) -> Any:
         """Raw images as normalised floats, of the parameters' dtype, everything else as it is: for the host's code."""
         if not self.is_raw(images):
             return images
-        dtype = _parameter_dtype(self) if dtype is None else dtype
-        return normalised(self.upright(images), self.fastvit_settings.mean, self.fastvit_settings.std, dtype)
+        settings = self.fastvit_settings
+        return normalised(self.upright(images), settings.mean, settings.std, _parameter_dtype(self))
 
     def embed(
         self,

@@ -81,6 +81,30 @@ class Taps:
         return args[0] if func is F.embedding else NotImplemented
 
 
+class OfKnownCode(Fused):
+    """A host whose own code runs on stand-ins for tensors, which can do no more than what is known to be asked of them:
+    so that code is known by the fingerprint of its source."""
+
+    known: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        is_known = fingerprint(own_class(module).forward) in cls.known
+        return "" if is_known else "its forward is not one that is known"
+
+
+class OfCutPatches(Fused):
+    """A host whose patches come cut."""
+
+    @classmethod
+    def parts(cls, module: Any) -> Sequence[str]:
+        return ["the projection of patches"]
+
+    @classmethod
+    def refuses_uint8(cls, module: Any) -> str:
+        return "its processor cuts and normalises the patches"
+
+
 class Embeddings(Fused):
     """What the embeddings of all models share: where the projection is, and when a call can be ours."""
 
@@ -158,14 +182,33 @@ class Embeddings(Fused):
         height, width = numbers_where_traced(images.shape[2:])
         return self.interpolate_pos_encoding(table[:, :1].expand(-1, rows, -1), height, width)
 
-    def _patches(self, images: Tensor) -> int:
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches."""
         height, width = self.projection(self).stride
-        return (images.shape[2] // height) * (images.shape[3] // width)
+        return images.shape[2] // height, images.shape[3] // width
+
+    def _patches(self, images: Tensor) -> int:
+        rows, columns = self.grid_of(images)
+        return rows * columns
 
     def has_own_size(self, images: Tensor) -> bool:
         """Whether images are of the size that the model was made for."""
         height, width = self.example_size(self)
         return images.shape[2] == height and images.shape[3] == width
+
+
+class DirectEmbeddings(Embeddings):
+    """Those that hold the convolution themselves, under this name."""
+
+    convolution: ClassVar[str] = "patch_embedding"
+
+    @classmethod
+    def projection(cls, module: Any) -> Any:
+        return attribute(module, cls.convolution)
+
+    @classmethod
+    def inside(cls, module: Any) -> Sequence[Part]:
+        return [Part(cls.convolution, cls.projection(module), nn.Conv2d)]
 
 
 class ViTEmbeddings(Embeddings):
@@ -200,11 +243,8 @@ class BeitEmbeddings(Embeddings):
         if table is not None:
             table = self.interpolated(table, images, 1)
         tokens = self.dropout(self.tokens(images, table, self.cls_token))
-        if not hasattr(self.patch_embeddings, "patch_shape"):
-            return tokens
         # The variant of this class that knows its grid returns it.
-        patch_height, patch_width = self.projection(self).stride
-        return tokens, (images.shape[2] // patch_height, images.shape[3] // patch_width)
+        return (tokens, self.grid_of(images)) if hasattr(self.patch_embeddings, "patch_shape") else tokens
 
 
 class Dinov2Embeddings(Embeddings):
@@ -224,18 +264,11 @@ class Dinov2Embeddings(Embeddings):
         return self.dropout(self.tokens(images, table[:, 1:], prefix))
 
 
-class DINOv3Embeddings(Embeddings):
+class DINOv3Embeddings(DirectEmbeddings):
     """DINOv3, whose positions are rotary, in attention."""
 
     hosts = ("transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEmbeddings",)
-
-    @classmethod
-    def projection(cls, module: Any) -> Any:
-        return attribute(module, "patch_embeddings")
-
-    @classmethod
-    def inside(cls, module: Any) -> Sequence[Part]:
-        return [Part("patch_embeddings", cls.projection(module), nn.Conv2d)]
+    convolution = "patch_embeddings"
 
     def sequence(self, images: Tensor) -> Tensor:
         return self.tokens(images, None, torch.cat([self.cls_token, self.register_tokens], dim=1))
@@ -268,20 +301,11 @@ class ViTMAEEmbeddings(Embeddings):
         return self.tokens(images, table[:, 1:], prefix, keep.squeeze(-1)), mask, ids_restore
 
 
-class CLIPEmbeddings(Embeddings):
+class CLIPEmbeddings(DirectEmbeddings):
     """CLIP's vision tower."""
 
     hosts = ("transformers.models.clip.modeling_clip.CLIPVisionEmbeddings",)
-
     tables = ("class_embedding",)
-
-    @classmethod
-    def projection(cls, module: Any) -> Any:
-        return attribute(module, "patch_embedding")
-
-    @classmethod
-    def inside(cls, module: Any) -> Sequence[Part]:
-        return [Part("patch_embedding", cls.projection(module), nn.Conv2d)]
 
     def why_not_of(self, images: Tensor) -> str:
         shape = tuple(attribute(self, "position_ids").shape)
@@ -310,7 +334,7 @@ class SiglipEmbeddings(CLIPEmbeddings):
     hosts = ("transformers.models.siglip.modeling_siglip.SiglipVisionEmbeddings",)
 
 
-class Idefics3Embeddings(Embeddings):
+class Idefics3Embeddings(OfKnownCode, DirectEmbeddings):
     """The vision towers of Idefics 3 and SmolVLM, whose batches are padded: each image has a mask of its patches, and
     by it positions of its own, which the host finds."""
 
@@ -324,19 +348,9 @@ class Idefics3Embeddings(Embeddings):
     known = ("1eefdb500aac0923",)
 
     @classmethod
-    def refusal(cls, module: Any) -> str:
-        return _why_unknown(module, cls.known)
-
-    @classmethod
-    def projection(cls, module: Any) -> Any:
-        return attribute(module, "patch_embedding")
-
-    @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
-        return [
-            Part("patch_embedding", cls.projection(module), nn.Conv2d),
-            Part("position_embedding", attribute(module, "position_embedding"), nn.Embedding),
-        ]
+        table = Part("position_embedding", attribute(module, "position_embedding"), nn.Embedding)
+        return [*super().inside(module), table]
 
     def why_not_of(self, images: Tensor) -> str:
         # Rows are looked up once for all images that are alike.
@@ -344,9 +358,8 @@ class Idefics3Embeddings(Embeddings):
         return "position_embedding scales gradients by how often a row is looked up" if is_scaled else ""
 
     def sequence(self, images: Tensor, patch_attention_mask: Any = None) -> Tensor | None:
-        mask, (patch_height, patch_width) = patch_attention_mask, self.projection(self).stride
-        grid = images.shape[2] // patch_height, images.shape[3] // patch_width
-        if not isinstance(mask, Tensor) or mask.shape != (images.shape[0], *grid):
+        mask = patch_attention_mask
+        if not isinstance(mask, Tensor) or mask.shape != (images.shape[0], *self.grid_of(images)):
             return None
         batch = 1 if _are_alike(mask) else images.shape[0]
         # The host's code from its convolution to the addition of positions, [1 or B, N, D], which is where ours begins.
@@ -363,17 +376,13 @@ class Idefics3Embeddings(Embeddings):
         return self.tokens(images, positions.flatten(0, 1), None)[0].unflatten(0, (batch, -1))
 
 
-class PixtralVisionModel(Fused):
+class PixtralVisionModel(OfKnownCode):
     """Pixtral's vision tower, which projects a padded batch and makes one sequence of the patches that are images'."""
 
     hosts = ("transformers.models.pixtral.modeling_pixtral.PixtralVisionModel",)
 
     # Images are cast and projected, and each cropped to its size in whole patches.
     known = ("2a9abcaf045c37bd",)
-
-    @classmethod
-    def refusal(cls, module: Any) -> str:
-        return _why_unknown(module, cls.known)
 
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
@@ -417,7 +426,7 @@ class PixtralVisionModel(Fused):
         return [one.contiguous().permute(2, 0, 1) for one in own]
 
 
-class Siglip2Embeddings(Fused):
+class Siglip2Embeddings(OfCutPatches):
     """SigLIP2's vision tower: patches come cut, and every image has a grid, so positions, of its own.
 
     A batch of B sequences of N patches is one image of B·N patches of one pixel and C·P·P channels.
@@ -433,10 +442,6 @@ class Siglip2Embeddings(Fused):
     def inside(cls, module: Any) -> Sequence[Part]:
         return [Part("patch_embedding", module.patch_embedding, nn.Linear)]
 
-    @classmethod
-    def refuses_uint8(cls, module: Any) -> str:
-        return "its processor cuts and normalises the patches"
-
     def forward(self, pixel_values: Any, spatial_shapes: Any) -> Tensor:
         batch, patches, values = pixel_values.shape
         images = pixel_values.reshape(1, batch * patches, 1, values).permute(0, 3, 1, 2)  # [1, C·P·P, B·N, 1]
@@ -450,7 +455,7 @@ class Siglip2Embeddings(Fused):
         return tokens.unflatten(1, (batch, patches))[0]
 
 
-class VideoPatchEmbed(Fused):
+class VideoPatchEmbed(OfCutPatches):
     """The projection of the vision towers of Qwen2-VL, 2.5 and 3, whose patches come cut, of two frames each.
 
     A convolution in three dimensions whose kernel is a patch is a product: N patches are one image of N patches of one
@@ -464,16 +469,8 @@ class VideoPatchEmbed(Fused):
     )
 
     @classmethod
-    def parts(cls, module: Any) -> Sequence[str]:
-        return ["the projection of patches"]
-
-    @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
         return [Part("proj", attribute(module, "proj"), nn.Conv3d)]
-
-    @classmethod
-    def refuses_uint8(cls, module: Any) -> str:
-        return "its processor cuts and normalises the patches"
 
     def why_not_of(self, images: Tensor) -> str:
         proj = self.proj
@@ -505,7 +502,7 @@ class VideoPatchEmbed(Fused):
         return self.embed(images, weight, self.proj.bias, pos_embed=positions)[0]
 
 
-class Qwen3VLVisionModel(Fused):
+class Qwen3VLVisionModel(OfKnownCode, OfCutPatches):
     """Qwen3-VL's vision tower: projection and positions, which are a table's on the grid of each image."""
 
     hosts = ("transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel",)
@@ -514,10 +511,6 @@ class Qwen3VLVisionModel(Fused):
     known = ("7d46292acd9ea8b7",)
     # Which rows, and by what weights: the host's function, and that for an axis.
     known_taps = ("67e7323f7c4b7df3", "aaa26d0d671f3516")
-
-    @classmethod
-    def refusal(cls, module: Any) -> str:
-        return _why_unknown(module, cls.known)
 
     @classmethod
     def parts(cls, module: Any) -> Sequence[str]:
@@ -531,10 +524,6 @@ class Qwen3VLVisionModel(Fused):
             *(Part(f"patch_embed.{part.name}", part.module, part.kind) for part in VideoPatchEmbed.inside(embed)),
             Part("pos_embed", attribute(module, "pos_embed"), nn.Embedding),
         ]
-
-    @classmethod
-    def refuses_uint8(cls, module: Any) -> str:
-        return VideoPatchEmbed.refuses_uint8(module)
 
     def why_not_of(self, images: Tensor) -> str:
         table, side = attribute(self, "pos_embed"), self.num_grid_per_side
@@ -593,14 +582,10 @@ class Qwen3VLVisionModel(Fused):
         ])  # fmt: skip
 
 
-class KimiPatchEmbed(Fused):
+class KimiPatchEmbed(OfCutPatches):
     """The projection of Kimi K2.5's vision tower, whose patches come cut, [N, C, P, P], as one image of N patches."""
 
     hosts = ("transformers.models.kimi_k25.modeling_kimi_k25.Kimi_K25VisionPatchEmbed",)
-
-    @classmethod
-    def parts(cls, module: Any) -> Sequence[str]:
-        return ["the projection of patches"]
 
     @classmethod
     def inside(cls, module: Any) -> Sequence[Part]:
@@ -609,10 +594,6 @@ class KimiPatchEmbed(Fused):
     @classmethod
     def channels(cls, module: Any) -> None:
         return None
-
-    @classmethod
-    def refuses_uint8(cls, module: Any) -> str:
-        return "its processor cuts and normalises the patches"
 
     def forward(self, pixel_values: Any, grid_thw: Any, **kwargs: Any) -> Tensor:
         weight = self.proj.weight
@@ -623,12 +604,6 @@ class KimiPatchEmbed(Fused):
             return super().forward(pixel_values, grid_thw, **kwargs)
         tokens = self.embed(images, weight.flatten(1)[:, :, None, None], self.proj.bias)[0]
         return self.pos_emb(tokens, grid_thw, **kwargs)
-
-
-def _why_unknown(module: Any, known: Sequence[str]) -> str:
-    """Why code of the host's that ours goes through may do more than is known, "" if it does not: by the fingerprint of
-    its source, since what stands in for tensors there can do no more."""
-    return "" if fingerprint(own_class(module).forward) in known else "its forward is not one that is known"
 
 
 def _are_alike(masks: Tensor) -> bool:

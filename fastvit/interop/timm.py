@@ -391,7 +391,7 @@ class NaFlexEmbeds(Fused):
         images = _padded(self, x, self.patch_size) if self.dynamic_img_pad else x
         grid = torch.Size(size // patch for size, patch in zip(images.shape[2:], self.patch_size, strict=True))
         prefix = cat_rows(self.cls_token, self.reg_token)
-        positions = self._positions(grid, prefix)
+        positions = self._positions(grid)
         tokens = self.embed(images, self._weight(), self.proj.bias, pos_embed=positions, prefix=prefix)
         return self.pos_drop(tokens), grid
 
@@ -454,7 +454,7 @@ class NaFlexEmbeds(Fused):
             return weight.unflatten(1, (self.in_chans, *self.patch_size))
         return weight.unflatten(1, (*self.patch_size, self.in_chans)).permute(0, 3, 1, 2)
 
-    def _positions(self, grid: torch.Size, prefix: Tensor | None) -> Tensor | None:
+    def _positions(self, grid: torch.Size) -> Tensor | None:
         """The table for this grid, [1, N, D], by the host's own function, which adds it to what it is given."""
         if self.pos_embed_type == "none":
             return None

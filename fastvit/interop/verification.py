@@ -16,7 +16,7 @@ from fastvit.interop.host import Settings, fused
 from fastvit.interop.planning import plan, put_in, restore
 from fastvit.interop.raw_pixels import upright
 from fastvit.ops.decompositions import normalised
-from fastvit.validation.tolerance import FACTOR, FLOOR_EPS
+from fastvit.validation.tolerance import FACTOR, FLOOR_EPS, strain
 
 __all__ = [
     "Comparison",
@@ -56,9 +56,7 @@ class Comparison:
     @property
     def share(self) -> float:
         """The error as a share of what it may be."""
-        if self.error == 0.0:
-            return 0.0
-        return self.error / self.bound if self.bound > 0.0 and self.error == self.error else float("inf")
+        return strain(self.error, self.bound) if self.error == self.error else float("inf")  # NaN
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,9 @@ def norm_layer_of(norm: str | Layer | None, name: str = "norm_layer") -> Layer |
     return _named(name, norm, _NORMS)
 
 
-def activation_layer(activation: str | Layer | None, name: str = "act_layer") -> Layer | None:
+def activation_layer(activation: str | Layer | None) -> Layer | None:
     """The activation a name stands for; a class or function is returned as it is."""
-    return _named(name, activation, _ACTIVATIONS)
+    return _named("act_layer", activation, _ACTIVATIONS)
 
 
 def _named(name: str, layer: str | Layer | None, known: dict[str, Layer]) -> Layer | None:

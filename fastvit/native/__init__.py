@@ -10,16 +10,22 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastvit.library import CHECKOUT, Library
+from fastvit.library import Library
 
-LIBRARY = Path(__file__).resolve().with_name("_fastvit_native.so")
-_CHECKOUT = CHECKOUT
-_KIND = Library("the library for the processor", "build_native.py", "native", "FASTVIT_BUILD_NATIVE")
+LIBRARY = Library(
+    "the library for the processor",
+    "build_native.py",
+    "native",
+    "FASTVIT_BUILD_NATIVE",
+    Path(__file__).resolve().with_name("_fastvit_native.so"),
+)
+why_missing, build_info = LIBRARY.why_missing, LIBRARY.build_info
+how_to_get, is_outdated = LIBRARY.how_to_get, LIBRARY.is_outdated
+why_not_loaded = lru_cache(LIBRARY.why_not_loaded)  # once in a process
 
 
 @lru_cache
@@ -38,17 +44,6 @@ def why_unavailable(device_type: str) -> str:
     if not reason:
         instruction_set()
     return reason
-
-
-def why_missing() -> str:
-    """The reason why there is no library, "" if there is one."""
-    return _KIND.why_missing(LIBRARY)
-
-
-@lru_cache
-def why_not_loaded() -> str:
-    """Load the library, once in a process. The reason why it can't be, "" if it is loaded."""
-    return _KIND.why_not_loaded(LIBRARY)
 
 
 @lru_cache
@@ -70,18 +65,3 @@ def uses_the_processor() -> bool:
 def ops() -> tuple[str, ...]:
     """The ops that the library has."""
     return tuple(build_info().get("ops", ()))
-
-
-def build_info() -> dict[str, Any]:
-    """What the build wrote beside the library: "instruction_sets" and "ops", or "reason"; {} if nothing was built."""
-    return _KIND.build_info(LIBRARY)
-
-
-def how_to_get() -> str:
-    """The command that builds the library for this installation."""
-    return _KIND.how_to_get(_CHECKOUT)
-
-
-def is_outdated() -> bool:
-    """Whether the library was built from other sources than those of the checkout it is in."""
-    return _KIND.is_outdated(LIBRARY, _CHECKOUT)

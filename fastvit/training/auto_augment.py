@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvit.peers import import_peer
-
-from .errors import OptionError
+from .options import peer_for
 
 KINDS = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}
 FINEST = 2**24  # how many numbers in [0, 1) float32 has that lie as far apart
@@ -21,11 +19,7 @@ class AutoAugment:
     """
 
     def __init__(self, kind: str) -> None:
-        try:
-            transforms = import_peer("torchvision.transforms.v2")
-        except ImportError as error:
-            accepted = f"the default (leave it out) without torchvision; `pip install torchvision` adds it ({error})"
-            raise OptionError("auto_augment", kind, accepted) from error
+        transforms = peer_for("auto_augment", kind, "torchvision.transforms.v2")
         self.transform = getattr(transforms, KINDS[kind])()
 
     def __call__(self, image: Tensor, draw: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .image_set import epoch_generator
-from .options import TrainOptions, timm_for
+from .options import TrainOptions, peer_for
 
 
 class Mixing:
@@ -22,7 +22,7 @@ class Mixing:
 
     def __init__(self, options: TrainOptions, classes: int) -> None:
         name = "mixup" if options.mixup else "cutmix"
-        self.timm = timm_for(name, getattr(options, name), "timm.data.mixup")
+        self.timm = peer_for(name, getattr(options, name), "timm.data.mixup")
         self.seed, self.classes, self.smoothing = options.seed, classes, options.label_smoothing
         self.parameters = self.timm.Mixup(
             mixup_alpha=options.mixup,

@@ -156,12 +156,13 @@ class TrainOptions:
         return replace(self, **{**({"shard_size": 0, "keep": 0} if "shard" in given else {}), **given})
 
 
-def timm_for(name: str, value: Any, module: str) -> ModuleType:
-    """A module of timm that the option `name` needs. Raises OptionError where timm can't be imported."""
+def peer_for(name: str, value: Any, module: str) -> ModuleType:
+    """A library's module that the option `name` needs. Raises OptionError where it can't be imported."""
+    library = module.partition(".")[0]
     try:
         return import_peer(module)
     except ImportError as error:
-        accepted = f"the default (leave it out) without timm; `pip install timm` adds it ({error})"
+        accepted = f"the default (leave it out) without {library}; `pip install {library}` adds it ({error})"
         raise OptionError(name, value, accepted) from error
 
 

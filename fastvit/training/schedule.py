@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from .options import TrainOptions, timm_for
+from .options import TrainOptions, peer_for
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
@@ -30,7 +30,7 @@ def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, layer_de
     """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
     if layer_decay != 1:
-        timm_optim = timm_for("layer_decay", layer_decay, "timm.optim")
+        timm_optim = peer_for("layer_decay", layer_decay, "timm.optim")
         decays = timm_optim.param_groups_layer_decay(
             model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay
         )

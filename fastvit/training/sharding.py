@@ -120,8 +120,8 @@ class Memory:
         return f"{each} (counted), and {_megabytes(self.gathered)} gathered at a time"
 
 
-def count_memory(model: nn.Module, states: int = 2) -> Memory:
-    """Of a model with an optimizer that keeps so many `states` of each parameter, as AdamW does.
+def count_memory(model: nn.Module) -> Memory:
+    """Of a model with AdamW, which keeps two averages of each parameter.
 
     Gathered are two units at a time, since the next one's parameters are on their way while one is at work.
     """
@@ -131,8 +131,8 @@ def count_memory(model: nn.Module, states: int = 2) -> Memory:
     inner = {parameter for unit in units if unit is not model for parameter in unit.parameters()}
     own = [[*unit.parameters()] for unit in units if unit is not model]
     own += [[parameter for parameter in model.parameters() if parameter not in inner]] if units else []
-    sizes = sorted(sum(parameter.numel() * parameter.element_size() for parameter in unit) for unit in own)
-    return Memory(sum(map(_bytes, model.parameters())), trained, states * trained, sum(sizes[-2:]))
+    sizes = sorted(sum(parameter.nbytes for parameter in unit) for unit in own)
+    return Memory(sum(map(_bytes, model.parameters())), trained, 2 * trained, sum(sizes[-2:]))
 
 
 def _megabytes(count: int) -> str:
@@ -140,5 +140,4 @@ def _megabytes(count: int) -> str:
 
 
 def _bytes(tensor: Tensor) -> int:
-    held = local(tensor)
-    return held.numel() * held.element_size()
+    return local(tensor).nbytes

@@ -69,6 +69,19 @@ def _spoilt(
     return lambda *given: spoil(run, signature.bind(*given).arguments)
 
 
+# Of several ops
+
+
+def bias_dropped(run: Run, arguments: Arguments) -> Any:
+    return run({**arguments, "bias": None})
+
+
+def last_token_missing(run: Run, arguments: Arguments) -> tuple[Tensor, ...]:
+    """From the sum, which is the bias's gradient, of the gradient of packed heads."""
+    d_qkv, sums = run(arguments)
+    return d_qkv, sums - d_qkv[-1:, -1].sum(0).float() if sums.numel() else sums
+
+
 # Of any op whose result is [B, T, D]
 
 

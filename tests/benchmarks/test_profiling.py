@@ -17,6 +17,7 @@ from fastvit.backend import launch_counts, reset_launch_counts
 from fastvit.benchmarks import profiling as module
 from fastvit.benchmarks.problem import Unavailable
 from fastvit.benchmarks.profiling import CLASSES, OTHER, Kernel, Profile, Setup, class_of, format_table, main, profile
+from tests.libraries import peer
 
 KERNELS = {
     "attention": [
@@ -123,8 +124,7 @@ def test_a_step_of_a_small_model(mode: str) -> None:
 
 
 def test_a_rival_uses_a_convolution() -> None:
-    if peers.timm_missing():
-        pytest.skip(peers.timm_missing())
+    peer("timm")
     found = profile(Setup("Ti", 1, provider="timm", mode="forward"), "cpu", depth=1)
     assert "convolution" in found.groups() and "patch embedding" not in found.groups()
 

@@ -7,31 +7,25 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
-from fastvit import peers
 from fastvit.benchmarks import models, rivals
 from fastvit.benchmarks.contenders import ours, yardstick
 from fastvit.benchmarks.model import Setup, _build_rival, _truth
 from fastvit.benchmarks.patch_embed import Shape, task_of
 from fastvit.benchmarks.problem import BOTH, FORWARD, Contender, Problem, Unavailable, compiled, measure
 from fastvit.validation.tolerance import relative_error
+from tests.libraries import peer
 
 CPU = torch.device("cpu")
 LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "huggingface": "transformers"}
-
-
-def _need(name: str) -> None:
-    try:
-        peers.import_peer(LIBRARIES.get(name, "torch"))
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.25])
 @pytest.mark.parametrize("precision", ["float32", "uint8 to float32", "uint8 to bfloat16, autocast"])
 @pytest.mark.parametrize("name", ["ours", "timm", "torchvision", "huggingface", "conv2d", "linear"])
 def test_all_make_the_same_tokens(name: str, precision: str, kept: float) -> None:
-    _need(name)
+    peer(LIBRARIES.get(name, "torch"))
     if kept < 1 and name in LIBRARIES:
         pytest.skip("the libraries' embeddings know no mask")
     inputs = task_of(Shape("Ti", 2, image=32), precision, CPU, kept=kept).inputs
@@ -46,7 +40,7 @@ def test_all_make_the_same_tokens(name: str, precision: str, kept: float) -> Non
 @pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16], ids=str)
 def test_models_have_our_weights_and_the_residual_dtype_asked_for(name: str, residual: torch.dtype) -> None:
-    _need(name)
+    peer(LIBRARIES.get(name, "torch"))
     setup = Setup("Ti", 2, CPU, residual, {"depth": 1, "num_classes": 10})
     images, _ = setup.data()
     ours, theirs = setup.make(models.ours).eval(), setup.make(models.RIVALS[name]).eval()
@@ -75,14 +69,14 @@ def test_models_are_made_on_their_device() -> None:
 @pytest.mark.parametrize("name", ["ours", *LIBRARIES])
 def test_no_model_draws_its_numbers_elsewhere(name: str) -> None:
     """Weights that some library made on the CPU all the same would not fit those made on the device."""
-    _need(name)
+    peer(LIBRARIES.get(name, "torch"))
     module = Setup("Ti", 1, torch.device("meta"), torch.bfloat16, {"depth": 1}).make(getattr(models, name))
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
 
 
 def test_a_model_with_other_weights_is_not_timed() -> None:
     """What a mistake in the translation of weights would be: one parameter that is another's."""
-    _need("timm")
+    peer("timm")
     setup = Setup("Ti", 2, CPU, overrides={"depth": 1, "num_classes": 10})
     images, labels = setup.data()
     labels %= 10
@@ -121,14 +115,8 @@ def test_the_best_setting_counts_and_a_yardstick_is_no_rival() -> None:
 
 def test_every_contender_is_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contenders are closures of the same code, of which torch.compile keeps a few versions and then gives up."""
-    graphs: list[object] = []
-
-    def note(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph.forward
-
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend=note, dynamic=False))
+    counter, real = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend=counter, dynamic=False))
 
     def contender(layer: nn.Module) -> Callable[[], torch.Tensor]:
         x = torch.ones(2, 3)
@@ -138,5 +126,5 @@ def test_every_contender_is_compiled_however_many_there_are(monkeypatch: pytest.
     torch._dynamo.reset()
     calls = [compiled(contender(nn.Linear(3, width)), CPU) for width in range(1, count + 1)]
     assert [call().shape[1] for call in calls] == list(range(1, count + 1))
-    assert len(graphs) == count
+    assert counter.frame_count == count
     torch._dynamo.reset()

@@ -56,7 +56,7 @@ def test_every_backend_of_a_gpu_is_a_contender_of_every_suite(gpu_backends: tupl
     for case in dict.fromkeys(row.case for row in rows):
         mine = [row for row in rows if row.case == case and row.is_ours]
         assert {row.provider for row in mine} == {f"{OURS}{name}" for name in ("cpu", *gpu_backends)}, case
-        assert all(row.median_us and row.headline for row in mine) or peers.timm_missing(), mine
+        assert all(row.median_us and row.headline for row in mine) or peers.peer_missing("timm"), mine
 
 
 @pytest.mark.parametrize("missing", ["triton", "cuda", ""])
@@ -122,13 +122,9 @@ def test_of_ours_one_is_compiled_where_minutes_count(gpu_backends: tuple[str, ..
 
 def _missing(row: Row) -> bool:
     """Whether the library of a rival, or the one that checks the models, is not installed here."""
-    if row.op == "model" and peers.timm_missing():
+    if row.op == "model" and peers.peer_missing("timm"):
         return True
-    try:
-        peers.import_peer({"huggingface": "transformers"}.get(row.rival, row.rival))
-    except ImportError:
-        return True
-    return False
+    return bool(peers.peer_missing({"huggingface": "transformers"}.get(row.rival, row.rival)))
 
 
 @pytest.mark.parametrize("fault", ["bias dropped", "dPos off by a batch"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvit.checkpoints.errors import CheckpointError
 from fastvit.checkpoints.files import Checkpoint, read_checkpoint
 from fastvit.checkpoints.recognition import Recognised, recognise
-from fastvit.peers import import_peer
+from tests.libraries import peer
 
 # Two blocks, three heads, and for width and MLP numbers that are nothing else.
 WIDTH, DEPTH, HEADS, HIDDEN, PATCH, IMAGE, CLASSES = 48, 2, 3, 96, 8, 32, 7
@@ -30,14 +30,6 @@ _TRANSFORMERS = {
 }
 _MODULES = {"ViTMAE": "vit_mae", "ViT": "vit", "DeiT": "deit", "Dinov2WithRegisters": "dinov2_with_registers"}
 _MODULES |= {"Dinov2": "dinov2", "CLIPVision": "clip"}
-
-
-def peer(module: str) -> Any:
-    """A module of another library; the test is skipped where it can't be imported."""
-    try:
-        return import_peer(module)
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ import torch
 from fastvit.checkpoints import CheckpointError, convert, load_pretrained
 from fastvit.checkpoints.adapt import adapt_channels
 from fastvit.checkpoints.writing import write_checkpoint
-from tests.checkpoints.conftest import CLASSES, DEPTH, HEADS, IMAGE, PATCH, WIDTH, agree, peer, scrambled
+from tests.checkpoints.conftest import CLASSES, DEPTH, HEADS, IMAGE, PATCH, WIDTH, agree, scrambled
+from tests.libraries import peer
 
 SIZES = {
     "larger": {"img_size": 48},

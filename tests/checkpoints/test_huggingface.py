@@ -16,7 +16,8 @@ from fastvit.checkpoints.files import read_checkpoint
 from fastvit.checkpoints.recognition import recognise
 from fastvit.checkpoints.targets import to_schema
 from fastvit.checkpoints.writing import write_checkpoint
-from tests.checkpoints.conftest import HEADS, WIDTH, agree, peer, recognised, same_bits, scrambled
+from tests.checkpoints.conftest import HEADS, WIDTH, agree, recognised, same_bits, scrambled
+from tests.libraries import peer
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTForImageClassification", {}),

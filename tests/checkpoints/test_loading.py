@@ -15,7 +15,8 @@ import fastvit
 from fastvit.checkpoints import CheckpointError, convert, load_pretrained
 from fastvit.checkpoints.targets import SCHEMAS
 from fastvit.checkpoints.writing import write_checkpoint
-from tests.checkpoints.conftest import agree, peer, same_bits, scrambled
+from tests.checkpoints.conftest import agree, same_bits, scrambled
+from tests.libraries import peer
 
 NAMES = {"timm": "a.safetensors", "torchvision": "b.pth", "huggingface": "c", "huggingface-v5": "d", "fastvit": "e"}
 

@@ -16,7 +16,8 @@ from fastvit.checkpoints.arguments import mlp_ratio_of
 from fastvit.checkpoints.files import read_checkpoint
 from fastvit.checkpoints.recognition import Recognised, recognise
 from fastvit.checkpoints.targets import SCHEMAS, to_schema
-from tests.checkpoints.conftest import CLASSES, HEADS, WIDTH, agree, peer, recognised, same_bits, scrambled
+from tests.checkpoints.conftest import CLASSES, HEADS, WIDTH, agree, recognised, same_bits, scrambled
+from tests.libraries import peer
 
 
 def again(found: Recognised, schema: str, **known: Any) -> Recognised:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastvit import cli
 from fastvit.interop import measuring, verification
-from fastvit.peers import timm_missing
+from tests.libraries import peer
 
 TIMM = ("accelerate", "--library", "timm", "--model", "test_vit")
 RAW = ("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5")
@@ -17,8 +17,7 @@ RAW = ("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5")
 
 @pytest.fixture(autouse=True)
 def _needs_timm() -> None:
-    if reason := timm_missing():
-        pytest.skip(reason)
+    peer("timm")
 
 
 def test_it_prints_the_report_the_parity_and_the_speed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,11 @@ import torch
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "build_extension.py"
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tool() -> Any:
     """tools/build_extension.py."""

@@ -27,11 +27,6 @@ IMAGE, PATCH, WIDTH = (3, 16, 24), 8, 16  # two rows of three patches
 N = 6
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def relative(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -17,11 +17,6 @@ GELU, SILU = (0, 0.0, 0.0), (2, 1.0, 0.0)  # as fastvit/cpu/bias_act.py numbers 
 FORMS = {"plain": (False, None), "two products": (True, None), "gate first": (False, False), "gate last": (False, True)}
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 # bias_act
 
 

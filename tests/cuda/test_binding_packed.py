@@ -19,11 +19,6 @@ SIZES = ((8, 12), (4, 4), (12, 8))  # 6, 1 and 6 patches
 STARTS = [2, 0, 2]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def table_of(images: Sequence[Tensor], starts: Sequence[int] = STARTS) -> Tensor:
     """[8, B]: first rows, origins, strides of channels and rows, patches in a row, starts, and the order of these."""
     base, size = min(image.data_ptr() for image in images), images[0].element_size()

@@ -17,7 +17,7 @@ cuda = pytest.importorskip("fastvit.cuda")
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the library is looked for, in this test: there is none yet."""
     cached = cuda.why_unavailable, cuda.why_not_loaded
-    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_fastvit_cuda.so")
+    monkeypatch.setattr(cuda.LIBRARY, "path", tmp_path / "_fastvit_cuda.so")
     forget(*cached)
     yield tmp_path
     forget(*cached)
@@ -48,22 +48,22 @@ def test_a_missing_library_says_how_to_get_it(folder: Path) -> None:
 
 
 def test_without_a_checkout_the_command_is_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(cuda.LIBRARY, "checkout", tmp_path)
     assert cuda.how_to_get().startswith("FASTVIT_BUILD_CUDA=1 pip install --no-build-isolation ")
     assert not cuda.is_outdated()
 
 
 def test_what_is_no_library_is_a_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda.LIBRARY.write_bytes(b"half of a libra")
+    cuda.LIBRARY.path.write_bytes(b"half of a libra")
     reason = cuda.why_not_loaded()
-    assert str(cuda.LIBRARY) in reason and torch.__version__ in reason and "file too short" in reason
+    assert str(cuda.LIBRARY.path) in reason and torch.__version__ in reason and "file too short" in reason
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert cuda.why_unavailable("cuda") == reason
 
 
 def test_a_library_without_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda.LIBRARY.write_bytes(b"")
+    cuda.LIBRARY.path.write_bytes(b"")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.why_unavailable("cuda") == "no CUDA device"
 
@@ -85,7 +85,7 @@ def test_a_library_without_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_gpu_must_be_among_the_architectures(
     folder: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], ptx: str, gpu: tuple[int, int], runs: bool
 ) -> None:
-    cuda.LIBRARY.write_bytes(b"")
+    cuda.LIBRARY.path.write_bytes(b"")
     describe(folder, built=True, architectures=names, ptx=ptx)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
@@ -98,7 +98,7 @@ def test_the_gpu_must_be_among_the_architectures(
 def test_a_library_of_other_sources_is_outdated(folder: Path, tool: Any) -> None:
     describe(folder, built=True, architectures=["80"], ptx="80", sources=tool.sources_digest())
     assert not cuda.is_outdated()  # there is no library at all
-    cuda.LIBRARY.write_bytes(b"")
+    cuda.LIBRARY.path.write_bytes(b"")
     assert not cuda.is_outdated()
     describe(folder, built=True, architectures=["80"], ptx="80", sources="others")
     assert cuda.is_outdated()
@@ -113,8 +113,8 @@ def test_info_shows_the_extension(folder: Path) -> None:
     assert "make" in found["how_to_get"]
     assert environment.compiled_targets()["cuda"] == "none"
     assert not [line for line in environment.extension_warnings() if "CUDA" in line]
-    cuda.LIBRARY.write_bytes(b"")
+    cuda.LIBRARY.path.write_bytes(b"")
     describe(folder, built=True, architectures=["90a"], ptx="", sources="others")
-    assert environment.extension() == {"library": str(cuda.LIBRARY), "why_missing": "", "how_to_get": ""}
+    assert environment.extension() == {"library": str(cuda.LIBRARY.path), "why_missing": "", "how_to_get": ""}
     assert environment.compiled_targets()["cuda"] == "sm_90a"
     assert "make" in environment.extension_warnings()[0]

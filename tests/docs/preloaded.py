@@ -22,7 +22,7 @@ import torch.distributed.run
 import fastvit.checkpoints
 import fastvit.cli
 import fastvit.training.input_speed  # noqa: F401
-from fastvit.peers import import_peer, timm_missing
+from fastvit.peers import import_peer, peer_missing
 
 PROGRAMS: dict[str, Any] = {
     "fastvit": fastvit.cli.main,
@@ -89,7 +89,7 @@ def run(streams: list[int], order: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    if not timm_missing():
+    if not peer_missing("timm"):
         import_peer("timm.data.mixup")
         import_peer("timm.optim")
     listen(sys.argv[1], Path(sys.argv[2]))

@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 import fastvit
-from fastvit.peers import timm_missing
 from tests.docs import memory_table
+from tests.libraries import needs
 from tests.training.runs import free_port
 from tests.two_processes import needs_gloo
 
@@ -183,7 +183,7 @@ def test_every_block_is_expected() -> None:
 
 
 @needs_gloo
-@pytest.mark.skipif(bool(timm_missing()), reason=timm_missing() or "timm is there")
+@needs("timm")
 class TestCommands:
     def test_every_command_was_run(self, shop: Shop) -> None:
         for block in shell_blocks():

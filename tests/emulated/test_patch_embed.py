@@ -22,10 +22,10 @@ HOPPER: dict[str, Any] = {"capability": 90, "processors": 1}
 LARGE: dict[str, Any] = {"processors": 1}
 
 
-def _hold(inputs: Inputs, gradients: int = 4) -> None:
+def hold(inputs: Inputs, gradients: int = 4, op: str = "patch_embed") -> None:
     """Forward and every gradient by the rule that every backend is held to."""
     bank_conflicts()
-    rows = check_inputs(backend_candidate("emulated"), "patch_embed", inputs)
+    rows = check_inputs(backend_candidate("emulated"), op, inputs)
     assert [row for row in rows if row.status != "passed"] == []
     assert len(rows) > gradients
     assert bank_conflicts() == 0
@@ -34,7 +34,7 @@ def _hold(inputs: Inputs, gradients: int = 4) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", OP.tiny, ids=lambda case: case.name)
 def test_every_case(case: PatchEmbedCase, dtype: str) -> None:
-    _hold(make_inputs(case, DTYPES[dtype]), gradients=1)
+    hold(make_inputs(case, DTYPES[dtype]), gradients=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,7 +45,7 @@ def test_any_number_of_steps(steps: int, images: str, layout: str, dtype: str) -
     """K of 1 to 7 tiles or twice that: fewer than there are stages, as many, and every remainder."""
     case = PatchEmbedCase("steps", patch=(8, 4), channels=steps, grid=(3, 3), width=72, images=images, layout=layout,
                           normalise=True, keep=5)  # fmt: skip
-    _hold(make_inputs(case, DTYPES[dtype]))
+    hold(make_inputs(case, DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,7 +55,7 @@ def test_more_rows_and_columns_than_a_tile(images: str, device: dict[str, Any], 
     case = PatchEmbedCase("tiles", batch=7, grid=(5, 6), patch=(8, 8), channels=4, width=200, prefix=2, images=images,
                           normalise=True)  # fmt: skip
     with emulation(**device):
-        _hold(make_inputs(case, DTYPES[dtype]))
+        hold(make_inputs(case, DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
@@ -63,7 +63,7 @@ def test_any_number_of_steps_of_large_tiles(steps: int) -> None:
     case = PatchEmbedCase("steps", batch=1, patch=(8, 8), channels=steps, grid=(2, 3), width=144, keep=4)
     for device in (LARGE, HOPPER):
         with emulation(**device):
-            _hold(make_inputs(case, torch.bfloat16))
+            hold(make_inputs(case, torch.bfloat16))
 
 
 @pytest.mark.parametrize("images", ["uint8", "same", "float32"])
@@ -74,14 +74,14 @@ def test_a_cluster_multiplies_tile_after_tile(steps: int, batch: int, processors
     case = PatchEmbedCase("stream", batch=batch, patch=(8, 8), channels=steps, grid=(5, 6), width=200, images=images,
                           prefix=1)  # fmt: skip
     with emulation(capability=90, processors=processors):
-        _hold(make_inputs(case, torch.bfloat16), gradients=1)
+        hold(make_inputs(case, torch.bfloat16), gradients=1)
 
 
 @pytest.mark.parametrize("rows", [1, 300])
 def test_prefixes_of_many_tiles(rows: int) -> None:
     case = PatchEmbedCase("prefix", batch=2, patch=(8, 8), channels=3, grid=(5, 6), width=200, prefix=rows)
     with emulation(**HOPPER):
-        _hold(make_inputs(case, torch.bfloat16), gradients=1)
+        hold(make_inputs(case, torch.bfloat16), gradients=1)
 
 
 def test_more_steps_of_the_weight_gradient_than_stages() -> None:

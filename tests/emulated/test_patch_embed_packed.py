@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 
-from fastvit.emulated.call import bank_conflicts, emulation
-from fastvit.validation import Inputs, make_inputs
+from fastvit.emulated.call import emulation
+from fastvit.validation import make_inputs
 from fastvit.validation.cases import DTYPES
 from fastvit.validation.ops.patch_embed_packed import OP, PackedCase
 from fastvit.validation.runner import backend_candidate, check_inputs
+from tests.emulated.test_patch_embed import hold
 
+_hold = functools.partial(hold, op="patch_embed_packed")
 SIZES = ((5, 6), (1, 1), (2, 9), (7, 3), (5, 6), (4, 4), (3, 8))
-
-
-def _hold(inputs: Inputs, gradients: int = 4) -> None:
-    bank_conflicts()
-    rows = check_inputs(backend_candidate("emulated"), "patch_embed_packed", inputs)
-    assert [row for row in rows if row.status != "passed"] == []
-    assert len(rows) > gradients
-    assert bank_conflicts() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ import fastvit
 from fastvit.validation.tolerance import FACTOR, FEW_VALUES, Comparison, compare, relative_error
 from tests.interop.subjects import GRADIENTS, MEAN, OUTPUTS, STD, error, gradients, launched
 from tests.interop.zoo import Entry
+from tests.libraries import skipped_without_library
 
 # A gradient below this share of all gradients together is held to that share: those of attention's key biases are
 # zero in exact arithmetic, and what is left of them is rounding.
@@ -61,10 +61,8 @@ class Pair:
 @lru_cache(maxsize=4)
 def built(entry: Entry) -> nn.Module:
     """The entry's model, to be copied."""
-    try:
+    with skipped_without_library():
         return entry.model()
-    except ImportError as missing:
-        pytest.skip(str(missing))
 
 
 def normalisation(entry: Entry) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -19,6 +19,7 @@ from fastvit.model.layers import Block
 from tests.interop.subjects import expect_close, expect_same_gradients, gradients, launched
 from tests.interop.test_trunk import dinov2, timm_vit, torchvision_vit
 from tests.interop.zoo import randomise, tensors
+from tests.libraries import skipped_without_library
 
 WIDTH, TOKENS, BF16 = 48, 17, torch.bfloat16
 OURS = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -53,10 +54,8 @@ def build(name: str) -> Any:
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """A block that has run and keeps how, and an untouched one; both train."""
     monkeypatch.setattr(stream, "_pay", lambda x: pays[0])
-    try:
+    with skipped_without_library():
         untouched = copy.deepcopy(build(request.param))
-    except ImportError as reason:
-        pytest.skip(str(reason))
     model = copy.deepcopy(untouched)
     if request.param != "own":
         model = fastvit.accelerate(model, backend="cpu")

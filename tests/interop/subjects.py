@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import fastvit
 from fastvit.backend import launch_counts, reset_launch_counts
 from tests.interop.zoo import ENTRIES, Entry
+from tests.libraries import skipped_without_library
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 OUTPUTS, GRADIENTS = 1e-5, 1e-4  # relative errors allowed, in float32
@@ -28,10 +28,8 @@ def entry(name: str) -> Entry:
 
 def build(name: str) -> Any:
     """Its model; the test is skipped where its library is missing."""
-    try:
+    with skipped_without_library():
         return entry(name).model()
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 def pair(name: str, **arguments: Any) -> tuple[Any, Any]:

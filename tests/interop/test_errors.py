@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import fastvit
 from fastvit.interop import Unsupported
 from fastvit.interop.host import normalised
-from fastvit.peers import import_peer
 from tests.interop.subjects import LIBRARIES, MEAN, STD, build, entry, expect_close, launched, pair, raw_images
 from tests.interop.zoo import SIZE, tensors
+from tests.libraries import peer
 
 TINY: dict[str, Any] = {
     "img_size": SIZE,
@@ -25,13 +25,6 @@ TINY: dict[str, Any] = {
     "num_heads": 3,
     "num_classes": 5,
 }
-
-
-def peer(name: str) -> Any:
-    try:
-        return import_peer(name)
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 def snapshot(model: nn.Module) -> list[tuple[type, dict[str, Any]]]:

@@ -30,6 +30,7 @@ from tests.interop.subjects import (
     pair,
     raw_images,
 )
+from tests.libraries import peer
 
 
 class Around(nn.Module):
@@ -332,11 +333,7 @@ def test_a_wrapper_that_splits_batches():
 
 def test_transforms_of_torchvision_inside_the_model():
     """They pass over what is no image, so that nothing would be cropped."""
-    try:
-        transforms: Any = import_peer("torchvision.transforms.v2")
-    except ImportError as error:
-        pytest.skip(str(error))
-    model = nn.Sequential(transforms.CenterCrop(32), build("timm-vit"))
+    model = nn.Sequential(peer("torchvision.transforms.v2").CenterCrop(32), build("timm-vit"))
     untouched = copy.deepcopy(model)
     fastvit.accelerate(model, mean=MEAN, std=STD)
     with pytest.raises(RuntimeError, match="raw pixels reached CenterCrop"):

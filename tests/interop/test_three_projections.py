@@ -19,6 +19,7 @@ from fastvit.peers import import_peer
 from tests.interop import kept
 from tests.interop.kept import BF16, TOKENS, WIDTH, expect_the_same
 from tests.interop.test_kept import Adapter, another_class, doubled
+from tests.libraries import peer
 
 SIZES = {"image_size": 32, "patch_size": 8, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3,
          "intermediate_size": 64}  # fmt: skip
@@ -46,10 +47,7 @@ class Alone(nn.Module):
 def pair(name: str) -> tuple[Any, Any]:
     """A block of an accelerated model, and an untouched one; both train."""
     torch.manual_seed(0)
-    try:
-        untouched = MODELS[name](import_peer("transformers")).train()
-    except ImportError as reason:
-        pytest.skip(str(reason))
+    untouched = MODELS[name](peer("transformers")).train()
     kept.randomise(untouched)
     ours = fastvit.accelerate(copy.deepcopy(untouched), backend="cpu")
     found = [Alone(next(m for m in model.modules() if has_attention(m))) for model in (ours, untouched)]

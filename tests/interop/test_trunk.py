@@ -20,6 +20,7 @@ from fastvit.interop.trunk import Blocks, TrunkBlock
 from fastvit.peers import import_peer
 from tests.interop.subjects import OUTPUTS, build, error, expect_close, expect_same_gradients, gradients, launched
 from tests.interop.zoo import ENTRIES, Entry, randomise, tensors
+from tests.libraries import skipped_without_library
 
 DEPTH, WIDTH, HEADS, SIZE = 3, 48, 3, 32
 SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "num_classes": 5}
@@ -54,10 +55,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 def pair(make: Callable[[], Any], **arguments: Any) -> tuple[Any, Any]:
     """An accelerated model, its trunk on the CPU, and an untouched one; both train."""
     torch.manual_seed(0)
-    try:
+    with skipped_without_library():
         untouched = make().train()
-    except ImportError as reason:
-        pytest.skip(str(reason))
     randomise(untouched)
     return fastvit.accelerate(copy.deepcopy(untouched), **{"backend": "cpu", **arguments}), untouched
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from fastvit.peers import import_timm, timm_missing
+from tests.libraries import peer
 
 # Small enough for a test, large enough to show a mistake: two blocks, three heads, a non-square grid of patches.
 TINY: dict[str, Any] = {
@@ -47,10 +47,7 @@ def tiny() -> Callable[..., fastvit.VisionTransformer]:
 
 @pytest.fixture(scope="session")
 def timm() -> Any:
-    missing = timm_missing()
-    if missing:
-        pytest.skip(missing)
-    return import_timm()
+    return peer("timm")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import nn
 
 import fastvit
 from fastvit.model.layers import GluMlp
+from tests.model.conftest import TINY
 
 IMAGES = (2, 3, 24, 32)
 
@@ -85,18 +86,10 @@ def test_gated_mlp(pair_with_timm, agree, tiny, timm):
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
     gated: Any = partial(TimmGluMlp, gate_last=False)
-    arguments: dict[str, Any] = {
-        "img_size": (24, 32),
-        "patch_size": 8,
-        "embed_dim": 48,
-        "depth": 2,
-        "num_heads": 3,
-        "num_classes": 7,
-    }
     torch.manual_seed(1)
-    theirs = TimmVisionTransformer(**arguments, mlp_layer=gated, act_layer=nn.SiLU)
+    theirs = TimmVisionTransformer(**TINY, mlp_layer=gated, act_layer=nn.SiLU)
     torch.manual_seed(1)
-    ours = fastvit.VisionTransformer(**arguments, mlp_layer=partial(GluMlp, gate_last=False), act_layer=nn.SiLU)
+    ours = fastvit.VisionTransformer(**TINY, mlp_layer=partial(GluMlp, gate_last=False), act_layer=nn.SiLU)
     for (name, parameter), value in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(parameter, value), name
     agree(ours, theirs, torch.randn(IMAGES))

@@ -66,7 +66,7 @@ def wrong_functions() -> list[str]:
 
 
 def main(library: str, *ops: str) -> None:
-    native.LIBRARY = Path(library)
+    native.LIBRARY.path = Path(library)
     from fastvit.validation import validate
 
     reason = native.why_unavailable("cpu")

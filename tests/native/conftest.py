@@ -34,7 +34,7 @@ def library() -> Path:
     reason = native.why_unavailable("cpu")
     if reason:
         pytest.skip(reason)
-    return native.LIBRARY
+    return native.LIBRARY.path
 
 
 def check(library: Path, *ops: str, **environment: str) -> dict[str, Any]:

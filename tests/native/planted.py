@@ -84,7 +84,7 @@ def _run(library: str, count: str, cases: str) -> None:
     from fastvit.validation.runner import backend_candidate, check_inputs
     from tests.native.checks import wrong_conversions
 
-    native.LIBRARY = Path(library)
+    native.LIBRARY.path = Path(library)
     assert not native.why_unavailable("cpu"), native.why_unavailable("cpu")
     switch = ctypes.c_int.in_dll(ctypes.CDLL(library), "fastvit_planted")
     module, _, name = cases.partition(":")

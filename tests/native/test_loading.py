@@ -20,7 +20,7 @@ CACHED = (native.why_unavailable, native.why_not_loaded, backend._native_ops, ba
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the library is looked for, in this test: there is none yet."""
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_fastvit_native.so")
+    monkeypatch.setattr(native.LIBRARY, "path", tmp_path / "_fastvit_native.so")
     for function in CACHED:
         function.cache_clear()
     yield tmp_path
@@ -162,7 +162,7 @@ def test_other_devices_are_refused() -> None:
 
 
 def test_a_library_of_other_sources_is_outdated(folder: Path) -> None:
-    native.LIBRARY.write_bytes(b"")
+    native.LIBRARY.path.write_bytes(b"")
     (folder / "_fastvit_native.json").write_text(json.dumps({"sources": "others"}))
     assert native.is_outdated()
     assert any("native" in line for line in environment.extension_warnings())

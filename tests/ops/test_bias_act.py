@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fastvit import checks, functional, reference
 from fastvit.backend import launch_counts
-from fastvit.peers import import_peer, timm_missing
+from fastvit.peers import import_peer
 from fastvit.validation.tolerance import assert_close
+from tests.libraries import needs
+from tests.ops.test_registration import CHECKS
 
 OP = "bias_act"
 OPS = torch.ops.fastvit
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 FORMS = {
     "plain": {},
     "two products": {"up": True},
@@ -164,7 +165,7 @@ def test_under_torch_func_the_reference_runs(device: str, backend: str) -> None:
         torch.func.vmap(lambda x: functional.bias_act(x, bias, backend=backend))(x)
 
 
-@pytest.mark.skipif(bool(timm_missing()), reason=timm_missing() or "timm is there")
+@needs("timm")
 def test_it_is_what_the_mlps_of_timm_compute(backend: str, device: str) -> None:
     layers = import_peer("timm.layers")
     linear = torch.nn.functional.linear

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,10 +20,10 @@ from fastvit.backend import launch_counts, use_backend
 from fastvit.grids import resample_grids
 from fastvit.validation.tolerance import relative_error
 from tests.ops import test_derivatives as of_any_order
+from tests.ops.test_registration import CHECKS
 
 OP = "patch_embed_packed"
 OPS = torch.ops.fastvit
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 SIZES = [(2, 3), (1, 1), (3, 2), (2, 3)]
 D, C, P = 24, 3, 4
 NORMALISATION = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
@@ -339,22 +340,18 @@ def test_a_gpu_is_never_waited_for(backend: str, device: str) -> None:
 
 
 def test_compiled_whole_and_once_for_all_sizes(backend: str, device: str) -> None:
-    graphs: list[Any] = []
-
-    def count(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
+    counter = CompileCounter()
 
     def embed(images: list[Tensor], weight: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return functional.patch_embed_packed(images, weight, pos_embed=positions, backend=backend)
 
     torch._dynamo.reset()
-    compiled = torch.compile(embed, fullgraph=True, dynamic=True, backend=count)
+    compiled = torch.compile(embed, fullgraph=True, dynamic=True, backend=counter)
     for sizes in (SIZES, [(5, 2), (3, 4), (2, 6), (4, 4)], [(3, 5), (6, 2), (5, 7), (2, 4)]):
         t = make(device, sizes=sizes)
         given = t["images"], t["weight"], torch.randn(sum(r * c for r, c in sizes), D, device=device)
         torch.testing.assert_close(compiled(*given), embed(*given))
-    assert len(graphs) <= 2  # an image of a single patch is one of its own kind
+    assert counter.frame_count <= 2  # an image of a single patch is one of its own kind
 
 
 def test_flops_are_those_of_the_convolutions(device: str) -> None:

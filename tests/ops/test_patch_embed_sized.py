@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit import functional, grids
-from tests.ops.test_patch_embed_packed import CHECKS, NORMALISATION, OPS, C, D, P, cut, make
+from tests.ops.test_patch_embed_packed import NORMALISATION, OPS, C, D, P, cut, make
+from tests.ops.test_registration import CHECKS
 
 OP = "patch_embed_packed"
 # The first has as many images as nothing else has of anything, which torch would take for the same.
@@ -45,21 +46,10 @@ def leaves(call: dict[str, Any]) -> list[Tensor]:
     return [value for value in call.values() if isinstance(value, Tensor) and value.requires_grad]
 
 
-class Graphs:
-    """A backend of torch.compile that counts what it is given, and runs it as it is."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        self.count += 1
-        return graph.forward
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_program_for_all_batches(backend: str, device: str, kind: str) -> None:
     """Of several numbers of images, sizes and tokens, outputs and every gradient, patch_embed_packed's of the list."""
-    graphs = Graphs()
+    graphs = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(functional.patch_embed_packed, fullgraph=True, dynamic=True, backend=graphs)
     for sizes in BATCHES:
@@ -75,7 +65,7 @@ def test_one_program_for_all_batches(backend: str, device: str, kind: str) -> No
         theirs = torch.autograd.grad(expected, leaves(call), grad)
         for own, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
-    assert graphs.count == 1
+    assert graphs.frame_count == 1
 
 
 def test_compiled_by_inductor_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +153,7 @@ def test_pixels_are_the_list(backend: str, device: str) -> None:
 def test_frames(backend: str, device: str, still: bool) -> None:
     """Of a weight [D, C, T, P, P], and of gradients that other frames of a still don't have."""
     torch._dynamo.reset()
-    graphs = Graphs()
+    graphs = CompileCounter()
     compiled = torch.compile(functional.patch_embed_packed, fullgraph=True, dynamic=True, backend=graphs)
     for sizes in BATCHES:
         patches = torch.randn(sum(r * c for r, c in sizes), C * 2 * P * P, device=device, requires_grad=True)
@@ -176,7 +166,7 @@ def test_frames(backend: str, device: str, still: bool) -> None:
         ours, theirs = (torch.autograd.grad(out, (patches, weight), grad) for out in (tokens, expected))
         for own, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
-    assert graphs.count == 1
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("kind", ["pixels", "windows", "rows of positions"])

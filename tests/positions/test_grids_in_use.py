@@ -12,17 +12,10 @@ from torch import Tensor, nn
 import fastvit
 from fastvit import grids
 from fastvit.grids import axis_matrix, resample_grids
-from fastvit.peers import import_peer
 from fastvit.positions import resample_pos_embed
+from tests.libraries import peer
 
 SIZES = [(6, 4), (3, 9), (7, 7), (6, 4), (2, 2), (8, 10)]
-
-
-def peer(name: str) -> Any:
-    try:
-        return import_peer(name)
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 def expect_close(got: Tensor, want: Tensor) -> None:

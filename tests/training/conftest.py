@@ -1,13 +1,31 @@
-"""Folders of images for the tests of training."""
+"""Folders of images, a tiny model and a process group for the tests of training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
+
+from fastvit.training import models
+from tests.training.runs import TINY
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vit_digits is a model on which an epoch takes a moment."""
+    monkeypatch.setattr(models, "DIGITS_ARGUMENTS", TINY)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

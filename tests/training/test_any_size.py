@@ -27,15 +27,12 @@ from fastvit.training.image_set import ImageData, iterate
 from fastvit.training.loop import evaluate, load_data, train_step
 from fastvit.training.observers import ProgressBar
 from fastvit.training.run import Run, start
-from tests.training.runs import TINY, StopAt, assert_same, in_two_processes, write_photos
+from tests.training.runs import StopAt, assert_same, in_two_processes, write_photos
+
+pytestmark = pytest.mark.usefixtures("tiny")
 
 MAX_TOKENS, BUDGET = 12, 40
 sides = st.integers(1, 5000)
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models_module, "DIGITS_ARGUMENTS", TINY)
 
 
 @pytest.fixture

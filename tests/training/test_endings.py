@@ -6,38 +6,23 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
 import fastvit
 from fastvit import stream
 from fastvit.training import CheckpointError, OptionError, TrainingError, TrainOptions, resume_options, train
-from fastvit.training import models as models_module
 from fastvit.training.saving import begin_or_resume
 from fastvit.training.shard_writer import ShardWriter, folders_in
 from tests.training.runs import TINY, StopAt
 from tests.two_processes import needs_gloo
 
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, pytest.mark.usefixtures("tiny")]
 STEPS = 6  # an epoch
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models_module, "DIGITS_ARGUMENTS", TINY)
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def options(output: Path, **given: Any) -> TrainOptions:

@@ -13,6 +13,7 @@ import fastvit
 from fastvit.training import OptionError, TrainOptions
 from fastvit.training.mixing import Mixing
 from fastvit.training.schedule import learning_rate, make_optimizer
+from tests.libraries import peer
 
 
 def test_defaults_follow_the_data() -> None:
@@ -84,7 +85,7 @@ def test_schedule_rises_then_falls_to_the_lowest() -> None:
 
 
 def test_what_decays_is_what_timm_decays() -> None:
-    timm = pytest.importorskip("fastvit.peers").import_timm()
+    timm = peer("timm")
     arguments: dict[str, Any] = {
         "img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 2, "num_heads": 2,
         "reg_tokens": 2, "init_values": 1e-5,
@@ -154,7 +155,7 @@ def test_a_missing_timm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("reg_tokens", [0, 2])
 def test_rates_by_depth_are_timms(reg_tokens: int) -> None:
-    timm = pytest.importorskip("fastvit.peers").import_timm()
+    timm = peer("timm")
     from timm.optim import param_groups_layer_decay
 
     arguments: dict[str, Any] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import fastvit
-from fastvit.peers import import_peer, timm_missing
+from fastvit.peers import import_peer
 from fastvit.training import TrainOptions, loop, resume_options, train
 from fastvit.training import digits as digits_module
 from fastvit.training import models as models_module
@@ -32,9 +31,10 @@ from fastvit.training.loop import batch_loss, evaluate, load_data, measure, trai
 from fastvit.training.mixing import Mixing, numpy_seed
 from fastvit.training.observers import Observer, ProgressBar, TensorBoard
 from fastvit.training.run import Run, start
+from tests.libraries import needs
 from tests.training.runs import TINY, StopAt, assert_same, in_processes
 
-needs_timm = pytest.mark.skipif(bool(timm_missing()), reason=timm_missing() or "timm is there")
+needs_timm = needs("timm")
 
 WHOLE: dict[str, Any] = {
     "mixup": 0.8, "cutmix": 1.0, "ema": 0.9, "ema_warmup": True, "layer_decay": 0.8, "repeated_aug": 2,
@@ -253,16 +253,9 @@ def test_the_model_comes_back_exactly() -> None:
     assert_same(ema.values, average, "average")
 
 
-@pytest.fixture
-def alone_in_a_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @needs_timm
 @pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
-def test_a_sharded_model_has_the_same_average(few: None, alone_in_a_group: None) -> None:
+def test_a_sharded_model_has_the_same_average(few: None, group: None) -> None:
     found = []
     for shard in ("none", "full"):
         run = begin(shard=shard, **WHOLE)

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 
 from fastvit.training import CheckpointError, DataError, TrainOptions, resume_options, tars, train
-from fastvit.training import models as models_module
 from fastvit.training.decoding import upright_size
 from fastvit.training.image_set import ImageSet, iterate
 from fastvit.training.loop import load_data
 from fastvit.training.shards import WINDOW, part_of, samples_of, shuffled
-from tests.training.runs import TINY, StopAt, assert_same, in_two_processes
+from tests.training.runs import StopAt, assert_same, in_two_processes
+
+pytestmark = pytest.mark.usefixtures("tiny")
 
 Members = dict[str, bytes]
 LONG = "a directory whose name is too long for the header of a tar, " * 3
@@ -70,11 +71,6 @@ def pictures(images: ImageSet) -> list[tuple[bytes, int]]:
     pixels, labels = images[list(range(len(images)))]
     parts = pixels.to(torch.device("cpu")) if hasattr(pixels, "shapes") else pixels
     return sorted((part.numpy().tobytes(), label) for part, label in zip(parts, labels.tolist(), strict=True))
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models_module, "DIGITS_ARGUMENTS", TINY)
 
 
 # ---- what is in them -------------------------------------------------------------------------------------------------

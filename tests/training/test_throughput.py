@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
-from fastvit.peers import timm_missing
 from fastvit.training.throughput import PEAKS, SPAN, Rate, Throughput, flops_of, tokens_of
+from tests.libraries import peer
 
 
 class Clock:
@@ -69,15 +69,12 @@ def test_by_the_clock_of_the_machine() -> None:
 
 @pytest.mark.parametrize("given", [{}, {"reg_tokens": 2, "init_values": 0.1, "patch_size": 8, "mlp_ratio": 3.0}])
 def test_flops_are_those_that_torch_counts(given: dict[str, float]) -> None:
-    if reason := timm_missing():
-        pytest.skip(reason)
-    from timm.models.vision_transformer import VisionTransformer
-
+    timm = peer("timm.models.vision_transformer")
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
     arguments: dict[str, Any] = {**sizes, **given}
     # By products of matrices, which torch counts; attention on a CPU it does not.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
-        VisionTransformer(**arguments)(torch.randn(1, 3, 32, 32))
+        timm.VisionTransformer(**arguments)(torch.randn(1, 3, 32, 32))
     ours = fastvit.VisionTransformer(**arguments)
     assert flops_of(ours)(tokens_of(ours)) == 3 * counted.get_total_flops()
 

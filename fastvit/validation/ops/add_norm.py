@@ -105,10 +105,6 @@ def plain(inputs: AddNormInputs, tensors: Tensors) -> tuple[Tensor, Tensor]:
     return total, normed.to(inputs.more_grads["normed"].dtype)
 
 
-def _bias_dropped(run: Run, arguments: Arguments) -> tuple[Tensor, ...]:
-    return run({**arguments, "bias": None})
-
-
 def _last_column_of_the_norm_wrong(run: Run, arguments: Arguments) -> tuple[Tensor, ...]:
     total, normed, statistics = run(arguments)
     return total, faults.last_column_wrong(lambda _: normed, arguments), statistics
@@ -175,7 +171,7 @@ OP = Op(
     quick=3,
     plain=plain,
     faults=(
-        Fault("add_norm: bias dropped", "forward", forward=_bias_dropped),
+        Fault("add_norm: bias dropped", "forward", forward=faults.bias_dropped),
         Fault("add_norm: last column of the norm wrong", "normed", forward=_last_column_of_the_norm_wrong),
         Fault("add_norm: the next sample's factor", "forward", forward=_neighbours_factor),
         Fault("add_norm: the stream's gradient ignored", "d_residual", backward=_stream_gradient_ignored),

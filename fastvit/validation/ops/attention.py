@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit import reference
+from fastvit.validation import faults
 from fastvit.validation.cases import Case, Draw, Inputs
 from fastvit.validation.faults import Arguments, Fault, Run
 from fastvit.validation.ops import Op, Tensors
@@ -75,11 +76,6 @@ def _keys_take_gradients_of_queries(run: Run, arguments: Arguments) -> tuple[Ten
     return torch.cat((d_k, d_q, d_v), -1), sums
 
 
-def _last_token_missing(run: Run, arguments: Arguments) -> tuple[Tensor, Tensor]:
-    d_qkv, sums = run(arguments)
-    return d_qkv, sums - d_qkv[-1:, -1].sum(0).float() if sums.numel() else sums
-
-
 _A = AttentionCase
 OP = Op(
     tiny=(
@@ -110,6 +106,6 @@ OP = Op(
         Fault("attention: scale doubled", "forward", forward=_scale_doubled),
         Fault("attention: last token unseen", "forward", forward=_last_token_unseen),
         Fault("attention: gradients of queries and keys swapped", "d_qkv", backward=_keys_take_gradients_of_queries),
-        Fault("attention: last token missing from the sum", "d_bias", backward=_last_token_missing),
+        Fault("attention: last token missing from the sum", "d_bias", backward=faults.last_token_missing),
     ),
 )

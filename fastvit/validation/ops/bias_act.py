@@ -77,10 +77,6 @@ def _with_bias(product: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return product if product is None or bias is None else product + bias.to(product.dtype)
 
 
-def _bias_dropped(run: Run, arguments: Arguments) -> Tensor:
-    return run({**arguments, "bias": None})
-
-
 def _other_half_activated(run: Run, arguments: Arguments) -> Tensor:
     gate_last = arguments["gate_last"]
     return run({**arguments, "gate_last": None if gate_last is None else not gate_last})
@@ -144,7 +140,7 @@ OP = Op(
     quick=3,
     plain=plain,
     faults=(
-        Fault("bias_act: bias dropped", "forward", forward=_bias_dropped),
+        Fault("bias_act: bias dropped", "forward", forward=faults.bias_dropped),
         Fault("bias_act: last column wrong", "forward", forward=faults.last_column_wrong),
         Fault("bias_act: the other half activated", "forward", forward=_other_half_activated),
         Fault("bias_act: GELU of another kind", "forward", forward=_another_gelu),

@@ -123,10 +123,6 @@ def plain(inputs: PatchEmbedInputs, tensors: Tensors, tf32: bool = False) -> Ten
         return place(tokens, tensors["pos_embed"], tensors["prefix"], inputs.keep).to(inputs.out)
 
 
-def _without_bias(run: Run, arguments: Arguments) -> Tensor:
-    return run({**arguments, "bias": None})
-
-
 def _last_position_shifted(run: Run, arguments: Arguments) -> Tensor:
     positions = arguments["pos_embed"]
     if positions is None or positions.shape[0] < 2:
@@ -227,7 +223,7 @@ OP = Op(
     quick=6,
     plain=plain,
     faults=(
-        Fault("bias dropped", "forward", forward=_without_bias),
+        Fault("bias dropped", "forward", forward=faults.bias_dropped),
         Fault("last patch's position shifted", "forward", forward=_last_position_shifted),
         Fault("last column wrong", "forward", forward=faults.last_column_wrong),
         Fault("one token zeroed", "forward", forward=faults.one_token_zeroed),

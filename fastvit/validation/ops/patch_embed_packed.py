@@ -187,10 +187,6 @@ def _uncut(inputs: PackedInputs, images: Sequence[Tensor], weight: Tensor) -> li
     return found
 
 
-def _without_bias(run: Run, arguments: Arguments) -> Tensor:
-    return run({**arguments, "bias": None})
-
-
 def _position_of_the_neighbour(run: Run, arguments: Arguments) -> Tensor:
     starts = arguments["starts"]
     return run({**arguments, "starts": [min(starts[:1] + starts, default=0), *starts[:-1]]} if starts else arguments)
@@ -280,7 +276,7 @@ OP = Op(
     quick=4,
     plain=plain,
     faults=(
-        Fault("packed: bias dropped", "forward", forward=_without_bias),
+        Fault("packed: bias dropped", "forward", forward=faults.bias_dropped),
         Fault("packed: last column wrong", "forward", forward=faults.last_column_wrong),
         Fault("packed: positions of the neighbour image", "forward", forward=_position_of_the_neighbour),
         Fault("packed: positions off by one", "forward", forward=_positions_off_by_one),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastvit.validation import faults
 from fastvit.validation.cases import Case, Draw, Inputs
 from fastvit.validation.faults import Arguments, Fault, Run
 from fastvit.validation.ops import Op, Tensors
@@ -84,11 +85,6 @@ def _read_as_if_contiguous(run: Run, arguments: Arguments) -> tuple[Tensor, ...]
     return run({**arguments, "d_v": d_v.transpose(1, 2).reshape(d_v.shape)})
 
 
-def _last_token_missing(run: Run, arguments: Arguments) -> tuple[Tensor, ...]:
-    d_qkv, sums = run(arguments)
-    return d_qkv, sums - d_qkv[-1:, -1].sum(0).float() if sums.numel() else sums
-
-
 _A = SplitHeadsCase
 OP = Op(
     tiny=(
@@ -119,7 +115,7 @@ OP = Op(
         Fault("split_heads: keys and values swapped", "d_qkv", backward=_keys_and_values_swapped),
         Fault("split_heads: heads in another order", "d_qkv", backward=_heads_in_another_order),
         Fault("split_heads: strides not looked at", "d_qkv", backward=_read_as_if_contiguous),
-        Fault("split_heads: last token missing from the sum", "d_bias", backward=_last_token_missing),
+        Fault("split_heads: last token missing from the sum", "d_bias", backward=faults.last_token_missing),
     ),
     views=True,
 )

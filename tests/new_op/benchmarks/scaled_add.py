@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from fastvit import tuning
-from fastvit.benchmarks.contenders import Task
-from fastvit.benchmarks.problem import Contender, Plan
+from fastvit.benchmarks.contenders import Task, against
+from fastvit.benchmarks.problem import Plan
 from fastvit.benchmarks.rivals import Solution
 from fastvit.benchmarks.tune import Measurement, Scope, Size, Tuned
 from fastvit.validation import Inputs, make_inputs
@@ -18,12 +18,8 @@ from fastvit.validation.ops import OPS
 def plan(size: str, device: torch.device) -> Plan:
     (case,) = OPS["scaled_add"].large
     task = Task("scaled_add", make_inputs(case, torch.float32, device), device)
-    return [("scaled_add", lambda: task.problems("scaled_add", case.name, "float32", case.layout, _contenders))]
-
-
-def _contenders(task: Task, mode: str) -> Iterator[Contender]:
-    yield from task.ours(mode)
-    yield from task.rival(mode, "torch.add", "", _eager)
+    contenders = against("torch.add", _eager, with_compiled=False)
+    return [("scaled_add", lambda: task.problems("scaled_add", case.name, "float32", case.layout, contenders))]
 
 
 def _eager(inputs: Inputs) -> Solution:
