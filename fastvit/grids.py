@@ -40,7 +40,7 @@ CORNERED = ("bilinear", "bicubic")
 ANTIALIASED = (*CORNERED, "lanczos")
 _COMPUTED = (torch.float32, torch.float64)
 MOST_MATRICES = 256  # of a side of 64 some 4 MB together
-MOST_TAPS = 512  # grids; of 256 positions some 20 MB together
+MOST_TAPS = 256  # grids; of 256 positions some 10 MB together, of 16,384 at most 500 MB
 
 
 class Filter(NamedTuple):
