@@ -247,6 +247,36 @@ void pack_tiles(int64_t row, int64_t rows, int64_t first, int64_t end, const Rea
   }
 }
 
+// Into which tasks sums over rows are parted: as many as it takes, all of about the same size, and more where that
+// leaves threads without one.
+struct SumTasks {
+  int64_t height, width;         // of all results
+  int64_t tiles, panels, parts;  // of a task at most, and parts of the height
+
+  SumTasks(int64_t height, int64_t width) : height(height), width(width) {
+    const int64_t all_tiles = up(height, TILE_ROWS), all_panels = up(width, TILE_COLUMNS);
+    int64_t groups = up(all_panels, TASK_PANELS);
+    parts = up(all_tiles, TASK_TILES);
+    while (parts * groups % threads() && parts * groups < 4 * threads()) {
+      (height * groups > width * parts ? parts : groups)++;
+    }
+    tiles = up(all_tiles, parts), panels = up(all_panels, groups);
+    parts = up(all_tiles, tiles);
+  }
+
+  int64_t columns() const { return panels * TILE_COLUMNS; }
+  int64_t count() const { return up(width, columns()) * parts; }
+
+  // The results of a task: rows top to bottom, columns first to end.
+  struct Results {
+    int64_t top, bottom, first, end;
+  };
+  Results of(int64_t task) const {
+    const int64_t top = task % parts * tiles * TILE_ROWS, first = task / parts * columns();
+    return {top, least(top + tiles * TILE_ROWS, height), first, least(first + columns(), width)};
+  }
+};
+
 // sums[i][j] = sum over rows of left[row][i] right[row][j], of matrices `height` and `width` wide. Both have
 // read(row, first, end, to), which writes values of a row, and perhaps LANES - 1 more, and expect(row, first, end),
 // which asks for their memory. finish(i, j, count, sums) takes `count` of the sums of i.
@@ -255,39 +285,30 @@ void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left,
                   const Finish& finish) {
   constexpr int64_t SIZE = TILE_ROWS * TILE_COLUMNS, TILE_SIZE = BLOCK / Operand::VALUES * TILE_ROWS;
   constexpr int64_t PANEL_SIZE = BLOCK / Operand::VALUES * TILE_COLUMNS;
-  const int64_t tiles = up(height, TILE_ROWS), all_panels = up(width, TILE_COLUMNS);
-  // As many tasks as it takes, all of about the same size, and more where that leaves threads without one.
-  int64_t parts = up(tiles, TASK_TILES), groups = up(all_panels, TASK_PANELS);
-  while (parts * groups % threads() && parts * groups < 4 * threads()) {
-    (height * groups > width * parts ? parts : groups)++;
-  }
-  const int64_t most_tiles = up(tiles, parts), most_panels = up(all_panels, groups);
-  parts = up(tiles, most_tiles);
-  const int64_t columns = most_panels * TILE_COLUMNS;
+  const SumTasks tasks(height, width);
   const auto read_left = [&](int64_t row, int64_t first, int64_t end, auto* to) { left.read(row, first, end, to); };
   const auto read_right = [&](int64_t row, int64_t first, int64_t end, auto* to) { right.read(row, first, end, to); };
-  parallel(up(width, columns) * parts, columns * rows, [&](int64_t first, int64_t end) {
-    Room<float> left_room(most_tiles * TILE_SIZE + LANES), right_room(most_panels * PANEL_SIZE);
-    Room<float> room(most_panels * most_tiles * SIZE);
-    for (int64_t task = first; task < end; task++) {
-      const int64_t start = task / parts * columns, last = least(start + columns, width);
-      const int64_t top = task % parts * most_tiles * TILE_ROWS, bottom = least(top + most_tiles * TILE_ROWS, height);
-      const int64_t panels = up(last - start, TILE_COLUMNS), tiles_here = up(bottom - top, TILE_ROWS);
-      const auto sums = [&](int64_t panel, int64_t tile) { return room.data + (panel * most_tiles + tile) * SIZE; };
-      if (!rows) std::memset(room.data, 0, most_panels * most_tiles * SIZE * sizeof(float));
+  parallel(tasks.count(), tasks.columns() * rows, [&](int64_t first_task, int64_t end_task) {
+    Room<float> left_room(tasks.tiles * TILE_SIZE + LANES), right_room(tasks.panels * PANEL_SIZE);
+    Room<float> room(tasks.panels * tasks.tiles * SIZE);
+    const auto sums = [&](int64_t panel, int64_t tile) { return room.data + (panel * tasks.tiles + tile) * SIZE; };
+    for (int64_t task = first_task; task < end_task; task++) {
+      const auto [top, bottom, first, end] = tasks.of(task);
+      const int64_t tiles = up(bottom - top, TILE_ROWS), panels = up(end - first, TILE_COLUMNS);
+      if (!rows) std::memset(room.data, 0, tasks.panels * tasks.tiles * SIZE * sizeof(float));
       for (int64_t row = 0; row < rows; row += BLOCK) {
         const int64_t block = least(BLOCK, rows - row);
-        pack_panels<Operand>(row, block, start, last, read_right, right_room.data, PANEL_SIZE);
-        for (int64_t tile = 0; tile < tiles_here; tile += PACKED_TILES) {
+        pack_panels<Operand>(row, block, first, end, read_right, right_room.data, PANEL_SIZE);
+        for (int64_t tile = 0; tile < tiles; tile += PACKED_TILES) {
           const int64_t column = top + tile * TILE_ROWS, end_column = least(column + PACKED_TILES * TILE_ROWS, bottom);
           pack_tiles<Operand>(row, block, column, end_column, read_left, left_room.data + tile * TILE_SIZE);
         }
         int64_t next = row + BLOCK;
-        const int64_t next_end = least(next + BLOCK, rows), at_once = up(BLOCK, panels * tiles_here);
+        const int64_t next_end = least(next + BLOCK, rows), at_once = up(BLOCK, panels * tiles);
         for (int64_t panel = 0; panel < panels; panel++) {
-          for (int64_t tile = 0; tile < tiles_here; tile++) {
+          for (int64_t tile = 0; tile < tiles; tile++) {
             for (const int64_t enough = least(next + at_once, next_end); next < enough; next++) {
-              left.expect(next, top, bottom), right.expect(next, start, last);
+              left.expect(next, top, bottom), right.expect(next, first, end);
             }
             multiply<Operand>(left_room.data + tile * TILE_SIZE, 1, TILE_ROWS, right_room.data + panel * PANEL_SIZE,
                               words<Operand>(block), row > 0, sums(panel, tile));
@@ -295,7 +316,7 @@ void sum_products(int64_t rows, int64_t height, int64_t width, const Left& left,
         }
       }
       for (int64_t panel = 0; panel < panels; panel++) {
-        const int64_t column = start + panel * TILE_COLUMNS, count = least(TILE_COLUMNS, last - column);
+        const int64_t column = first + panel * TILE_COLUMNS, count = least(TILE_COLUMNS, end - column);
         for (int64_t i = top; i < bottom; i++) {
           finish(i, column, count, sums(panel, (i - top) / TILE_ROWS) + (i - top) % TILE_ROWS * TILE_COLUMNS);
         }

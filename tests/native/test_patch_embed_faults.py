@@ -48,8 +48,8 @@ FAULTS = (
     Fault("a panel of one value", PRODUCT, "row[k]", "row[start * VALUES]"),
     Fault("rows of the tile before", PRODUCT, "write(tile, row, count, column);",
           "write(tile, start_row, count, column);"),
-    Fault("sums of the first columns in every task", PRODUCT, "task / parts * columns", "0 * columns"),
-    Fault("sums of the first rows in every task", PRODUCT, "task % parts * most_tiles * TILE_ROWS", "0 * parts"),
+    Fault("sums of the first columns in every task", PRODUCT, "task / parts * columns()", "0 * columns()"),
+    Fault("sums of the first rows in every task", PRODUCT, "task % parts * tiles * TILE_ROWS", "0 * parts"),
 )  # fmt: skip
 
 
