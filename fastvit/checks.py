@@ -146,9 +146,9 @@ def check_sizes(sizes: Tensor, images: Tensor) -> None:
     )
 
 
-def patches_in(images: Tensor, weight: Tensor) -> int:
-    """How many patches there are in pixels [Σ C·H_i·W_i] or patches [ΣN_i, K]."""
-    return images.shape[0] // weight[0].numel() if images.dim() == 1 else images.shape[0]
+def patches_in(images: Sequence[int], weight: Sequence[int]) -> int:
+    """How many patches there are in pixels [Σ C·H_i·W_i] or patches [ΣN_i, K], from shapes."""
+    return images[0] // math.prod(weight[1:]) if len(images) == 1 else images[0]
 
 
 def check_grids(sizes: Any, images: Tensor, weight: Tensor) -> list[tuple[int, int]]:
@@ -156,7 +156,7 @@ def check_grids(sizes: Any, images: Tensor, weight: Tensor) -> list[tuple[int, i
     listed = sizes.tolist() if isinstance(sizes, Tensor) else pairs("sizes", sizes)
     grids = [(whole("sizes", rows), whole("sizes", columns)) for rows, columns in listed]
     if images.dim() < 3:
-        total, patches = sum(rows * columns for rows, columns in grids), patches_in(images, weight)
+        total, patches = sum(rows * columns for rows, columns in grids), patches_in(images.shape, weight.shape)
         if total != patches:
             raise ValueError(f"sizes: {total} patches in all, but images has {patches}")
         return grids

@@ -8,13 +8,14 @@ caller's to check.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_of_images", "gradient_of_weight", "views", "weight_for"]
+__all__ = ["ends_of", "gradient_of_images", "gradient_of_weight", "views", "weight_for"]
 
 Grids = Sequence[tuple[int, int]]  # rows and columns of patches of each image
 
@@ -47,6 +48,12 @@ def views(images: Tensor, weight: Tensor, grids: Grids, still: bool) -> list[Ten
     if images.dim() == 2:
         return list(columns.split(counts, -1))
     return [each[..., :count] for each, count in zip(columns.unbind(0), counts, strict=True)]
+
+
+def ends_of(grids: Grids, prefix: Tensor | None) -> list[int]:
+    """Where the tokens of each image end, behind the 0 that the first begin at."""
+    prefix_rows = 0 if prefix is None else prefix.shape[0]
+    return list(itertools.accumulate((prefix_rows + rows * columns for rows, columns in grids), initial=0))
 
 
 def gradient_of_images(gradients: Sequence[Tensor], images: Tensor, weight: Tensor, still: bool) -> Tensor:

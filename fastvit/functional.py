@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +13,8 @@ from torch.autograd import forward_ad
 
 from fastvit import backend as backends
 from fastvit import checks, ops, reference
-from fastvit.cut_patches import views, weight_for
-from fastvit.grids import grid_rows
+from fastvit.cut_patches import ends_of, views, weight_for
+from fastvit.grids import position_rows
 from fastvit.native.attention import MOST_TOKENS
 from fastvit.ops import Op
 from fastvit.ops.add_norm import Arguments as NormArguments
@@ -104,7 +103,7 @@ def patch_embed_packed(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[tuple[int, int]] | Tensor | None = None,
     order: str = "CPP",
     still: bool = False,
     merge: int = 1,
@@ -180,23 +179,17 @@ def patch_embed_packed(
         grids = checks.check_grids(sizes, images, weight)
         checks.check_windows(merge, grids)
         listed, weight = views(images, weight, grids, still), weight_for(images, weight, order, still)
-    counts = [rows * columns for rows, columns in grids]
-    prefix, means, stds = _tables(weight, pos_embed, prefix, mean, std, sum(counts))
-    table, starts = None, [0] * len(counts)
-    if pos_embed is not None and pos_embed.dim() == 2:
-        table, starts = pos_embed, list(itertools.accumulate(counts, initial=0))[:-1]
-    elif pos_embed is not None:
-        table, starts = grid_rows(pos_embed, grids, interpolation, antialias, align_corners, merge)
+    patches = sum(rows * columns for rows, columns in grids)
+    prefix, means, stds = _tables(weight, pos_embed, prefix, mean, std, patches)
+    table, starts = position_rows(pos_embed, grids, interpolation, antialias, align_corners, merge)
     compute_dtype = _autocast_dtype(weight) or weight.dtype
     dtype = _token_dtype(dtype, compute_dtype)
 
-    prefix_rows = 0 if prefix is None else prefix.shape[0]
-    ends = list(itertools.accumulate((prefix_rows + count for count in counts), initial=0))
     pixels = listed[0].dtype if listed else weight.dtype
     problem = (pixels, compute_dtype, dtype, weight.shape, False)
     arguments = (weight, bias, table, prefix, listed, starts, means, stds, compute_dtype, dtype)
-    tokens = _run(_PATCH_EMBED_PACKED, arguments, backend, problem, sum(counts))
-    return tokens, to_device(ends, torch.int32, weight.device)
+    tokens = _run(_PATCH_EMBED_PACKED, arguments, backend, problem, patches)
+    return tokens, to_device(ends_of(grids, prefix), torch.int32, weight.device)
 
 
 def _tables(
@@ -224,7 +217,7 @@ def _by_sizes(
 ) -> tuple[Tensor, Tensor]:
     """`patch_embed_packed` in a program that is compiled for all sizes: these are looked at when it runs."""
     kernel = weight_for(images, weight, *layout[:2])
-    patches = checks.patches_in(images, weight)
+    patches = checks.patches_in(images.shape, weight.shape)
     prefix, means, stds = _tables(kernel, pos_embed, prefix, *normalisation, patches)
     compute_dtype = _autocast_dtype(weight) or weight.dtype
     dtype = _token_dtype(dtype, compute_dtype)

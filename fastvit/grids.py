@@ -9,6 +9,7 @@ all others so, not its neighbours alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections import Counter
@@ -195,6 +196,32 @@ def grid_rows(
         return gathered(table, sizes, how, merge), starts
     grids = [table if size == table.shape[:2] else resample_grid(table, *size, how) for size in sizes]
     return torch.cat([_in_windows(grid, merge) for grid in grids]), starts
+
+
+def position_rows(
+    pos_embed: Tensor | None,
+    sizes: Sequence[tuple[int, int]],
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    align_corners: bool | None = None,
+    merge: int = 1,
+) -> tuple[Tensor | None, list[int]]:
+    """Positions of images of these sizes, a grid [h, w, D] or a row a patch, as `grid_rows` gives a grid's."""
+    if pos_embed is not None and pos_embed.dim() == 3:
+        return grid_rows(pos_embed, sizes, interpolation, antialias, align_corners, merge)
+    starts, _ = position_starts(() if pos_embed is None else pos_embed.shape, sizes)
+    return pos_embed, starts
+
+
+def position_starts(table: Sequence[int], sizes: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """Of each image the row that its positions begin at, and how many rows there are, for positions of this shape: a
+    grid's, as `grid_rows` gives them; a row a patch; or none."""
+    if not table:
+        return [0] * len(sizes), 0
+    if len(table) == 3:
+        return grid_starts(sizes)
+    *starts, end = itertools.accumulate((rows * columns for rows, columns in sizes), initial=0)
+    return starts, end
 
 
 def grid_starts(sizes: Sequence[tuple[int, int]]) -> tuple[list[int], int]:

@@ -251,7 +251,8 @@ def _registers(variant: str, tile: str, image: str, compute: str) -> manifest.Re
         return {100: manifest.MOST_REGISTERS}
     if tile != "medium" or image == "u8" or (variant, image) == ("masked", "fp32"):
         return None
-    return {80 if image == compute and variant != "masked" else 90: manifest.TWO_PROGRAMS}
+    target = 80 if image == compute and variant != "masked" else 90
+    return {target: manifest.TWO_PROGRAMS}
 
 
 ENTRIES = manifest.Entries(__name__)

@@ -8,17 +8,15 @@ it: views of the images, positions resampled, and the packed op itself.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from fastvit.checks import check_grids, check_windows
-from fastvit.cut_patches import gradient_of_images, gradient_of_weight, views, weight_for
-from fastvit.grids import grid_rows, grid_rows_gradient, grid_starts
+from fastvit.checks import check_grids, check_windows, patches_in
+from fastvit.cut_patches import ends_of, gradient_of_images, gradient_of_weight, views, weight_for
+from fastvit.grids import grid_rows_gradient, position_rows, position_starts
 from fastvit.ops import registry
 from fastvit.ops.patch_embed_packed import patch_embed_packed, patch_embed_packed_backward
 from fastvit.ops.registry import Channels, Needs
@@ -49,15 +47,10 @@ class Arguments(NamedTuple):
     backend: str
 
 
-def _patches(images: Any, weight: Any) -> int:
-    """Of all images, from shapes."""
-    return images[0] // math.prod(weight[1:]) if len(images) == 1 else images[0]
-
-
 def _fake(call: Arguments) -> tuple[Tensor, Tensor]:
     images, width = call.sizes.shape[0], call.weight.shape[0]
     prefix_rows = 0 if call.prefix is None else call.prefix.shape[0]
-    tokens = _patches(call.images.shape, call.weight.shape) + images * prefix_rows
+    tokens = patches_in(call.images.shape, call.weight.shape) + images * prefix_rows
     offsets = call.weight.new_empty(images + 1, dtype=torch.int32)
     return call.weight.new_empty((tokens, width), dtype=call.dtype), offsets
 
@@ -75,46 +68,23 @@ def _kernel(call: Any) -> Tensor:
         return weight_for(call.images, call.weight, call.order, call.still)
 
 
-def _starts(table: Sequence[int], grids: Grids) -> tuple[list[int], int]:
-    """Of each image the row that is its first position, and how many rows there are; of positions of this shape."""
-    if not table:
-        return [0] * len(grids), 0
-    if len(table) == 3:
-        return grid_starts(grids)
-    *starts, end = _ends([rows * columns for rows, columns in grids])
-    return starts, end
-
-
-def _shape(pos_embed: Tensor | None) -> list[int]:
-    """Of positions; nothing where there are none."""
-    return [] if pos_embed is None else list(pos_embed.shape)
-
-
 def _filter(call: Any) -> tuple[str, bool, bool | None]:
     return call.interpolation, call.antialias, call.align_corners
 
 
-def _ends(counts: list[int]) -> list[int]:
-    return list(itertools.accumulate(counts, initial=0))
-
-
 def _run(call: Arguments) -> tuple[Tensor, Tensor]:
-    grids, table = _grids(call), call.pos_embed
-    if table is not None and table.dim() == 3:
-        table, _ = grid_rows(table, grids, *_filter(call), call.merge)
-    starts, _ = _starts(_shape(call.pos_embed), grids)
+    grids = _grids(call)
+    table, starts = position_rows(call.pos_embed, grids, *_filter(call), call.merge)
     tokens = patch_embed_packed.run(
         _kernel(call),
         *(call.bias, table, call.prefix, views(call.images, call.weight, grids, call.still), starts),
         *(call.mean, call.std, call.compute_dtype, call.dtype, call.backend),
     )
-    prefix_rows = 0 if call.prefix is None else call.prefix.shape[0]
-    ends = _ends([prefix_rows + rows * columns for rows, columns in grids])
-    return tokens, to_device(ends, torch.int32, call.weight.device)
+    return tokens, to_device(ends_of(grids, call.prefix), torch.int32, call.weight.device)
 
 
 def _product(images: Any, weight: Any) -> int:
-    return 2 * _patches(images, weight) * math.prod(weight)
+    return 2 * patches_in(images, weight) * math.prod(weight)
 
 
 def _flops(call: Any) -> int:
@@ -163,7 +133,7 @@ def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
 def _run_backward(call: BackwardArguments) -> tuple[Tensor, ...]:
     need_images, need_weight, _, need_rows = call.needs
     grids, images, weight = _grids(call), call.images, call.weight
-    starts, rows = _starts(call.table, grids) if need_rows else ([0] * len(grids), 0)
+    starts, rows = position_starts(call.table, grids) if need_rows else ([0] * len(grids), 0)
     d_images, d_weight, d_bias, d_rows = patch_embed_packed_backward.run(
         *(call.grad, _kernel(call), views(images, weight, grids, call.still)),
         *(starts, call.mean, call.std, call.compute_dtype, call.prefix_rows, rows, call.needs, call.backend),
@@ -199,7 +169,7 @@ patch_embed_sized_backward = registry.define(
 def _save(ctx: Any, call: Arguments, _: Any) -> None:
     # Of positions, a row a patch of which is as much as the tokens, the shape is all that the gradients need.
     ctx.save_for_backward(call.weight, call.images, call.sizes)
-    ctx.table = _shape(call.pos_embed)
+    ctx.table = [] if call.pos_embed is None else list(call.pos_embed.shape)
     ctx.settings = call[call._fields.index("order") : call._fields.index("dtype")]
     ctx.prefix_rows = 0 if call.prefix is None else call.prefix.shape[0]
     ctx.dtypes = tuple(None if table is None else table.dtype for table in (call.bias, call.pos_embed, call.prefix))

@@ -189,6 +189,18 @@ TRANSFORMS = (
 )  # fmt: skip
 
 
+def runs_the_reference(
+    transform: Callable[..., Any], ours: Call, plain: Call, inputs: list[Tensor], device: str
+) -> None:
+    """Under a transform, what plain PyTorch gives without a launch; or an error where a backend is forced."""
+    found, expected = (torch.utils._pytree.tree_leaves(transform(f, inputs)) for f in (ours, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert launch_counts() == {}
+    name = "cpu" if device == "cpu" else "triton"
+    with use_backend(name), pytest.raises(RuntimeError, match=f"{name!r} does not work under torch.func .*'reference'"):
+        transform(ours, inputs)
+
+
 @pytest.mark.parametrize(
     ("transform", "uint8"),
     [
@@ -202,12 +214,7 @@ def test_transforms_run_the_reference_unless_a_backend_is_forced(
     transform: Callable[[Call, list[Tensor]], Any], uint8: bool, device: str
 ) -> None:
     inputs = make_inputs(device, uint8=uint8)
-    found, expected = (torch.utils._pytree.tree_leaves(transform(f, inputs)) for f in (embed, embed_plainly))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert launch_counts() == {}
-    name = "cpu" if device == "cpu" else "triton"
-    with use_backend(name), pytest.raises(RuntimeError, match=f"{name!r} does not work under torch.func .*'reference'"):
-        transform(embed, inputs)
+    runs_the_reference(transform, embed, embed_plainly, inputs, device)
     assert embed(*inputs).shape == (2, 7, 16) and launch_counts()  # and after it all is as before
 
 

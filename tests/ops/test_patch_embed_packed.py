@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit import functional, reference
-from fastvit.backend import launch_counts, use_backend
+from fastvit.backend import launch_counts
 from fastvit.grids import resample_grids
 from fastvit.validation.tolerance import relative_error
 from tests.ops import test_derivatives as of_any_order
@@ -296,13 +296,7 @@ def test_transforms_run_the_reference_unless_a_backend_is_forced(transform: Call
     def ours(*inputs: Tensor) -> Tensor:
         return embed_batch(*inputs, backend=None)
 
-    inputs = of_any_order.make_inputs(device)
-    found, expected = (torch.utils._pytree.tree_leaves(transform(f, inputs)) for f in (ours, embed_batch))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert launch_counts() == {}
-    name = "cpu" if device == "cpu" else "triton"
-    with use_backend(name), pytest.raises(RuntimeError, match=f"{name!r} does not work under torch.func .*'reference'"):
-        transform(ours, inputs)
+    of_any_order.runs_the_reference(transform, ours, embed_batch, of_any_order.make_inputs(device), device)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS[:2], ids=lambda function: function.__name__)
